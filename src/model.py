@@ -1,0 +1,353 @@
+"""The multimodal memory network: encoders -> test-time memory -> fusion -> one central latent.
+
+Nothing here knows about datasets, training or devices. Shapes in comments and docstrings use
+B batch, L text tokens, N image tokens, M modalities present, D width.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MODALITIES = ("image", "text")
+PAD_ID = 0  # the token id that every tokenizer keeps for padding
+MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound (Radford et al. 2021): similarities are never scaled by more than 100
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017) of x (B, N, D) over context (B, M, D), itself by default.
+
+    mask: bool, broadcastable to (B, heads, N, M), True where attention is allowed. A row that may attend to
+    nothing gives zeros, not NaN (scaled_dot_product_attention's own rule).
+    """
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the width {dim}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x, context=None, mask=None):
+        context = x if context is None else context
+        q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
+        k, v = self.key_value(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: the residual path is left untouched, which plain SGD needs to train depth."""
+
+    def __init__(self, dim, num_heads, num_layers):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        # GPT-2's rule: branches that add to the residual start small, so that its variance does not grow with depth.
+        for branch_end in (self.attention.out, self.mlp[2]):
+            nn.init.normal_(branch_end.weight, std=dim**-0.5 / math.sqrt(2 * num_layers))
+
+    def forward(self, x, mask=None):
+        x = x + self.attention(self.norm1(x), mask=mask)
+        return x + self.mlp(self.norm2(x))
+
+
+def sinusoidal_positions(length, dim, device):
+    """Fixed position code (length, D) of Vaswani et al. 2017: any length, nothing to learn, nothing left untrained."""
+    position = torch.arange(length, device=device, dtype=torch.float32)[:, None]
+    frequency = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10000.0) / dim))
+    return torch.cat([torch.sin(position * frequency), torch.cos(position * frequency)], dim=1)
+
+
+class TextConv(nn.Module):
+    """Residual convolution of width 5 over tokens that halves their number: (B, L, D) and mask (B, L) -> L / 2.
+
+    L must be even. Padding is zeroed on the way in, so that it makes no difference how much of it there is.
+    """
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.conv = nn.Conv1d(dim, dim, kernel_size=5, stride=2, padding=2)
+
+    def forward(self, x, mask):
+        real = mask.unsqueeze(-1)
+        y = self.conv((self.norm(x) * real).transpose(1, 2))
+        x = (F.gelu(y) + F.avg_pool1d((x * real).transpose(1, 2), 2)).transpose(1, 2)
+        return x, mask.unflatten(1, (-1, 2)).any(2)
+
+
+class TextEncoder(nn.Module):
+    """Token ids (B, L) -> text latents (B, latent_dim): a transformer and the mean over real tokens.
+
+    Padding is masked in attention, zeroed before every convolution and left out of the mean, so a caption's latent
+    does not depend on what it is batched with.
+
+    conv_layers: convolutions before the transformer, each halving the length. They make word pieces of characters
+    within a few thousand SGD steps, which attention over single characters does not (cf. Kim et al. 2016, "Character-
+    aware neural language models"), and two of them leave a sixteenth of the attention to compute.
+    """
+
+    def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers, conv_layers=0):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, dim, padding_idx=PAD_ID)
+        self.convs = nn.ModuleList(TextConv(dim) for _ in range(conv_layers))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.projection = nn.Linear(dim, latent_dim)
+
+    def forward(self, text, text_mask=None):
+        mask = text != PAD_ID if text_mask is None else text_mask.bool()
+        extra = -text.shape[1] % 2 ** len(self.convs)  # up to a length that halves evenly
+        text, mask = F.pad(text, (0, extra), value=PAD_ID), F.pad(mask, (0, extra))
+        x = self.token_embedding(text)
+        for conv in self.convs:
+            x, mask = conv(x, mask)
+        x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device)
+        for block in self.blocks:
+            x = block(x, mask=mask[:, None, None, :])
+        real = mask.unsqueeze(-1)
+        x = self.norm(x) * real
+        return self.projection(x.sum(1) / real.sum(1).clamp(min=1))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W), as in ConvNeXt (Liu et al. 2022). Unlike BatchNorm, a photo's
+    latent never depends on the batch around it, in training or out of it."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ResidualConv(nn.Module):
+    """Pre-activation residual unit (He et al. 2016) with one ChannelNorm; stride 2 halves the resolution."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.norm = ChannelNorm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
+        for conv, std in ((self.conv1, 1.0), (self.conv2, 0.5)):
+            nn.init.normal_(conv.weight, std=std * (2 / conv.weight[0].numel()) ** 0.5)
+        self.shortcut = nn.Sequential()  # the identity, unless the shape changes
+        if stride > 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(in_channels, channels, 1))
+
+    def forward(self, x):
+        return self.shortcut(x) + self.conv2(F.relu(self.conv1(self.norm(x))))
+
+
+class ImageEncoder(nn.Module):
+    """Photos (B, 3, image_size, image_size), normalised floats -> image latents (B, latent_dim).
+
+    A vision transformer (Dosovitskiy et al. 2021) with a mean over its patches. With `conv_channels`, the patches come
+    from a small residual convnet instead of straight from pixels: convolution's locality need not be learned, which
+    matters when there are 6,000 photos and plain SGD (cf. Xiao et al. 2021, "Early convolutions help transformers
+    see better"). Each of its stages halves the resolution; then patch_size must be 2 ** (1 + number of stages).
+    """
+
+    def __init__(self, image_size, patch_size, dim, latent_dim, num_heads, num_layers, conv_channels=(), conv_blocks=1):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
+        if not conv_channels:
+            self.stem = nn.Conv2d(3, dim, patch_size, patch_size)
+        else:
+            if patch_size != 2 ** (1 + len(conv_channels)):
+                raise ValueError(f"conv_channels={conv_channels} makes patches of {2 ** (1 + len(conv_channels))} "
+                                 f"pixels, not patch_size={patch_size}")
+            layers = [nn.Conv2d(3, conv_channels[0], 3, 2, 1)]
+            channels = conv_channels[0]
+            for width in conv_channels:
+                for i in range(conv_blocks):
+                    layers.append(ResidualConv(channels, width, stride=2 if i == 0 else 1))
+                    channels = width
+            self.stem = nn.Sequential(*layers, ChannelNorm(channels), nn.Conv2d(channels, dim, 1))
+        self.position = nn.Parameter(torch.randn(1, (image_size // patch_size) ** 2, dim) * 0.02)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.projection = nn.Linear(dim, latent_dim)
+
+    def forward(self, images):
+        x = self.stem(images).flatten(2).transpose(1, 2) + self.position  # (B, N, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.projection(self.norm(x).mean(1))
+
+
+class TestTimeMemory(nn.Module):
+    """Learned slots (memory_size, dim) that every latent reads by attention, and that can adapt at test time.
+
+    Read: latents (B, M, D) -> norm(latents + attention over the slots).
+
+    Test-time training (Sun et al. 2020): the self-supervised loss is associative recall. Half of a latent's features
+    are hidden, the memory is asked with the rest, and what it gives back is compared with the whole latent. The loss
+    is part of training, so that the slots and the attention are made for it; it never reaches the encoders. With
+    `enable_test_time_updates`, in eval mode, each call first takes a few gradient steps on that loss for its own
+    unlabelled batch. Only the copy `adapted_slots` moves: the parameter `slots` and the state dict do not, the copy
+    is carried from call to call, and `reset` drops it.
+    """
+
+    def __init__(self, dim, memory_size, num_heads):
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(memory_size, dim))
+        self.norm_in = nn.LayerNorm(dim)
+        self.attention = Attention(dim, num_heads)
+        self.norm_out = nn.LayerNorm(dim)
+        self.adapted_slots = None
+        self.test_time_steps = 0
+
+    def enable_test_time_updates(self, steps=3, lr=1.0):
+        """From now on every forward in eval mode takes `steps` gradient steps of size `lr` on the slots' copy."""
+        if steps < 1 or lr <= 0:
+            raise ValueError(f"test-time updates need steps >= 1 and lr > 0, got steps={steps}, lr={lr}")
+        self.test_time_steps, self.test_time_lr = steps, lr
+
+    def disable_test_time_updates(self):
+        """No further updates; what was adapted so far stays in use until `reset`."""
+        self.test_time_steps = 0
+
+    def reset(self):
+        """Back to the trained slots, exactly."""
+        self.adapted_slots = None
+
+    def read(self, latents, slots):
+        queries = self.norm_in(latents).flatten(0, -2)  # all latents share the slots: keys and values are made once
+        return self.attention(queries[None], slots[None]).view_as(latents)
+
+    def self_supervised_loss(self, latents, slots=None):
+        """Associative recall, a scalar in [0, 2]: one minus the cosine between latents (B, M, D) and what the memory
+        recalls from each half of their features. `slots`: those in use by default."""
+        slots = self.current_slots() if slots is None else slots
+        latents = latents.detach()  # the encoders must not learn to be easy to recall
+        target = self.norm_in(latents).detach()
+        even = torch.arange(latents.shape[-1], device=latents.device) % 2 == 0
+        recalled = torch.stack([self.read(latents * half, slots) for half in (even, ~even)])
+        return (1 - F.cosine_similarity(recalled.float(), target.float(), dim=-1)).mean()
+
+    def current_slots(self):
+        return self.slots if self.adapted_slots is None else self.adapted_slots
+
+    def adapt(self, latents):
+        """Take the gradient steps on `adapted_slots`. A step that does not lower the loss is halved, at most ten
+        times, and then left out: the loss on this batch never rises.
+
+        Raises ValueError for latents that are empty or not finite: they would spoil every later read.
+        """
+        if latents.numel() == 0:
+            raise ValueError("test-time update: the batch is empty")
+        # Also under the caller's no_grad or inference_mode, and in float32 whatever the caller's autocast.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(latents.device.type, enabled=False):
+            latents = latents.detach().clone().float()
+            if not torch.isfinite(latents).all():
+                raise ValueError("test-time update: the batch holds NaN or infinity")
+            slots = self.current_slots().detach().float()
+            loss = self.self_supervised_loss(latents, slots)
+            for _ in range(self.test_time_steps):
+                slots = slots.requires_grad_()
+                loss = self.self_supervised_loss(latents, slots)
+                (gradient,) = torch.autograd.grad(loss, slots)
+                step = self.test_time_lr * gradient
+                slots = slots.detach()
+                for _ in range(10):
+                    with torch.no_grad():
+                        if self.self_supervised_loss(latents, slots - step) < loss:
+                            slots = slots - step
+                            break
+                    step = step / 2
+            self.adapted_slots = slots
+
+    def forward(self, latents):
+        if self.test_time_steps and not self.training:
+            self.adapt(latents)
+        slots = self.slots if self.training else self.current_slots()
+        return self.norm_out(latents + self.read(latents, slots))
+
+
+class Fusion(nn.Module):
+    """Latents of the modalities present (B, M, D) -> one latent (B, latent_dim).
+
+    Presence signals: each modality's latent carries a learned type embedding, and the central token, which starts as
+    their mean, carries a learned code of the presence bits. A transformer lets the central token read the others.
+    """
+
+    def __init__(self, dim, num_heads, num_layers):
+        super().__init__()
+        self.type_embedding = nn.Embedding(len(MODALITIES), dim)
+        self.presence = nn.Linear(len(MODALITIES), dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.projection = nn.Linear(dim, dim)
+        nn.init.normal_(self.type_embedding.weight, std=0.02)
+
+    def forward(self, latents, present):
+        """present: the indices into MODALITIES of the M latents, in order."""
+        index = torch.tensor(present, device=latents.device)
+        bits = torch.zeros(len(MODALITIES), device=latents.device).index_fill(0, index, 1.0)
+        central = latents.mean(1, keepdim=True) + self.presence(bits)
+        x = torch.cat([central, latents + self.type_embedding(index)], dim=1)  # (B, 1 + M, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.projection(self.norm(x[:, 0]))
+
+
+class MultiModalMemoryNetwork(nn.Module):
+    """Photos, captions or both -> one central latent in a shared space.
+
+    The defaults are the `base` preset. `model(images=..., text=...)` takes either or both of
+
+    - images: (B, 3, image_size, image_size), normalised floats
+    - text: (B, L) token ids, 0 is padding; text_mask: (B, L) bool, True for real tokens, by default `text != 0`
+
+    and returns a dict with `central_latent` (B, latent_dim), not normalised to unit length, and in training mode also
+    `memory_loss`, the memory's self-supervised loss, a scalar to be added to the loss. Raises ValueError when neither
+    is given. `logit_scale` is the logarithm of the inverse temperature of the contrastive loss.
+    """
+
+    def __init__(self, vocab_size=34, text_embed_dim=512, latent_dim=512, memory_size=128, num_heads=8, num_layers=4,
+                 image_layers=4, fusion_layers=4, image_size=224, patch_size=16, conv_channels=(), conv_blocks=1,
+                 text_conv_layers=0):
+        super().__init__()
+        self.text_encoder = TextEncoder(vocab_size, text_embed_dim, latent_dim, num_heads, num_layers, text_conv_layers)
+        self.image_encoder = ImageEncoder(image_size, patch_size, latent_dim, latent_dim, num_heads, image_layers,
+                                          conv_channels, conv_blocks)
+        self.memory = TestTimeMemory(latent_dim, memory_size, num_heads)
+        self.fusion = Fusion(latent_dim, num_heads, fusion_layers)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
+
+    def forward(self, text=None, images=None, text_mask=None):
+        latents, present = [], []
+        if images is not None:
+            latents.append(self.image_encoder(images))
+            present.append(MODALITIES.index("image"))
+        if text is not None:
+            latents.append(self.text_encoder(text, text_mask))
+            present.append(MODALITIES.index("text"))
+        if not latents:
+            raise ValueError("the model needs images, text or both; neither was given")
+        latents = torch.stack(latents, dim=1)  # (B, M, D)
+        output = {"central_latent": self.fusion(self.memory(latents), present)}
+        if self.training:
+            output["memory_loss"] = self.memory.self_supervised_loss(latents)
+        return output
+
+    @torch.no_grad()
+    def clamp_logit_scale_(self):
+        """Keep the temperature within CLIP's bounds; call it after each optimizer step."""
+        self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
+
+# What each preset trains on is chosen in the training script; here is only its architecture.
+PRESETS = {
+    "tiny": dict(text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1, image_layers=1,
+                 fusion_layers=1, image_size=32, patch_size=8, conv_channels=(32, 64), text_conv_layers=1),
+    "small": dict(text_embed_dim=256, latent_dim=256, memory_size=128, num_heads=4, num_layers=2, image_layers=1,
+                  fusion_layers=1, image_size=64, patch_size=16, conv_channels=(64, 128, 256), conv_blocks=2,
+                  text_conv_layers=2),
+    "base": dict(),
+    "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12, image_layers=12),
+}

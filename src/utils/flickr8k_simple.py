@@ -1,0 +1,234 @@
+"""Flickr8k on disk -> photos, captions, splits, batches. Two layouts are read:
+
+    the official archives'                           Kaggle's copy
+    Flicker8k_Dataset/*.jpg   (spelled so)           Images/*.jpg
+    Flickr8k.token.txt                               captions.txt   (CSV: image,caption)
+    Flickr_8k.{train,dev,test}Images.txt             the same three, which that copy lacks
+
+The text files lie at the root or in Flickr8k_text/.
+"""
+import csv
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+SPLIT_FILES = {
+    "train": "Flickr_8k.trainImages.txt",
+    "val": "Flickr_8k.devImages.txt",
+    "test": "Flickr_8k.testImages.txt",
+}
+CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt")
+PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images")
+
+
+class DataError(Exception):
+    """The dataset is missing, incomplete or damaged; the message says what and where, in a line or two."""
+
+
+def find_text_file(root_dir, name):
+    """Path of a text file at the root or in Flickr8k_text/, None where there is none."""
+    for folder in (Path(root_dir), Path(root_dir) / "Flickr8k_text"):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def find_photo_folder(root_dir):
+    """Path of the photos' folder, None where there is none."""
+    for name in PHOTO_FOLDERS:
+        if (Path(root_dir) / name).is_dir():
+            return Path(root_dir) / name
+    return None
+
+
+def _read_lines(path):
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")  # -sig: with or without a byte order mark; CRLF or LF
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_captions(path):
+    """Caption file, either layout -> {photo's file name: [captions, in the file's order]}.
+
+    Names that no split lists stay in the result and do no harm; the official file has one such, ending in ".jpg.1".
+    Raises DataError with the file and line for a line that does not parse.
+    """
+    captions = {}
+    lines = _read_lines(path)
+    if path.suffix == ".txt" and path.name != "captions.txt":
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            key, tab, caption = line.partition("\t")
+            name, sharp, index = key.rpartition("#")
+            if not (tab and sharp and name and index.isdigit() and caption.strip()):
+                raise DataError(f"{path}, line {number}: expected 'photo.jpg#0<tab>caption', found {line[:80]!r}")
+            captions.setdefault(name, []).append(caption.strip())
+        return captions
+    rows = csv.reader(lines, strict=True)
+    try:
+        if [column.strip().lower() for column in next(rows, [])] != ["image", "caption"]:
+            raise DataError(f"{path}, line 1: expected the header 'image,caption', found {''.join(lines[:1])[:80]!r}")
+        for row in rows:
+            if not row:
+                continue
+            if len(row) != 2 or not row[0].strip() or not row[1].strip():
+                raise DataError(f"{path}, line {rows.line_num}: expected 'image,caption', found {','.join(row)[:80]!r}")
+            captions.setdefault(row[0].strip(), []).append(row[1].strip())
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.line_num}: not CSV ({error})") from None
+    return captions
+
+
+def read_split(root_dir, split):
+    """The photos' file names of "train", "val" or "test", in the split file's order.
+
+    Raises DataError where the split file is missing, empty or lists a photo twice, ValueError for another split.
+    """
+    if split not in SPLIT_FILES:
+        raise ValueError(f"split must be one of {', '.join(SPLIT_FILES)}, not {split!r}")
+    path = find_text_file(root_dir, SPLIT_FILES[split])
+    if path is None:
+        raise DataError(f"{root_dir}: {SPLIT_FILES[split]}, the list of the {split} photos, is missing. "
+                        f"`python download_flickr8k.py --text_only` (2 MB) brings it.")
+    names = [line.strip() for line in _read_lines(path) if line.strip()]
+    if not names:
+        raise DataError(f"{path}: lists no photos")
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise DataError(f"{path}: lists {name} twice")
+        seen.add(name)
+    return names
+
+
+def load_photo(path, size):
+    """A photo file of any mode Pillow reads -> uint8 array (3, size, size), RGB, turned upright by its EXIF tag.
+
+    The photo is squeezed to a square, so that nothing at its margins is lost. Raises DataError with the file's name
+    for one that is missing, empty, truncated or no image: such a photo is never replaced by a blank one.
+    """
+    try:
+        with Image.open(path) as photo:
+            photo.draft("RGB", (2 * size, 2 * size))  # JPEG decodes straight to a smaller scale, several times as fast
+            photo = ImageOps.exif_transpose(photo)
+            if "transparency" in photo.info:
+                photo = photo.convert("RGBA")
+            photo = photo.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            return np.array(photo).transpose(2, 0, 1)
+    except FileNotFoundError:
+        raise DataError(f"{path}: the file is missing") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: {'not an image' if os.path.getsize(path) else 'the file is empty'}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # what Pillow raises
+        raise DataError(f"{path}: {error}") from None
+
+
+def _some(names, limit=3):
+    """'a, b, c and 4 more': enough to find the fault by, never a screenful."""
+    names = list(names)
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+class Flickr8kImageTextDataset(Dataset):
+    """One split of Flickr8k as photo-caption pairs, every photo decoded once, into memory.
+
+    len() is the number of captions. Item i is {"image": uint8 (3, image_size, image_size), "text": int64 (L,),
+    "photo_id": int, the photo's row in `photos`, "caption": str}. Pairs stand in the split file's order, captions in
+    the caption file's. For evaluation, `photos` (N, 3, image_size, image_size), `names`, `texts`, `captions` and
+    `photo_of_caption` (M,) hold each photo and each caption once.
+
+    Raises DataError when a photo of the split is missing or cannot be read, or has no captions; with
+    `allow_incomplete`, such photos are left out and listed in `left_out`. `progress(done, total)` is called as photos
+    are decoded.
+    """
+
+    def __init__(self, root_dir, split, image_size, tokenizer, allow_incomplete=False, progress=None):
+        root_dir = Path(root_dir)
+        caption_file = next(filter(None, (find_text_file(root_dir, name) for name in CAPTION_FILES)), None)
+        photo_folder = find_photo_folder(root_dir)
+        if caption_file is None:
+            raise DataError(f"{root_dir}: no captions, neither {CAPTION_FILES[0]} nor {CAPTION_FILES[1]}")
+        if photo_folder is None:
+            raise DataError(f"{root_dir}: no folder of photos, none of {', '.join(PHOTO_FOLDERS)}")
+        captions_of = read_captions(caption_file)
+        names = read_split(root_dir, split)
+        self.split, self.root_dir, self.allow_incomplete = split, root_dir, allow_incomplete
+        self.left_out = []
+
+        present = set(os.listdir(photo_folder))
+        names = self._without(names, "missing", [n for n in names if n not in present])
+        names = self._without(names, "without captions", [n for n in names if n not in captions_of])
+        photos, unreadable = self._decode(photo_folder, names, image_size, progress)
+        self.names = self._without(names, "unreadable", list(unreadable), list(unreadable.values()))
+        if not self.names:
+            raise DataError(f"{root_dir}: not one photo of {split} is usable")
+        self.photos = photos if not unreadable else photos[[n not in unreadable for n in names]]
+
+        self.captions = [caption for name in self.names for caption in captions_of[name]]
+        self.photo_of_caption = torch.tensor([i for i, name in enumerate(self.names) for _ in captions_of[name]])
+        self.texts = []
+        for caption, photo in zip(self.captions, self.photo_of_caption.tolist()):
+            try:
+                self.texts.append(torch.tensor(tokenizer.encode(caption)))
+            except ValueError as error:
+                raise DataError(f"{caption_file}, {self.names[photo]}: {error}") from None
+
+    def _without(self, names, fault, found, said=None):
+        """The names less those found faulty, which are refused unless allow_incomplete."""
+        if found and not self.allow_incomplete:
+            raise DataError(f"{self.root_dir} is incomplete: {len(found)} of the {len(names)} photos of {self.split} "
+                            f"are {fault} ({_some(said or found)}).\n`python download_flickr8k.py` verifies and mends "
+                            "it; --allow_incomplete trains without them.")
+        self.left_out += found
+        return [name for name in names if name not in set(found)]
+
+    @staticmethod
+    def _decode(folder, names, size, progress):
+        """-> uint8 (len(names), 3, size, size), and {name: fault} of those that cannot be read."""
+        photos = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
+        faults = {}
+
+        def decode(i):
+            try:
+                photos[i] = torch.from_numpy(load_photo(folder / names[i], size))
+            except DataError as error:
+                faults[names[i]] = str(error).removeprefix(f"{folder}{os.sep}")
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
+            for done, _ in enumerate(pool.map(decode, range(len(names))), start=1):
+                if progress:
+                    progress(done, len(names))
+        return photos, dict(sorted(faults.items()))
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, i):
+        photo = int(self.photo_of_caption[i])
+        return {"image": self.photos[photo], "text": self.texts[i], "photo_id": photo, "caption": self.captions[i]}
+
+
+def pad_texts(texts):
+    """List of (L,) -> (B, longest L), filled up with 0, the padding's id."""
+    return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+
+
+def collate_fn(items):
+    """Items of the dataset -> {"images": uint8 (B, 3, H, W), "text": (B, L), "photo_ids": (B,), "captions": [str]},
+    L being the batch's own longest caption."""
+    return {
+        "images": torch.stack([item["image"] for item in items]),
+        "text": pad_texts([item["text"] for item in items]),
+        "photo_ids": torch.tensor([item["photo_id"] for item in items]),
+        "captions": [item["caption"] for item in items],
+    }
