@@ -1,0 +1,164 @@
+"""Fetch, check and unpack Flickr8k (Hodosh, Young and Hockenmaier 2013), then verify it photo by photo.
+
+    python download_flickr8k.py                          1.1 GB into data/flickr8k
+    python download_flickr8k.py --text_only              2 MB: captions and splits, for Kaggle's copy of the photos
+    python download_flickr8k.py --archive_dir DIR        from zips that are already on the disk, no network
+
+Run it again whenever in doubt: it verifies what is there, mends what is not whole, and else does nothing.
+The dataset is for non-commercial research; the photos belong to their owners on Flickr.
+"""
+import argparse
+import errno
+import http.client
+import shutil
+import socket
+import sys
+import urllib.error
+import zipfile
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+
+from src.utils.flickr8k_simple import (CAPTION_FILES, SPLIT_FILES, DataError, Flickr8kImageTextDataset, find_text_file,
+                                       read_captions, read_split)
+from src.utils.report import ProgressLine
+from src.utils.tokenizers import CharTokenizer
+
+URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
+TEXT, PHOTOS = "Flickr8k_text.zip", "Flickr8k_Dataset.zip"
+MD5 = {TEXT: "bf6c1abcb8e4a833b7f922104de18627", PHOTOS: "f18a1e2920de5bd84dae7cf08ec78978"}
+TIMEOUT = 60  # seconds without a byte, then the connection counts as lost
+
+
+class DownloadError(Exception):
+    """The archive could not be fetched or unpacked; exit status 1."""
+
+
+def check_text(data_dir):
+    """What is there, in words. Raises DataError unless captions and splits parse and each split photo has captions."""
+    path = next(filter(None, (find_text_file(data_dir, name) for name in CAPTION_FILES)), None)
+    if path is None:
+        raise DataError(f"{data_dir}: no captions")
+    captions = read_captions(path)
+    for split in SPLIT_FILES:
+        without = [name for name in read_split(data_dir, split) if name not in captions]
+        if without:
+            raise DataError(f"{path}: {len(without)} photos of {split} have no captions, among them {without[0]}")
+    return "captions and splits"
+
+
+def check_photos(data_dir):
+    """What is there, in words. Raises DataError unless every photo of every split opens, by training's own loader."""
+    line, photos, captions = ProgressLine(), 0, 0
+    for split in SPLIT_FILES:
+        try:
+            data = Flickr8kImageTextDataset(
+                data_dir, split, image_size=16, tokenizer=CharTokenizer(),
+                progress=lambda done, total: done % 50 == 0 and line.update(f"verifying {split}: {done} of {total} photos"))
+        finally:
+            line.clear()
+        photos, captions = photos + len(data.names), captions + len(data)
+    return f"{photos:,} photos, {captions:,} captions"
+
+
+def fetch(name, data_dir, archive_dir, url):
+    """Path of the archive, its MD5 checked. Raises DataError or DownloadError."""
+    if archive_dir is not None:
+        path = Path(archive_dir) / name
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such archive")
+        if not check_integrity(path, MD5[name]):
+            raise DataError(f"{path}: the MD5 is not {MD5[name]}; the file is damaged, or another one")
+        return path
+    path, address = data_dir / name, f"{url.rstrip('/')}/{name}"
+    print(f"fetching {address}")
+    try:
+        download_url(address, data_dir, name, MD5[name])
+        return path
+    except RuntimeError:
+        reason = f"what arrived is damaged or another file (its MD5 is not {MD5[name]})"
+    except urllib.error.HTTPError as error:
+        reason = f"the server answers {error.code} {error.reason}"
+    except urllib.error.URLError as error:
+        reason = f"no connection ({error.reason})"
+    except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        reason = f"the connection broke off ({type(error).__name__})"
+    except ValueError as error:
+        reason = str(error)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    path.unlink(missing_ok=True)  # a partial file is of no use: the next run starts afresh
+    raise DownloadError(f"{address}: {reason}.\nRun again, name a mirror with --url, or fetch the two zips by other "
+                        "means and name their folder with --archive_dir.")
+
+
+def unpack(archive, data_dir):
+    """Unpack beside the dataset, then move file by file into it, so that no file there is ever half-written.
+
+    Raises DataError for an archive that is no zip, is damaged, or holds a path that leads out of its folder.
+    """
+    print(f"unpacking {archive}")
+    staging = data_dir / ".unpacking"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as content:
+            for name in content.namelist():
+                if ".." in PurePosixPath(name).parts or name.startswith("/") or PureWindowsPath(name).drive or "\\" in name:
+                    raise DataError(f"{archive}: refused, its entry {name!r} leads out of the folder")
+        extract_archive(archive, staging)
+        for path in sorted(staging.rglob("*")):
+            inside = path.relative_to(staging)
+            if path.is_file() and inside.parts[0] != "__MACOSX":
+                (data_dir / inside).parent.mkdir(parents=True, exist_ok=True)
+                path.replace(data_dir / inside)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise DataError(f"{archive}: not a zip that can be unpacked ({error})") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data_dir", type=Path, default="data/flickr8k", help="where to (default: %(default)s)")
+    parser.add_argument("--archive_dir", help="folder that holds the two zips already (default: fetch them)")
+    parser.add_argument("--url", default=URL, help="address of the folder that holds the two zips (default: %(default)s)")
+    parser.add_argument("--text_only", action="store_true", help="captions and splits only, 2 MB (default: photos too)")
+    args = parser.parse_args(argv)
+    socket.setdefaulttimeout(TIMEOUT)
+
+    def ensure(name, check):
+        """Fetch and unpack the archive unless what it brings is there and whole."""
+        try:
+            return f"{args.data_dir}: {check(args.data_dir)}, complete; nothing to do"
+        except DataError as fault:
+            if args.data_dir.exists():
+                print(f"not complete yet: {str(fault).splitlines()[0]}")
+        args.data_dir.mkdir(parents=True, exist_ok=True)
+        unpack(fetch(name, args.data_dir, args.archive_dir, args.url), args.data_dir)
+        return f"{args.data_dir}: {check(args.data_dir)}, complete"
+
+    try:
+        done = ensure(TEXT, check_text)
+        if not args.text_only:
+            done = ensure(PHOTOS, check_photos)
+        print(done)
+        return 0
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DownloadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        print(f"error: {args.data_dir}: " + ("the disk is full; free 2.5 GB and run again" if full else
+                                             f"{error.strerror or error}"), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run again to go on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
