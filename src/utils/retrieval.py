@@ -19,7 +19,7 @@ KS = (1, 5, 10)
 TIE = 1e-6
 
 
-def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, chunk_size=1024):
+def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, chunk_size=256):
     """Ranks from 1 (best), ties against the model, of everything that both protocols ask.
 
     image_embeddings: (N, D), each photo once. text_embeddings: (M, D). photo_of_caption: (M,) the row of each
@@ -88,7 +88,7 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, chunk_s
     }
 
 
-def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption, chunk_size=1024):
+def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption, chunk_size=256):
     """R@K in percent and median rank; arguments and errors as for `retrieval_ranks`.
 
     Returns a dict of floats: {i2t,t2i}_{r1,r5,r10,medr} and avg_r1 = (i2t_r1 + t2i_r1) / 2 by the standard protocol;
@@ -104,8 +104,8 @@ def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption, chunk
     metrics["avg_r1"] = (metrics["i2t_r1"] + metrics["t2i_r1"]) / 2
     for k in KS:
         metrics[f"pair_i2t_r{k}"] = 100 * (ranks["pair_i2t"] <= k).double().mean().item()
-        hit = ((k - ranks["pair_t2i_ahead"]) / ranks["copies"]).clamp(0, 1)
-        metrics[f"pair_t2i_r{k}"] = 100 * hit.double().mean().item()
+        hit = ((k - ranks["pair_t2i_ahead"].double()) / ranks["copies"]).clamp(0, 1)
+        metrics[f"pair_t2i_r{k}"] = 100 * hit.mean().item()
     metrics["pair_avg_r1"] = (metrics["pair_i2t_r1"] + metrics["pair_t2i_r1"]) / 2
     return metrics
 

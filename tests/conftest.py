@@ -1,0 +1,62 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from src.utils.flickr8k_simple import SPLIT_FILES
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Deprecations that a script of ours causes; pytest's own filter does not reach into another process.
+OUR_DEPRECATIONS = re.compile(rf"^{re.escape(str(REPOSITORY))}.*(Deprecation|Future)Warning", re.MULTILINE)
+
+
+def start_script(*arguments, **options):
+    """Start a script as a user would, from the repository's root; -> subprocess.Popen."""
+    command = [sys.executable, "-W", "always::DeprecationWarning", "-W", "always::FutureWarning", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def run_script(*arguments, **options):
+    """-> (exit status, what it printed, what it printed as errors); never a traceback, never a deprecation of ours."""
+    process = start_script(*arguments, **options)
+    out, err = process.communicate(timeout=240)
+    assert "Traceback" not in err, err
+    assert not OUR_DEPRECATIONS.search(err), err
+    return process.returncode, out, err
+
+
+def write_dataset(root, counts=None, captions=5):
+    """A small dataset in the official layout; photo i of the dataset is a plain colour that says which it is."""
+    root = Path(root)
+    (root / "Flicker8k_Dataset").mkdir(parents=True)
+    lines, index = [], 0
+    for split, count in (counts or {"train": 6, "val": 3, "test": 2}).items():
+        names = []
+        for _ in range(count):
+            names.append(f"{1000 + index}_abc.jpg")
+            colour = (index * 20 % 256, 255 - index * 20 % 256, index * 7 % 256)
+            Image.new("RGB", (50, 40), colour).save(root / "Flicker8k_Dataset" / names[-1], quality=95)
+            lines += [f"{names[-1]}#{i}\tCaption {i} of photo {index} , a dog ." for i in range(captions)]
+            index += 1
+        (root / SPLIT_FILES[split]).write_text("".join(f"{name}\n" for name in names))
+    (root / "Flickr8k.token.txt").write_text("".join(f"{line}\n" for line in lines))
+    return root
+
+
+@pytest.fixture
+def dataset_dir(tmp_path):
+    return write_dataset(tmp_path / "flickr8k")
+
+
+@pytest.fixture(scope="session")
+def real_photos():
+    """Folder of the real dataset, from FLICKR8K_DIR or data/flickr8k."""
+    folder = Path(os.environ.get("FLICKR8K_DIR", "data/flickr8k"))
+    if not (folder / "Flickr8k.token.txt").exists() and not (folder / "captions.txt").exists():
+        pytest.skip(f"the real Flickr8k photos are not in {folder} (set FLICKR8K_DIR)")
+    return folder

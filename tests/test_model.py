@@ -1,0 +1,227 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from src.losses import info_nce_loss
+from src.model import MAX_LOGIT_SCALE, PRESETS, ImageEncoder, MultiModalMemoryNetwork, TestTimeMemory
+
+# pytest would otherwise take the class for a test case.
+TestTimeMemory.__test__ = False
+
+
+def tiny(seed=0, **changes):
+    torch.manual_seed(seed)
+    return MultiModalMemoryNetwork(**PRESETS["tiny"] | changes)
+
+
+def batch(model_size=32, batch_size=4, length=12):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch_size, 3, model_size, model_size, generator=generator)
+    text = torch.randint(1, 34, (batch_size, length), generator=generator)
+    text[1, length // 2:] = 0
+    return images, text
+
+
+@pytest.mark.parametrize("preset, low, high", [("tiny", 0, 1e6), ("small", 1e6, 10e6), ("base", 40e6, 47e6),
+                                               ("large", 180e6, 220e6)])
+def test_parameter_counts(preset, low, high):
+    with torch.device("meta"):  # shapes only
+        model = MultiModalMemoryNetwork(**PRESETS[preset])
+    assert low <= sum(p.numel() for p in model.parameters()) <= high
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "base"])
+def test_every_parameter_receives_a_gradient_in_a_training_step(preset):
+    torch.manual_seed(0)
+    model = MultiModalMemoryNetwork(**PRESETS[preset])
+    images, text = batch(PRESETS[preset].get("image_size", 224))
+    of_images, of_text = model(images=images), model(text=text)
+    loss = info_nce_loss(of_images["central_latent"], of_text["central_latent"], model.logit_scale)
+    (loss + 0.1 * (of_images["memory_loss"] + of_text["memory_loss"])).backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not dead
+
+
+def test_any_subset_of_modalities_but_none():
+    model, (images, text) = tiny().eval(), batch()
+    outputs = [model(images=images), model(text=text), model(images=images, text=text)]
+    latents = [output["central_latent"] for output in outputs]
+    assert all(latent.shape == (4, 64) for latent in latents)
+    assert not torch.allclose(latents[0], latents[2]) and not torch.allclose(latents[1], latents[2])
+    with pytest.raises(ValueError, match="neither"):
+        model()
+
+
+def test_presence_signals_tell_the_modalities_apart():
+    """The same latent, said to be a photo's or a caption's, is fused to different results; without signals, not."""
+    fusion, latent = tiny().eval().fusion, torch.randn(2, 1, 64)
+    assert not torch.allclose(fusion(latent, [0]), fusion(latent, [1]))
+    with torch.no_grad():
+        fusion.type_embedding.weight.zero_()
+        fusion.presence.weight.zero_()
+    assert torch.equal(fusion(latent, [0]), fusion(latent, [1]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"text_conv_layers": 0}, {"text_conv_layers": 3}])
+def test_padding_changes_nothing(changes):
+    model, (_, text) = tiny(**changes).eval(), batch()
+    alone = model(text=text[1:2, :6])["central_latent"]
+    for width in (7, 8, 12, 40):
+        padded = torch.zeros(1, width, dtype=torch.long)
+        padded[0, :6] = text[1, :6]
+        assert torch.allclose(model(text=padded)["central_latent"], alone, atol=1e-5)
+    in_batch = model(text=text)["central_latent"][1:2]
+    assert torch.allclose(in_batch, alone, atol=1e-5)
+
+
+def test_padding_receives_no_gradient():
+    model, (_, text) = tiny(), batch()
+    embedded = []
+    model.text_encoder.token_embedding.register_forward_hook(
+        lambda module, inputs, output: (output.retain_grad(), embedded.append(output))[1])
+    model(text=text)["central_latent"].square().sum().backward()
+    gradient = embedded[0].grad.abs().sum(-1)
+    assert (gradient[1, 6:] == 0).all() and (gradient[1, :6] > 0).all()
+
+
+def test_text_mask_says_what_is_real():
+    model, (_, text) = tiny().eval(), batch()
+    mask = torch.ones_like(text, dtype=torch.bool)
+    mask[:, 6:] = False
+    masked = model(text=text, text_mask=mask)["central_latent"]
+    assert torch.allclose(masked, model(text=text[:, :6])["central_latent"], atol=1e-5)
+
+
+def test_text_of_padding_only_is_finite():
+    latent = tiny().eval()(text=torch.zeros(2, 9, dtype=torch.long))["central_latent"]
+    assert torch.isfinite(latent).all()
+
+
+def test_word_order_matters():
+    model, (_, text) = tiny().eval(), batch()
+    assert not torch.allclose(model(text=text[:1])["central_latent"], model(text=text[:1].flip(1))["central_latent"],
+                              atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(image_size=30, patch_size=16), "not a multiple"),
+    (dict(image_size=32, patch_size=16, conv_channels=(16, 32)), "patches of 8"),
+])
+def test_image_encoder_refuses_sizes_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ImageEncoder(dim=16, latent_dim=16, num_heads=2, num_layers=1, **arguments)
+
+
+def test_refuses_a_width_that_the_heads_do_not_divide():
+    with pytest.raises(ValueError, match="does not divide"):
+        tiny(latent_dim=63)
+
+
+def test_logit_scale_is_clamped():
+    model = tiny()
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    model.clamp_logit_scale_()
+    assert model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
+    with torch.no_grad():
+        model.logit_scale.fill_(-9.0)
+    model.clamp_logit_scale_()
+    assert model.logit_scale.item() == 0
+
+
+def memory_and_latents():
+    torch.manual_seed(0)
+    return TestTimeMemory(dim=32, memory_size=16, num_heads=4).eval(), torch.randn(10, 1, 32)
+
+
+def test_memory_reads_its_slots():
+    memory, latents = memory_and_latents()
+    before = memory(latents)
+    with torch.no_grad():
+        memory.slots.add_(torch.randn_like(memory.slots))
+    assert not torch.allclose(memory(latents), before)
+
+
+def test_memory_loss_trains_memory_and_spares_encoders():
+    memory, latents = memory_and_latents()
+    latents.requires_grad_()
+    memory.self_supervised_loss(latents).backward()
+    assert latents.grad is None
+    assert memory.slots.grad.abs().sum() > 0 and memory.attention.query.weight.grad.abs().sum() > 0
+
+
+def test_test_time_updates_are_off_by_default():
+    memory, latents = memory_and_latents()
+    assert torch.equal(memory(latents), memory(latents)) and memory.adapted_slots is None
+
+
+@pytest.mark.parametrize("lr", [0.1, 1.0, 1000.0])
+def test_test_time_update_lowers_its_loss_and_reset_is_exact(lr):
+    memory, latents = memory_and_latents()
+    stored, before, state = memory.slots.clone(), memory(latents), copy.deepcopy(memory.state_dict())
+    loss_before = memory.self_supervised_loss(latents).item()
+    memory.enable_test_time_updates(steps=3, lr=lr)
+    adapted = memory(latents)
+    assert memory.self_supervised_loss(latents).item() < loss_before
+    assert not torch.equal(adapted, before)
+    assert torch.equal(memory.slots, stored) and memory.slots.grad is None
+    assert state.keys() == memory.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in memory.state_dict().items())
+    memory.disable_test_time_updates()
+    assert torch.equal(memory(latents), adapted)  # what was learned stays until reset
+    memory.reset()
+    assert torch.equal(memory(latents), before)
+
+
+def test_test_time_updates_add_up_over_batches_and_stop_in_training():
+    memory, latents = memory_and_latents()
+    memory.enable_test_time_updates(steps=1)
+    memory(latents)
+    first = memory.adapted_slots.clone()
+    memory(torch.randn(10, 1, 32))
+    assert not torch.equal(memory.adapted_slots, first)
+    first = memory.adapted_slots.clone()
+    plain, _ = memory_and_latents()
+    assert torch.equal(memory.train()(latents), plain.train()(latents))  # training uses the stored slots
+    assert torch.equal(memory.adapted_slots, first)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode,
+                                     lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_test_time_update_works_inside(context):
+    model, (images, text) = tiny().eval(), batch()
+    with torch.no_grad():
+        before = model(images=images, text=text)["central_latent"]
+    model.memory.enable_test_time_updates()
+    with context():
+        adapted = model(images=images, text=text)["central_latent"]
+    assert model.memory.adapted_slots is not None and model.memory.adapted_slots.dtype == torch.float32
+    assert not torch.equal(adapted.float(), before)
+    assert all(p.grad is None for p in model.parameters())
+    model.memory.reset()
+    model.memory.disable_test_time_updates()
+    with torch.no_grad():
+        assert torch.equal(model(images=images, text=text)["central_latent"], before)
+
+
+@pytest.mark.parametrize("latents, message", [
+    (torch.empty(0, 1, 32), "empty"),
+    (torch.full((2, 1, 32), float("nan")), "NaN"),
+    (torch.full((2, 1, 32), float("inf")), "infinity"),
+])
+def test_test_time_update_refuses(latents, message):
+    memory, _ = memory_and_latents()
+    memory.enable_test_time_updates()
+    with pytest.raises(ValueError, match=message):
+        memory(latents)
+    assert memory.adapted_slots is None
+
+
+def test_test_time_update_refuses_senseless_settings():
+    memory, _ = memory_and_latents()
+    for arguments in (dict(steps=0), dict(lr=0.0)):
+        with pytest.raises(ValueError, match="test-time updates need"):
+            memory.enable_test_time_updates(**arguments)

@@ -1,0 +1,300 @@
+"""The training script, as a user runs it."""
+import json
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+import train_flickr8k_sgd
+from src.utils.report import BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
+from src.utils.synthetic import write_synthetic
+from tests.conftest import run_script, start_script
+
+SCRIPT = "train_flickr8k_sgd.py"
+VAL_KEYS = {"i2t_r1", "i2t_r5", "i2t_r10", "i2t_medr", "t2i_r1", "t2i_r5", "t2i_r10", "t2i_medr", "avg_r1", "pair_avg_r1"}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A small synthetic dataset."""
+    root = tmp_path_factory.mktemp("data") / "synthetic"
+    write_synthetic(root, num_pictures={"train": 40, "val": 12, "test": 8})
+    return root
+
+
+def arguments(shapes, output_dir, *more, epochs=3):
+    return ["--synthetic", "--data_dir", shapes, "--output_dir", output_dir, "--epochs", epochs, "--batch_size", 10,
+            "--device", "cpu", *more]
+
+
+def main(*given):
+    """The script inside this process: a second instead of five."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    log = train_flickr8k_sgd.logging.getLogger("flickr8k_sgd")
+    try:
+        return train_flickr8k_sgd.main([str(argument) for argument in given])
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+            signal.signal(number, handler)
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
+            handler.close()
+
+
+def outcome(output_dir):
+    """What must not depend on interruptions: history without its times, test result, weights of best and last."""
+    history = json.loads((output_dir / HISTORY).read_text())
+    for row in history:
+        del row["seconds"]
+    last = torch.load(output_dir / LAST, weights_only=True)
+    best = torch.load(output_dir / BEST, weights_only=True)
+    tensors = {f"{file}.{name}": value for file, state in (("last", last), ("best", best))
+               for name, value in state["model_state_dict"].items()}
+    tensors |= {f"momentum.{i}": value["momentum_buffer"] for i, value in last["optimizer_state_dict"]["state"].items()}
+    return history, json.loads((output_dir / TEST).read_text()), best["epoch"], tensors
+
+
+def assert_same(one, other):
+    assert one[:3] == other[:3]
+    assert one[3].keys() == other[3].keys()
+    assert not [name for name in one[3] if not torch.equal(one[3][name], other[3][name])]
+
+
+@pytest.fixture(scope="module")
+def finished(shapes, tmp_path_factory):
+    """A run that nothing interrupted, and what it printed."""
+    output_dir = tmp_path_factory.mktemp("runs") / "finished"
+    status, out, err = run_script(SCRIPT, *arguments(shapes, output_dir))
+    assert (status, err) == (0, "")
+    return output_dir, out
+
+
+def test_files_of_a_run(finished):
+    output_dir, out = finished
+    assert sorted(os.listdir(output_dir)) == sorted(RUN_FILES)
+    history = json.loads((output_dir / HISTORY).read_text())
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    for row in history:
+        assert row.keys() == {"epoch", "train", "val", "lr", "seconds"} and VAL_KEYS <= row["val"].keys()
+    assert VAL_KEYS <= json.loads((output_dir / TEST).read_text()).keys()
+    config = json.loads((output_dir / CONFIG).read_text())
+    assert config["versions"]["torch"] == torch.__version__ and config["arguments"]["seed"] == 0
+    assert config["data"]["train"] == {"photos": 40, "captions": 200, "left_out": 0, "captions_per_photo": {"5": 40}}
+    best = torch.load(output_dir / BEST, weights_only=True)
+    assert best.keys() == {"epoch", "model_state_dict", "metrics", "config", "tokenizer"}
+    assert best["config"] == config
+    assert best["metrics"] == max((row["val"] for row in history), key=lambda val: val["avg_r1"])
+    assert config["parameters"] == sum(weight.numel() for weight in best["model_state_dict"].values())
+    assert "\r" not in out and out.count("epoch   ") == 3 and "Avg R@1" in out
+    log = (output_dir / LOG).read_text()
+    assert all(line in log for line in out.splitlines() if line.startswith("epoch"))
+
+
+def test_the_loss_falls(finished):
+    history = json.loads((finished[0] / HISTORY).read_text())
+    assert history[-1]["train"]["loss"] < history[0]["train"]["loss"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_resume_is_bit_for_bit(shapes, finished, tmp_path, number):
+    """Stopped again and again, at moments drawn anew each time; then resumed to the end."""
+    output_dir, rng, stops = tmp_path / "run", random.Random(), 0
+    given = arguments(shapes, output_dir, "--num_workers", 1 if number == signal.SIGINT else 0)
+    for attempt in range(4):
+        resume = ["--resume"] if (output_dir / CONFIG).exists() else []
+        process = start_script(SCRIPT, *given, *resume)
+        begun = time.time()
+        while not (output_dir / CONFIG).exists() and process.poll() is None and time.time() - begun < 60:
+            time.sleep(0.05)
+        time.sleep((4 if resume else 0) + rng.random() * 3)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        if process.returncode == 0:
+            break
+        stops += 1
+        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), err
+        assert "Traceback" not in err
+        if number != signal.SIGKILL:
+            assert "interrupted; go on with: python train_flickr8k_sgd.py --resume" in err
+    status, out, err = run_script(SCRIPT, "--synthetic", "--output_dir", output_dir, "--resume")
+    assert (status, err) == (0, "") and stops >= 1
+    assert_same(outcome(finished[0]), outcome(output_dir))
+
+
+def test_resume_in_the_middle_of_an_epoch(shapes, finished, tmp_path, monkeypatch):
+    """A checkpoint after every look (as if that took minutes), and a failure at each of several steps."""
+    monkeypatch.setattr(train_flickr8k_sgd, "SECONDS_A_CHECKPOINT", -1)
+    save = train_flickr8k_sgd.save_checkpoint
+    calls, middle = [], []
+
+    def failing_save(state, path):
+        save(state, path)
+        calls.append(path.name)
+        if len(calls) in (7, 30, 41):
+            middle.append(state["step"] if path.name == LAST else None)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_flickr8k_sgd, "save_checkpoint", failing_save)
+    assert main(*arguments(shapes, tmp_path)) == 130
+    assert main("--synthetic", "--output_dir", tmp_path, "--resume") == 130
+    assert main("--synthetic", "--output_dir", tmp_path, "--resume") == 130
+    assert main("--synthetic", "--output_dir", tmp_path, "--resume") == 0
+    assert any(step for step in middle)
+    assert_same(outcome(finished[0]), outcome(tmp_path))
+
+
+def test_a_second_run_into_the_folder_is_refused(shapes, finished, tmp_path, capsys):
+    before = outcome(finished[0])
+    assert main(*arguments(shapes, finished[0])) == 2
+    assert "--resume goes on with it, --overwrite deletes it" in capsys.readouterr().err
+    assert_same(before, outcome(finished[0]))
+    assert main(*arguments(shapes, tmp_path / "a", epochs=1)) == 0
+    assert main(*arguments(shapes, tmp_path / "a", "--overwrite", "--seed", 5, epochs=2)) == 0
+    assert json.loads((tmp_path / "a" / CONFIG).read_text())["arguments"]["seed"] == 5
+    assert len(json.loads((tmp_path / "a" / HISTORY).read_text())) == 2
+
+
+def test_overwrite_deletes_nothing_when_the_new_run_cannot_start(finished, tmp_path, capsys):
+    before = outcome(finished[0])
+    assert main("--data_dir", tmp_path / "nowhere", "--output_dir", finished[0], "--overwrite", "--model", "tiny") == 2
+    assert_same(before, outcome(finished[0]))
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, capsys):
+    before = outcome(finished[0])
+    assert main("--synthetic", "--output_dir", finished[0], "--resume") == 0
+    assert_same(before, outcome(finished[0]))
+
+
+def test_without_data_both_ways_on_are_told(tmp_path):
+    status, out, err = run_script(SCRIPT, "--data_dir", tmp_path / "none", "--output_dir", tmp_path / "out")
+    assert status == 2 and "download_flickr8k.py" in err and "--synthetic" in err and len(err.splitlines()) == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--resume"], "nothing to resume"),
+    (["--device", "cuda:99"], "not to be had"),
+    (["--device", "abacus"], "not to be had"),
+    (["--image_size", 33], "not a multiple"),
+    (["--latent_dim", 63], "does not divide"),
+])
+def test_settings_that_cannot_be(shapes, tmp_path, capsys, given, message):
+    assert main("--synthetic", "--data_dir", shapes, "--output_dir", tmp_path / "out", *given) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [["--epochs", "0"], ["--batch_size", "1"], ["--lr", "-1"], ["--lr", "nan"],
+                                   ["--momentum", "1"], ["--model", "huge"], ["--resume", "--overwrite"],
+                                   ["--num_workers", "-1"], ["--epoch", "3"]])
+def test_wrong_arguments(given, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_flickr8k_sgd.parse_args(given)
+    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_help_gives_defaults(capsys):
+    with pytest.raises(SystemExit):
+        train_flickr8k_sgd.parse_args(["--help"])
+    out = capsys.readouterr().out
+    flags = [line for line in out.split("\n  --")[1:]]
+    assert all("default" in flag for flag in flags if not flag.startswith(("resume", "overwrite")))
+
+
+def test_resume_keeps_the_runs_own_settings(finished, tmp_path, capsys):
+    assert main("--synthetic", "--output_dir", finished[0], "--resume", "--lr", 7) == 2
+    assert "the run's own --lr" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_dataset(shapes, finished, tmp_path, capsys):
+    write_synthetic(tmp_path / "other", num_pictures={"train": 20, "val": 12, "test": 8})
+    assert main("--synthetic", "--output_dir", finished[0], "--resume", "--data_dir", tmp_path / "other") == 2
+    assert "not the dataset that the run" in capsys.readouterr().err
+    assert main("--synthetic", "--output_dir", finished[0], "--resume", "--data_dir", shapes) == 0
+
+
+def test_a_damaged_checkpoint_is_named(shapes, tmp_path, capsys):
+    assert main(*arguments(shapes, tmp_path, epochs=1)) == 0
+    (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:1000])
+    assert main("--synthetic", "--output_dir", tmp_path, "--resume") == 1
+    assert f"{LAST}: damaged" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path, monkeypatch, capsys):
+    loss, calls = train_flickr8k_sgd.info_nce_loss, []
+
+    def failing_loss(*given):
+        calls.append(1)
+        return loss(*given) * (float("nan") if len(calls) == 33 else 1)
+
+    monkeypatch.setattr(train_flickr8k_sgd, "info_nce_loss", failing_loss)
+    assert main(*arguments(shapes, tmp_path)) == 1
+    assert "the loss became nan in epoch 2, step 13;" in capsys.readouterr().err  # 20 steps an epoch
+    kept = torch.load(tmp_path / LAST, weights_only=True)
+    assert kept["epoch"] == 2 and all(torch.isfinite(w).all() for w in kept["model_state_dict"].values())
+    assert len(json.loads((tmp_path / HISTORY).read_text())) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+def test_a_full_disk_costs_nothing_that_was_saved(shapes, tmp_path):
+    import resource
+
+    status, _, _ = run_script(SCRIPT, *arguments(shapes, tmp_path, epochs=1))
+    assert status == 0
+    before = outcome(tmp_path)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    (tmp_path / TEST).unlink()
+    other = tmp_path / "other"
+    status, _, err = run_script(SCRIPT, *arguments(shapes, other), preexec_fn=limit)
+    assert status == 1 and "could not be written" in err and len(err.splitlines()) == 1
+    assert not [name for name in os.listdir(other) if name.endswith((".pt", ".partial"))]
+    status, _, _ = run_script(SCRIPT, "--synthetic", "--output_dir", tmp_path, "--resume")
+    assert status == 0
+    assert_same(before, outcome(tmp_path))
+
+
+def test_incomplete_data_is_refused_unless_allowed(tmp_path, capsys):
+    write_synthetic(tmp_path / "data", num_pictures={"train": 40, "val": 12, "test": 8})
+    (tmp_path / "data" / "Flicker8k_Dataset" / "scene_00003.jpg").write_bytes(b"")
+    assert main(*arguments(tmp_path / "data", tmp_path / "out", epochs=1)) == 2
+    assert "scene_00003.jpg: the file is empty" in capsys.readouterr().err
+    assert main(*arguments(tmp_path / "data", tmp_path / "out", "--allow_incomplete", epochs=1)) == 0
+    assert "1 photos left out" in capsys.readouterr().out
+
+
+def test_mixed_precision(shapes, tmp_path):
+    assert main(*arguments(shapes, tmp_path / "a", "--amp", epochs=1)) == 0
+    assert main(*arguments(shapes, tmp_path / "b", "--no-amp", epochs=1)) == 0
+    configs = [json.loads((tmp_path / name / CONFIG).read_text())["precision"] for name in "ab"]
+    assert configs == ["mixed, bfloat16", "float32"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_on_a_gpu(shapes, tmp_path, monkeypatch, bfloat16):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16)
+    assert main("--synthetic", "--data_dir", shapes, "--output_dir", tmp_path, "--epochs", 3, "--batch_size", 10) == 0
+    assert json.loads((tmp_path / CONFIG).read_text())["precision"].endswith("bfloat16" if bfloat16 else "float16")
+    history = json.loads((tmp_path / HISTORY).read_text())
+    assert history[-1]["train"]["loss"] < history[0]["train"]["loss"]
+
+
+def test_real_photos(real_photos, tmp_path):
+    """The start of a real run: the data loads, a few steps go by, and an interrupt saves the state."""
+    process = start_script(SCRIPT, "--data_dir", real_photos, "--output_dir", tmp_path, "--model", "tiny")
+    begun = time.time()
+    while not (tmp_path / CONFIG).exists() and process.poll() is None and time.time() - begun < 200:
+        time.sleep(0.2)
+    time.sleep(5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert torch.load(tmp_path / LAST, weights_only=True)["step"] > 0
