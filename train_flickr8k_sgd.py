@@ -33,12 +33,12 @@ from src.utils.tokenizers import CharTokenizer
 
 # What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
 RECIPES = {
-    "tiny": dict(epochs=12, batch_size=100, lr=0.1, text_lr=4.0, weight_decay=5e-4, temperature=0.1),
-    "small": dict(epochs=8, batch_size=128, lr=0.03, text_lr=4.0, weight_decay=5e-4, temperature=0.1),
+    "tiny": dict(epochs=8, batch_size=100, lr=0.1, text_lr=4.0, weight_decay=5e-4, temperature=0.1),
+    "small": dict(epochs=10, batch_size=128, lr=0.06, text_lr=4.0, weight_decay=5e-4, temperature=0.1),
     "base": dict(epochs=30, batch_size=64, lr=0.01, text_lr=1.0, weight_decay=5e-4, temperature=0.1),
     "large": dict(epochs=100, batch_size=64, lr=0.01, text_lr=1.0, weight_decay=5e-4, temperature=0.1),
 }
-WARMUP = 0.05  # share of the steps over which the learning rate rises
+WARMUP = 0.1  # share of the steps over which the learning rate rises
 MEMORY_LOSS_WEIGHT = 0.1
 MIN_CROP = 0.5  # smallest share of a photo's area that a training crop holds
 STEPS_A_LOOK = 10  # the loss is brought from the device, checked and shown every so many steps: a sync point
@@ -186,12 +186,13 @@ def build_optimizer(model, arguments):
     """SGD with Nesterov momentum. Weight decay shrinks matrices; norms, biases and other vectors are left alone."""
     groups = []
     for text in (False, True):
+        factor = arguments["text_lr"] if text else 1.0
         for decays in (False, True):
             groups.append({
                 "params": [parameter for name, parameter in model.named_parameters()
                            if name.startswith("text_encoder.") == text and (parameter.ndim > 1) == decays],
-                "lr": arguments["lr"] * (arguments["text_lr"] if text else 1),
-                "weight_decay": arguments["weight_decay"] if decays else 0.0})
+                "lr": arguments["lr"] * factor,
+                "weight_decay": arguments["weight_decay"] / factor if decays else 0.0})  # a step shrinks by lr * decay
     return torch.optim.SGD(groups, momentum=arguments["momentum"], nesterov=True)
 
 
@@ -209,7 +210,7 @@ def describe(arguments, splits, model, model_arguments, precision):
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
                   f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         "data": {name: {"photos": len(data.names), "captions": len(data), "left_out": len(data.left_out),
                         "captions_per_photo": {str(count): photos for count, photos in enumerate(
                             torch.bincount(torch.bincount(data.photo_of_caption)).tolist()) if photos}}
