@@ -33,10 +33,10 @@ from src.utils.tokenizers import CharTokenizer
 
 # What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
 RECIPES = {
-    "tiny": dict(epochs=8, batch_size=100, lr=0.1, text_lr=4.0, weight_decay=5e-4, temperature=0.1),
-    "small": dict(epochs=10, batch_size=128, lr=0.06, text_lr=4.0, weight_decay=5e-4, temperature=0.1),
-    "base": dict(epochs=30, batch_size=64, lr=0.01, text_lr=1.0, weight_decay=5e-4, temperature=0.1),
-    "large": dict(epochs=100, batch_size=64, lr=0.01, text_lr=1.0, weight_decay=5e-4, temperature=0.1),
+    "tiny": dict(epochs=8, batch_size=100, captions_per_image=1, lr=0.1, text_lr=4.0, weight_decay=5e-4, temperature=0.1),
+    "small": dict(epochs=10, batch_size=256, captions_per_image=2, lr=0.06, text_lr=4.0, weight_decay=5e-4, temperature=0.1),
+    "base": dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=5e-4, temperature=0.1),
+    "large": dict(epochs=100, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=5e-4, temperature=0.1),
 }
 WARMUP = 0.1  # share of the steps over which the learning rate rises
 MEMORY_LOSS_WEIGHT = 0.1
@@ -74,6 +74,8 @@ def parse_args(argv=None):
     add("--model", choices=list(PRESETS), help="preset (default: base, or tiny with --synthetic)")
     add("--epochs", type=int, help=f"passes over all pairs (default: {by_preset('epochs')})")
     add("--batch_size", type=int, help=f"pairs a step (default: {by_preset('batch_size')})")
+    add("--captions_per_image", type=int, help="captions of a photo that a step takes together, the photo encoded once "
+        f"(default: {by_preset('captions_per_image')})")
     add("--lr", type=float, help=f"peak learning rate (default: {by_preset('lr')})")
     add("--text_lr", type=float, help=f"the text encoder's, as a multiple of --lr (default: {by_preset('text_lr')})")
     add("--momentum", type=float, help="Nesterov momentum (default: 0.9)")
@@ -94,7 +96,8 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on with the run in --output_dir, with its own settings")
     add("--overwrite", action="store_true", help="delete the run in --output_dir first")
     args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "image_size", "latent_dim", "memory_size", "lr", "text_lr", "clip_grad", "temperature"):
+    for name in ("epochs", "batch_size", "captions_per_image", "image_size", "latent_dim", "memory_size", "lr", "text_lr",
+                 "clip_grad", "temperature"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name} must be above 0, not {value}")
@@ -218,6 +221,24 @@ def describe(arguments, splits, model, model_arguments, precision):
     }
 
 
+def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
+    """One epoch's batches, a list of lists of pairs: every pair once, in an order that follows from the seed.
+
+    The captions of a photo stand in groups of captions_per_image, side by side (the last group of a photo may be
+    smaller). A batch holds batch_size // captions_per_image groups; the groups left over at the end are dropped, and
+    stand in another place of the next epoch's order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(photo_of_caption), generator=generator)
+    order = order[torch.argsort(photo_of_caption[order], stable=True)]  # by photo, its captions shuffled
+    counts = torch.bincount(photo_of_caption).tolist()
+    groups = [group for captions in order.split(counts) for group in captions.split(captions_per_image)]
+    shuffled = torch.randperm(len(groups), generator=generator).tolist()
+    groups_a_batch = min(max(1, batch_size // captions_per_image), len(groups))
+    return [torch.cat([groups[i] for i in shuffled[start:start + groups_a_batch]]).tolist()
+            for start in range(0, len(groups) - groups_a_batch + 1, groups_a_batch)]
+
+
 class StopRequest:
     """Ctrl-C and SIGTERM while the loop runs: finish the step, save, stop. A second one, or one outside the loop,
     stops at once."""
@@ -271,8 +292,13 @@ def train(arguments, output_dir, state, stop, log):
     log.addHandler(to_file)
 
     optimizer = build_optimizer(model, arguments)
-    batch_size = min(arguments["batch_size"], len(data))
-    steps_an_epoch = len(data) // batch_size  # the pairs left over stand in another place of the next epoch's order
+
+    def batches_of(epoch):
+        return epoch_batches(data.photo_of_caption, arguments["captions_per_image"], arguments["batch_size"],
+                             arguments["seed"] * 1_000_003 + epoch)
+
+    steps_an_epoch = len(batches_of(1))
+    pairs_a_step = len(data) / steps_an_epoch
     total_steps = steps_an_epoch * arguments["epochs"]
     warmup_steps = max(1, round(WARMUP * total_steps))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
@@ -304,7 +330,7 @@ def train(arguments, output_dir, state, stop, log):
     save_json(config, output_dir / report.CONFIG)
     log.info(f"{arguments['model']}: {config['parameters']:,} parameters, {precision}, on {config['device']}")
     log.info(f"{len(data):,} pairs of {len(data.names):,} photos in {arguments['data_dir']}: {arguments['epochs']} "
-             f"epochs of {steps_an_epoch} steps of {batch_size} pairs")
+             f"epochs of {steps_an_epoch} steps")
 
     def save_last():
         save_checkpoint({
@@ -318,15 +344,17 @@ def train(arguments, output_dir, state, stop, log):
     stop.in_loop = True
     while epoch <= arguments["epochs"]:
         began = saved = time.time()
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(arguments["seed"] * 1_000_003 + epoch))
-        batches = order[:steps_an_epoch * batch_size].view(steps_an_epoch, batch_size)[step_in_epoch:].tolist()
-        loader = DataLoader(data, batch_sampler=batches, collate_fn=collate_fn, num_workers=arguments["num_workers"],
-                            pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt)
+        loader = DataLoader(data, batch_sampler=batches_of(epoch)[step_in_epoch:], collate_fn=collate_fn,
+                            num_workers=arguments["num_workers"], pin_memory=device.type == "cuda",
+                            worker_init_fn=ignore_interrupt)
         losses = []  # on the device, since the last look
         for batch in loader:
             step = (epoch - 1) * steps_an_epoch + step_in_epoch
             torch.manual_seed(arguments["seed"] * 1_000_003 + step)  # crops depend on the step, not on what came before
-            images = normalize(batch["images"].to(device, non_blocking=True))
+            # A photo that stands there with several of its captions, side by side, is encoded once.
+            _, photo_of_pair, counts = torch.unique_consecutive(batch["photo_ids"], return_inverse=True, return_counts=True)
+            images = batch["images"][counts.cumsum(0) - counts]
+            images = normalize(images.to(device, non_blocking=True))
             images = random_resized_crop_and_flip(images, arguments["image_size"], MIN_CROP)
             images = images.contiguous(memory_format=torch.channels_last)
             text = batch["text"].to(device, non_blocking=True)
@@ -334,8 +362,8 @@ def train(arguments, output_dir, state, stop, log):
 
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 of_images, of_text = model(images=images), model(text=text)
-                contrastive = info_nce_loss(of_images["central_latent"], of_text["central_latent"], model.logit_scale,
-                                            photo_ids)
+                image_latents = of_images["central_latent"][photo_of_pair.to(device, non_blocking=True)]
+                contrastive = info_nce_loss(image_latents, of_text["central_latent"], model.logit_scale, photo_ids)
                 memory_loss = of_images["memory_loss"] + of_text["memory_loss"]
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(contrastive + MEMORY_LOSS_WEIGHT * memory_loss).backward()
@@ -360,7 +388,7 @@ def train(arguments, output_dir, state, stop, log):
                 done = step + 1 - first_step
                 left = (total_steps - step - 1) * (time.time() - run_began) / done
                 line.update(f"epoch {epoch}/{arguments['epochs']}  step {step_in_epoch}/{steps_an_epoch}  loss {loss:.3f}  "
-                            f"{done * batch_size / (time.time() - run_began):.0f} pairs/s  {report.duration(left)} left")
+                            f"{done * pairs_a_step / (time.time() - run_began):.0f} pairs/s  {report.duration(left)} left")
             if save_now and step_in_epoch < steps_an_epoch:
                 save_last()
                 saved = time.time()

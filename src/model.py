@@ -51,9 +51,10 @@ class Block(nn.Module):
         self.attention = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        # GPT-2's rule: branches that add to the residual start small, so that its variance does not grow with depth.
+        # Branches start small beside the residual path (cf. Goyal et al. 2017): at first a block passes on what it gets,
+        # and plain SGD has a straight way from the loss to the embeddings.
         for branch_end in (self.attention.out, self.mlp[2]):
-            nn.init.normal_(branch_end.weight, std=dim**-0.5 / math.sqrt(2 * num_layers))
+            nn.init.normal_(branch_end.weight, std=0.3 * dim**-0.5 / math.sqrt(2 * num_layers))
 
     def forward(self, x, mask=None):
         x = x + self.attention(self.norm1(x), mask=mask)
@@ -349,7 +350,7 @@ class MultiModalMemoryNetwork(nn.Module):
 PRESETS = {
     "tiny": dict(text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1, image_layers=1,
                  fusion_layers=1, image_size=32, patch_size=8, conv_channels=(32, 64), text_conv_layers=1),
-    "small": dict(text_embed_dim=256, latent_dim=256, memory_size=128, num_heads=4, num_layers=2, image_layers=1,
+    "small": dict(text_embed_dim=128, latent_dim=256, memory_size=128, num_heads=4, num_layers=2, image_layers=1,
                   fusion_layers=1, image_size=64, patch_size=16, conv_channels=(32, 128, 256),
                   text_conv_layers=3),
     "base": dict(),

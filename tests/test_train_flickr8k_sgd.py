@@ -73,6 +73,20 @@ def finished(shapes, tmp_path_factory):
     return output_dir, out
 
 
+@pytest.mark.parametrize("captions_per_image", [1, 2, 5, 9])
+def test_an_epoch_holds_every_pair_once_with_captions_of_a_photo_side_by_side(captions_per_image):
+    photo_of_caption = torch.arange(30).repeat_interleave(5)
+    batches = train_flickr8k_sgd.epoch_batches(photo_of_caption, captions_per_image, 20, seed=3)
+    assert batches == train_flickr8k_sgd.epoch_batches(photo_of_caption, captions_per_image, 20, seed=3)
+    assert batches != train_flickr8k_sgd.epoch_batches(photo_of_caption, captions_per_image, 20, seed=4)
+    pairs = sum(batches, [])
+    assert len(pairs) == len(set(pairs)) and 150 - len(pairs) < 20 and max(map(len, batches)) <= 20
+    groups = [torch.unique_consecutive(photo_of_caption[batch], return_counts=True)[1] for batch in batches]
+    assert torch.cat(groups).max() >= min(captions_per_image, 5)
+    # As many photos to encode as groups, but where two groups of one photo happen to meet.
+    assert sum(map(len, groups)) <= 30 * -(-5 // captions_per_image)
+
+
 def test_files_of_a_run(finished):
     output_dir, out = finished
     assert sorted(os.listdir(output_dir)) == sorted(RUN_FILES)

@@ -164,7 +164,7 @@ def _summary(run):
                     + [(name, value) for name, value in config["model"].items()])
     lines += _heading("Optimizer")
     lines += _facts([(name, value) for name, value in config["optimizer"].items()]
-                    + [("batch size", f"{arguments['batch_size']} pairs"), ("precision", config["precision"]),
+                    + [("batch size", f"{arguments['batch_size']} pairs, {arguments['captions_per_image']} a photo"), ("precision", config["precision"]),
                        ("device", config["device"]), ("seed", arguments["seed"]),
                        ("PyTorch, Python", f"{config['versions']['torch']}, {config['versions']['python']}")])
     return "\n".join(lines)
