@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from src.utils.flickr8k_simple import (DataError, Flickr8kImageTextDataset, collate_fn, load_photo, read_captions,
-                                       read_split)
+from src.utils.flickr8k_simple import (DataError, Flickr8kImageTextDataset, collate_fn, epoch_batches, load_photo,
+                                       read_captions, read_split)
 from src.utils.tokenizers import CharTokenizer
 
 
@@ -45,6 +45,20 @@ def test_batches_are_padded_to_their_own_longest(dataset_dir):
     assert batch["images"].shape == (3, 3, 16, 16) and batch["text"].shape == (3, longest)
     assert (batch["text"][1, 10:] == 0).all() and (batch["text"][1, :10] > 0).all()
     assert batch["photo_ids"].tolist() == [0, 1, 5] and len(batch["captions"]) == 3
+
+
+@pytest.mark.parametrize("captions_per_image", [1, 2, 5, 9])
+def test_an_epoch_holds_every_pair_once_with_captions_of_a_photo_side_by_side(captions_per_image):
+    photo_of_caption = torch.arange(30).repeat_interleave(5)
+    batches = epoch_batches(photo_of_caption, captions_per_image, 20, seed=3)
+    assert batches == epoch_batches(photo_of_caption, captions_per_image, 20, seed=3)
+    assert batches != epoch_batches(photo_of_caption, captions_per_image, 20, seed=4)
+    pairs = sum(batches, [])
+    assert len(pairs) == len(set(pairs)) and 150 - len(pairs) < 20 and max(map(len, batches)) <= 20
+    groups = [torch.unique_consecutive(photo_of_caption[batch], return_counts=True)[1] for batch in batches]
+    assert torch.cat(groups).max() >= min(captions_per_image, 5)
+    # As many photos to encode as groups, but where two groups of one photo happen to meet.
+    assert sum(map(len, groups)) <= 30 * -(-5 // captions_per_image)
 
 
 def test_text_files_may_lie_in_a_folder_of_their_own(dataset_dir):

@@ -73,20 +73,6 @@ def finished(shapes, tmp_path_factory):
     return output_dir, out
 
 
-@pytest.mark.parametrize("captions_per_image", [1, 2, 5, 9])
-def test_an_epoch_holds_every_pair_once_with_captions_of_a_photo_side_by_side(captions_per_image):
-    photo_of_caption = torch.arange(30).repeat_interleave(5)
-    batches = train_flickr8k_sgd.epoch_batches(photo_of_caption, captions_per_image, 20, seed=3)
-    assert batches == train_flickr8k_sgd.epoch_batches(photo_of_caption, captions_per_image, 20, seed=3)
-    assert batches != train_flickr8k_sgd.epoch_batches(photo_of_caption, captions_per_image, 20, seed=4)
-    pairs = sum(batches, [])
-    assert len(pairs) == len(set(pairs)) and 150 - len(pairs) < 20 and max(map(len, batches)) <= 20
-    groups = [torch.unique_consecutive(photo_of_caption[batch], return_counts=True)[1] for batch in batches]
-    assert torch.cat(groups).max() >= min(captions_per_image, 5)
-    # As many photos to encode as groups, but where two groups of one photo happen to meet.
-    assert sum(map(len, groups)) <= 30 * -(-5 // captions_per_image)
-
-
 def test_files_of_a_run(finished):
     output_dir, out = finished
     assert sorted(os.listdir(output_dir)) == sorted(RUN_FILES)
@@ -102,7 +88,9 @@ def test_files_of_a_run(finished):
     assert best.keys() == {"epoch", "model_state_dict", "metrics", "config", "tokenizer"}
     assert best["config"] == config
     assert best["metrics"] == max((row["val"] for row in history), key=lambda val: val["avg_r1"])
-    assert config["parameters"] == sum(weight.numel() for weight in best["model_state_dict"].values())
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    assert config["parameters"] == sum(weight.numel() for name, weight in best["model_state_dict"].items()
+                                       if not name.endswith(buffers))
     assert "\r" not in out and out.count("epoch   ") == 3 and "Avg R@1" in out
     log = (output_dir / LOG).read_text()
     assert all(line in log for line in out.splitlines() if line.startswith("epoch"))

@@ -218,6 +218,24 @@ class Flickr8kImageTextDataset(Dataset):
         return {"image": self.photos[photo], "text": self.texts[i], "photo_id": photo, "caption": self.captions[i]}
 
 
+def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
+    """One epoch's batches, a list of lists of pairs: every pair once, in an order that follows from the seed.
+
+    The captions of a photo stand in groups of captions_per_image, side by side (the last group of a photo may be
+    smaller). A batch holds batch_size // captions_per_image groups; the groups left over at the end are dropped, and
+    stand in another place of the next epoch's order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(photo_of_caption), generator=generator)
+    order = order[torch.argsort(photo_of_caption[order], stable=True)]  # by photo, its captions shuffled
+    counts = torch.bincount(photo_of_caption).tolist()
+    groups = [group for captions in order.split(counts) for group in captions.split(captions_per_image)]
+    shuffled = torch.randperm(len(groups), generator=generator).tolist()
+    groups_a_batch = min(max(1, batch_size // captions_per_image), len(groups))
+    return [torch.cat([groups[i] for i in shuffled[start:start + groups_a_batch]]).tolist()
+            for start in range(0, len(groups) - groups_a_batch + 1, groups_a_batch)]
+
+
 def pad_texts(texts):
     """List of (L,) -> (B, longest L), filled up with 0, the padding's id."""
     return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)

@@ -53,8 +53,8 @@ def epoch_line(row):
 def load_run(output_dir):
     """Read a run's files, finished or not -> {"dir", "history", "config", "test", "best"}.
 
-    "test" and "best" are None where the run has not come so far; "best" is the checkpoint without its weights, with
-    "parameters" and "megabytes" counted from the file. Raises CheckpointError when there is no run, no finished epoch
+    "test" and "best" are None where the run has not come so far; "best" is the checkpoint, with its size in
+    "megabytes". Raises CheckpointError when there is no run, no finished epoch
     yet, or a file is damaged.
     """
     output_dir = Path(output_dir)
@@ -71,10 +71,8 @@ def load_run(output_dir):
     if (output_dir / TEST).exists():
         run["test"] = load_json(output_dir / TEST)
     if (output_dir / BEST).exists():
-        best = load_checkpoint(output_dir / BEST, BEST_KEYS)
-        weights = best.pop("model_state_dict")
-        run["best"] = best | {"parameters": sum(w.numel() for w in weights.values()),
-                              "megabytes": (output_dir / BEST).stat().st_size / 1e6}
+        run["best"] = load_checkpoint(output_dir / BEST, BEST_KEYS)
+        run["best"]["megabytes"] = (output_dir / BEST).stat().st_size / 1e6
     return run
 
 
