@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from src.losses import info_nce_loss
 from src.model import PRESETS, MultiModalMemoryNetwork
 from src.utils import report
-from src.utils.augment import normalize, random_resized_crop_and_flip
+from src.utils.augment import drop_words, normalize, random_resized_crop_and_flip
 from src.utils.checkpoint import CheckpointError, load_checkpoint, load_json, save_checkpoint, save_json
 from src.utils.flickr8k_simple import DataError, Flickr8kImageTextDataset, collate_fn, epoch_batches
 from src.utils.retrieval import evaluate
@@ -33,14 +33,17 @@ from src.utils.tokenizers import CharTokenizer
 
 # What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
 RECIPES = {
-    "tiny": dict(epochs=8, batch_size=100, captions_per_image=1, lr=0.1, text_lr=4.0, weight_decay=5e-4, temperature=0.1),
-    "small": dict(epochs=16, batch_size=256, captions_per_image=2, lr=0.06, text_lr=4.0, weight_decay=1e-3, temperature=0.1),
-    "base": dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=5e-4, temperature=0.1),
-    "large": dict(epochs=100, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=5e-4, temperature=0.1),
+    "tiny": dict(epochs=8, batch_size=100, captions_per_image=1, lr=0.1, text_lr=4.0, weight_decay=5e-4,
+                 temperature=0.1, min_crop=0.5, word_dropout=0.0),
+    "small": dict(epochs=20, batch_size=256, captions_per_image=2, lr=0.06, text_lr=4.0, weight_decay=4e-3,
+                  temperature=0.1, min_crop=0.3, word_dropout=0.1),
+    "base": dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=5e-4,
+                 temperature=0.1, min_crop=0.5, word_dropout=0.0),
+    "large": dict(epochs=100, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=5e-4,
+                  temperature=0.1, min_crop=0.5, word_dropout=0.0),
 }
 WARMUP = 0.1  # share of the steps over which the learning rate rises
 MEMORY_LOSS_WEIGHT = 0.1
-MIN_CROP = 0.35  # smallest share of a photo's area that a training crop holds
 STEPS_A_LOOK = 10  # the loss is brought from the device, checked and shown every so many steps: a sync point
 SECONDS_A_CHECKPOINT = 300  # inside a long epoch, so that a power cut costs minutes
 LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "model_state_dict", "optimizer_state_dict", "scaler_state_dict",
@@ -82,6 +85,9 @@ def parse_args(argv=None):
     add("--weight_decay", type=float, help=f"of weight matrices only (default: {by_preset('weight_decay')})")
     add("--clip_grad", type=float, help="largest norm of the gradient (default: 1.0)")
     add("--temperature", type=float, help=f"at the start; it is learned (default: {by_preset('temperature')})")
+    add("--min_crop", type=float, help=f"smallest share of a photo in a training crop (default: {by_preset('min_crop')})")
+    add("--word_dropout", type=float, help="share of a caption's words left out at random in training "
+        f"(default: {by_preset('word_dropout')})")
     add("--image_size", type=int, help=f"side of the photos, in pixels (default: {by_preset('image_size')})")
     add("--latent_dim", type=int, help=f"width of the shared space (default: {by_preset('latent_dim')})")
     add("--memory_size", type=int, help=f"slots of the memory (default: {by_preset('memory_size')})")
@@ -105,9 +111,13 @@ def parse_args(argv=None):
         parser.error("--batch_size must be at least 2: the other pairs of a batch are the negatives")
     if args.momentum is not None and not 0 < args.momentum < 1:
         parser.error(f"--momentum must lie between 0 and 1, not {args.momentum}")
+    if args.min_crop is not None and not 0 < args.min_crop <= 1:
+        parser.error(f"--min_crop must be above 0 and at most 1, not {args.min_crop}")
+    if args.word_dropout is not None and not 0 <= args.word_dropout < 1:
+        parser.error(f"--word_dropout must be at least 0 and below 1, not {args.word_dropout}")
     for name in ("weight_decay", "num_workers", "seed"):
-        if (getattr(args, name) or 0) < 0:
-            parser.error(f"--{name} must not be negative")
+        if not 0 <= (getattr(args, name) or 0) < 2**32:
+            parser.error(f"--{name} must be at least 0 and below 2 ** 32")
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
@@ -279,8 +289,7 @@ def train(arguments, output_dir, state, stop, log):
         return epoch_batches(data.photo_of_caption, arguments["captions_per_image"], arguments["batch_size"],
                              arguments["seed"] * 1_000_003 + epoch)
 
-    steps_an_epoch = len(batches_of(1))
-    pairs_a_step = len(data) / steps_an_epoch
+    steps_an_epoch, pairs_a_step = len(batches_of(1)), len(batches_of(1)[0])
     total_steps = steps_an_epoch * arguments["epochs"]
     warmup_steps = max(1, round(WARMUP * total_steps))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
@@ -312,15 +321,18 @@ def train(arguments, output_dir, state, stop, log):
     save_json(config, output_dir / report.CONFIG)
     log.info(f"{arguments['model']}: {config['parameters']:,} parameters, {precision}, on {config['device']}")
     log.info(f"{len(data):,} pairs of {len(data.names):,} photos in {arguments['data_dir']}: {arguments['epochs']} "
-             f"epochs of {steps_an_epoch} steps")
+             f"epochs of {steps_an_epoch} steps of {pairs_a_step} pairs")
 
     def save_last():
+        if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+            raise TrainingError(f"the weights are no longer finite in epoch {epoch}, step {step_in_epoch}; {advice}")
         save_checkpoint({
             "epoch": epoch, "step": step_in_epoch, "loss_sum": loss_sum, "seconds": seconds_before + time.time() - began,
             "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
             "scaler_state_dict": scaler.state_dict(), "scheduler_state_dict": scheduler.state_dict(),
             "history": history, "config": config}, output_dir / report.LAST)
 
+    advice = f"the last good checkpoint is kept in {output_dir}. A smaller --lr may help."
     line, run_began, first_step = report.ProgressLine(), time.time(), (epoch - 1) * steps_an_epoch + step_in_epoch
     model.train()
     stop.in_loop = True
@@ -337,9 +349,9 @@ def train(arguments, output_dir, state, stop, log):
             _, photo_of_pair, counts = torch.unique_consecutive(batch["photo_ids"], return_inverse=True, return_counts=True)
             images = batch["images"][counts.cumsum(0) - counts]
             images = normalize(images.to(device, non_blocking=True))
-            images = random_resized_crop_and_flip(images, arguments["image_size"], MIN_CROP)
+            images = random_resized_crop_and_flip(images, arguments["image_size"], arguments["min_crop"])
             images = images.contiguous(memory_format=torch.channels_last)
-            text = batch["text"].to(device, non_blocking=True)
+            text = drop_words(batch["text"].to(device, non_blocking=True), arguments["word_dropout"], tokenizer.space_id)
             photo_ids = batch["photo_ids"].to(device, non_blocking=True)
 
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
@@ -363,8 +375,7 @@ def train(arguments, output_dir, state, stop, log):
             if len(losses) == STEPS_A_LOOK or step_in_epoch == steps_an_epoch or save_now:
                 for i, loss in enumerate(torch.stack(losses).tolist(), start=step_in_epoch - len(losses) + 1):  # a sync
                     if not math.isfinite(loss):
-                        raise TrainingError(f"the loss became {loss} in epoch {epoch}, step {i}; the last good checkpoint "
-                                            f"is kept in {output_dir}. A smaller --lr may help.")
+                        raise TrainingError(f"the loss became {loss} in epoch {epoch}, step {i}; {advice}")
                     loss_sum += loss
                 losses = []
                 done = step + 1 - first_step
@@ -381,8 +392,7 @@ def train(arguments, output_dir, state, stop, log):
         try:
             metrics = evaluate(model, splits["val"], amp_dtype)
         except ValueError as error:  # embeddings that are not finite
-            raise TrainingError(f"validation after epoch {epoch}: {error}; the last good checkpoint is kept in "
-                                f"{output_dir}. A smaller --lr may help.") from None
+            raise TrainingError(f"validation after epoch {epoch}: {error}; {advice}") from None
         row = {"epoch": epoch, "train": {"loss": loss_sum / steps_an_epoch}, "val": metrics,
                "lr": lr, "seconds": seconds_before + time.time() - began}
         # In this order a kill between any two files costs nothing: the checkpoint decides where --resume starts.
@@ -421,19 +431,18 @@ def main(argv=None):
         log.info(report.summary(report.load_run(output_dir)))
         return 0
     except (UsageError, DataError) as error:
-        log.error(f"error: {error}")
-        return 2
+        status, message = 2, f"error: {error}"
     except torch.OutOfMemoryError:
-        log.error("error: the device is out of memory; a smaller --batch_size or --model needs less")
-        return 1
+        status, message = 1, "error: the device is out of memory; a smaller --batch_size or --model needs less"
     except (TrainingError, CheckpointError, OSError) as error:
-        log.error(f"error: {error}")
-        return 1
+        status, message = 1, f"error: {error}"
     except KeyboardInterrupt:
         begun = output_dir is not None and (output_dir / report.CONFIG).exists()
-        log.error("interrupted; " + ("go on with: python train_flickr8k_sgd.py --resume --output_dir "
-                                     f"{output_dir}" if begun else "nothing was begun"))
-        return 130
+        status, message = 130, "interrupted; " + (
+            f"go on with: python train_flickr8k_sgd.py --resume --output_dir {output_dir}" if begun else "nothing was begun")
+    report.ProgressLine().clear()
+    log.error(message)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from src.utils.augment import MEAN, STD, normalize, random_resized_crop_and_flip
+from src.utils.augment import MEAN, STD, drop_words, normalize, random_resized_crop_and_flip
 
 
 def test_normalize_is_per_channel():
@@ -47,3 +47,19 @@ def test_each_photo_has_its_own_draw_and_the_seed_decides():
     torch.manual_seed(3)
     assert torch.equal(first, random_resized_crop_and_flip(gradient_photos(8), 32))
     assert len({tuple(photo.flatten().tolist()) for photo in first}) == 8
+
+
+def test_words_are_dropped_whole_at_the_given_rate():
+    torch.manual_seed(0)
+    caption = [2, 3, 1, 4, 1, 5, 6, 7, 0, 0]  # "ab c def", two of padding; 1 is the space
+    out = drop_words(torch.tensor([caption] * 4000), 0.25, space_id=1)
+    kinds = {tuple(row) for row in out.tolist()}
+    assert kinds == {(2, 3, *middle, *end, 0, 0) for middle in ((1, 4), (0, 0)) for end in ((1, 5, 6, 7), (0, 0, 0, 0))}
+    for column in (3, 5):  # each word by its own draw
+        assert 0.22 < (out[:, column] == 0).float().mean() < 0.28
+    assert 0.04 < ((out[:, 3] == 0) & (out[:, 5] == 0)).float().mean() < 0.085
+
+
+def test_no_words_are_dropped_at_zero():
+    text = torch.randint(0, 5, (3, 8))
+    assert torch.equal(drop_words(text, 0.0, space_id=1), text)

@@ -1,4 +1,4 @@
-"""Batched photo augmentation, run on whatever device the batch is on."""
+"""Batched augmentation of photos and captions, run on whatever device the batch is on."""
 import torch
 import torch.nn.functional as F
 
@@ -32,3 +32,17 @@ def random_resized_crop_and_flip(images, size, min_scale=0.5):
     theta[:, 1, 2] = (2 * y - 1) * (1 - height)
     grid = F.affine_grid(theta, (batch, images.shape[1], size, size), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def drop_words(text, probability, space_id):
+    """Token ids (B, L) -> the same with each word, at the given probability, turned into padding (0) in its place.
+
+    A word is what stands between two `space_id`; the space before it goes with it. The first word of a caption always
+    stays, so that something does. Randomness comes from torch's global generator.
+    """
+    if probability == 0:
+        return text
+    word = (text == space_id).cumsum(1)  # (B, L) which word of its caption each token belongs to
+    keep = torch.rand(text.shape, device=text.device) >= probability  # column w is word w's draw: words < L
+    keep[:, 0] = True
+    return text * keep.gather(1, word.clamp(max=text.shape[1] - 1))

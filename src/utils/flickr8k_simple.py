@@ -219,17 +219,19 @@ class Flickr8kImageTextDataset(Dataset):
 
 
 def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
-    """One epoch's batches, a list of lists of pairs: every pair once, in an order that follows from the seed.
+    """One epoch's batches, a list of lists of pairs, in an order that follows from the seed; no pair comes twice.
 
-    The captions of a photo stand in groups of captions_per_image, side by side (the last group of a photo may be
-    smaller). A batch holds batch_size // captions_per_image groups; the groups left over at the end are dropped, and
-    stand in another place of the next epoch's order.
+    The captions of a photo stand side by side in groups of captions_per_image, drawn anew each epoch. What fills no
+    group (one caption of five, at two a photo), and the groups that fill no batch at the end, sit this epoch out: all
+    batches have one shape, and kernels are not built anew at every step. A batch holds batch_size //
+    captions_per_image groups, at least one; a photo with fewer captions than a group takes gives them all.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(photo_of_caption), generator=generator)
     order = order[torch.argsort(photo_of_caption[order], stable=True)]  # by photo, its captions shuffled
     counts = torch.bincount(photo_of_caption).tolist()
-    groups = [group for captions in order.split(counts) for group in captions.split(captions_per_image)]
+    groups = [group for captions in order.split(counts) for group in captions.split(captions_per_image)
+              if len(group) == min(captions_per_image, len(captions))]
     shuffled = torch.randperm(len(groups), generator=generator).tolist()
     groups_a_batch = min(max(1, batch_size // captions_per_image), len(groups))
     return [torch.cat([groups[i] for i in shuffled[start:start + groups_a_batch]]).tolist()

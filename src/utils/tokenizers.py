@@ -21,6 +21,7 @@ class CharTokenizer:
 
     def __init__(self):
         self.id_of = {character: i for i, character in enumerate(self.vocabulary, start=PAD_ID + 1)}
+        self.space_id = self.id_of[" "]
 
     @property
     def vocab_size(self):
