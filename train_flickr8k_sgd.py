@@ -96,7 +96,7 @@ def parse_args(argv=None):
     add("--device", help="cuda, cuda:1, mps, cpu (default: the first of these that is there)")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="mixed precision (default: on where it is faster: CUDA, and CPUs that multiply bfloat16 matrices)")
-    add("--synthetic", action="store_true", default=None, help="train on the built-in dataset, made where it is absent")
+    add("--synthetic", action="store_true", default=None, help="train on the built-in dataset, made where it is absent (default: Flickr8k)")
     add("--allow_incomplete", action="store_true", default=None,
         help="leave out photos that are missing or unreadable (default: refuse to start)")
     add("--resume", action="store_true", help="go on with the run in --output_dir, with its own settings")

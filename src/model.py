@@ -344,9 +344,9 @@ class MultiModalMemoryNetwork(nn.Module):
 # What each preset trains on is chosen in the training script; here is only its architecture.
 PRESETS = {
     "tiny": dict(text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1, image_layers=1,
-                 fusion_layers=1, image_size=32, patch_size=8, conv_channels=(32, 64), text_conv_layers=1),
+                 fusion_layers=1, image_size=32, patch_size=8, conv_channels=[32, 64], text_conv_layers=1),
     "small": dict(text_embed_dim=128, latent_dim=256, memory_size=128, num_heads=4, num_layers=2, image_layers=1,
-                  fusion_layers=1, image_size=64, patch_size=16, conv_channels=(32, 128, 256),
+                  fusion_layers=1, image_size=64, patch_size=16, conv_channels=[32, 128, 256],
                   text_conv_layers=3),
     "base": dict(),
     "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12, image_layers=12),
