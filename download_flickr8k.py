@@ -54,7 +54,7 @@ def check_photos(data_dir):
         try:
             data = Flickr8kImageTextDataset(
                 data_dir, split, image_size=16, tokenizer=CharTokenizer(),
-                progress=lambda done, total: done % 50 == 0 and line.update(f"verifying {split}: {done} of {total} photos"))
+                progress=lambda done, total: done % 50 == 0 and line.update(f"verifying {split}: {done} of {total}"))
         finally:
             line.clear()
         photos, captions = photos + len(data.names), captions + len(data)
@@ -104,7 +104,8 @@ def unpack(archive, data_dir):
     try:
         with zipfile.ZipFile(archive) as content:
             for name in content.namelist():
-                if ".." in PurePosixPath(name).parts or name.startswith("/") or PureWindowsPath(name).drive or "\\" in name:
+                if (".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name
+                        or PureWindowsPath(name).drive):
                     raise DataError(f"{archive}: refused, its entry {name!r} leads out of the folder")
         extract_archive(archive, staging)
         for path in sorted(staging.rglob("*")):

@@ -96,7 +96,8 @@ def parse_args(argv=None):
     add("--device", help="cuda, cuda:1, mps, cpu (default: the first of these that is there)")
     add("--amp", action=argparse.BooleanOptionalAction,
         help="mixed precision (default: on where it is faster: CUDA, and CPUs that multiply bfloat16 matrices)")
-    add("--synthetic", action="store_true", default=None, help="train on the built-in dataset, made where it is absent (default: Flickr8k)")
+    add("--synthetic", action="store_true", default=None,
+        help="train on the built-in dataset, made where it is absent (default: Flickr8k)")
     add("--allow_incomplete", action="store_true", default=None,
         help="leave out photos that are missing or unreadable (default: refuse to start)")
     add("--resume", action="store_true", help="go on with the run in --output_dir, with its own settings")
@@ -346,12 +347,14 @@ def train(arguments, output_dir, state, stop, log):
             step = (epoch - 1) * steps_an_epoch + step_in_epoch
             torch.manual_seed(arguments["seed"] * 1_000_003 + step)  # crops depend on the step, not on what came before
             # A photo that stands there with several of its captions, side by side, is encoded once.
-            _, photo_of_pair, counts = torch.unique_consecutive(batch["photo_ids"], return_inverse=True, return_counts=True)
+            _, photo_of_pair, counts = torch.unique_consecutive(batch["photo_ids"], return_inverse=True,
+                                                                return_counts=True)
             images = batch["images"][counts.cumsum(0) - counts]
             images = normalize(images.to(device, non_blocking=True))
             images = random_resized_crop_and_flip(images, arguments["image_size"], arguments["min_crop"])
             images = images.contiguous(memory_format=torch.channels_last)
-            text = drop_words(batch["text"].to(device, non_blocking=True), arguments["word_dropout"], tokenizer.space_id)
+            text = batch["text"].to(device, non_blocking=True)
+            text = drop_words(text, arguments["word_dropout"], tokenizer.space_id)
             photo_ids = batch["photo_ids"].to(device, non_blocking=True)
 
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):

@@ -72,7 +72,7 @@ def test_a_run_of_one_epoch_still_going(tmp_path, capsys):
     (folder / BEST).unlink()
     status, out, err = show(folder, capsys)
     assert (status, err) == (0, "")
-    assert "1 epochs in 1.0 minutes, of 40 planned: not finished" in out and "Checkpoint" not in out and "Test" not in out
+    assert "1 epoch in 1.0 minutes, of 40 planned: not finished" in out and "Checkpoint" not in out and "Test" not in out
 
 
 def test_a_long_run_is_shown_in_steps(tmp_path, capsys):

@@ -127,7 +127,7 @@ def _summary(run):
     lines = ["=" * WIDTH, "FLICKR8K RETRIEVAL WITH SGD" if not arguments["synthetic"] else
              "BUILT-IN SHAPES (NOT FLICKR8K), RETRIEVAL WITH SGD", "=" * WIDTH]
     lines += _facts([("run", run["dir"]),
-                     ("training", f"{len(history)} epochs in {seconds / 60:.1f} minutes, "
+                     ("training", f"{len(history)} epoch{'s' * (len(history) > 1)} in {seconds / 60:.1f} minutes, "
                                   + ("finished" if done else f"of {arguments['epochs']} planned: not finished"))])
     lines += _heading(f"Validation: {data['val']['photos']:,} photos, {data['val']['captions']:,} captions")
     lines += _recall_rows({f"best (epoch {best['epoch']})": best["val"], f"final (epoch {last['epoch']})": last["val"],
@@ -142,8 +142,8 @@ def _summary(run):
     for row in history:
         if row["epoch"] % step == 0 or row in (first, last, best):
             val = row["val"]
-            lines.append(f"  {row['epoch']:>5} {row['train']['loss']:>9.4f} {val['avg_r1']:>9.2f} {val['i2t_r1']:>9.2f} "
-                         f"{val['t2i_r1']:>9.2f} {row['lr']:>9.2g} {row['seconds']:>9.1f}")
+            lines.append(f"  {row['epoch']:>5} {row['train']['loss']:>9.4f} {val['avg_r1']:>9.2f} "
+                         f"{val['i2t_r1']:>9.2f} {val['t2i_r1']:>9.2f} {row['lr']:>9.2g} {row['seconds']:>9.1f}")
     lines += [""] + _facts([
         ("train loss", _change(first["train"]["loss"], last["train"]["loss"]) + f" (epoch {last['epoch']})"),
         ("val Avg R@1", _change(first["val"]["avg_r1"], best["val"]["avg_r1"], " %") + f" (epoch {best['epoch']})")])
@@ -162,7 +162,8 @@ def _summary(run):
                     + [(name, value) for name, value in config["model"].items()])
     lines += _heading("Optimizer")
     lines += _facts([(name, value) for name, value in config["optimizer"].items()]
-                    + [("batch size", f"{arguments['batch_size']} pairs, {arguments['captions_per_image']} a photo"), ("precision", config["precision"]),
+                    + [("batch size", f"{arguments['batch_size']} pairs, {arguments['captions_per_image']} a photo"),
+                       ("precision", config["precision"]),
                        ("device", config["device"]), ("seed", arguments["seed"]),
                        ("PyTorch, Python", f"{config['versions']['torch']}, {config['versions']['python']}")])
     return "\n".join(lines)

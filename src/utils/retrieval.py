@@ -39,7 +39,8 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, chunk_s
     num_photos, num_captions = len(image_embeddings), len(text_embeddings)
     if num_photos == 0 or num_captions == 0:
         raise ValueError("retrieval needs at least one photo and one caption")
-    if photo_of_caption.shape != (num_captions,) or not 0 <= photo_of_caption.min() <= photo_of_caption.max() < num_photos:
+    if (photo_of_caption.shape != (num_captions,)
+            or not 0 <= photo_of_caption.min() <= photo_of_caption.max() < num_photos):
         raise ValueError(f"photo_of_caption must hold {num_captions} indices from 0 to {num_photos - 1}")
     if not (torch.isfinite(image_embeddings).all() and torch.isfinite(text_embeddings).all()):
         raise ValueError("the embeddings hold NaN or infinity")

@@ -14,8 +14,7 @@ class CharTokenizer:
 
     name = "char"
     vocabulary = " abcdefghijklmnopqrstuvwxyz.,!?'-"
-    spelled = {**dict(zip("0123456789", ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"))),
-               "&": "and"}
+    spelled = dict(zip("0123456789&", "zero one two three four five six seven eight nine and".split()))
     plain = str.maketrans({"\u2018": "'", "\u2019": "'", '"': "'", "\u201c": "'", "\u201d": "'", "\u2013": "-",
                            "\u2014": "-", "\u00df": "ss", "\u00e6": "ae", "\u00f8": "o", "\u0153": "oe"})
 
