@@ -149,7 +149,7 @@ def resolve(args):
         return arguments, output_dir, state
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir} is a file, not a folder")
-    found = [name for name in report.RUN_FILES if (output_dir / name).exists()]
+    found = [name for name in report.RUN_FILES if name != report.LOG and (output_dir / name).exists()]
     if found and not overwrite:
         raise UsageError(f"{output_dir} holds a run already ({found[0]}); "
                          "--resume goes on with it, --overwrite deletes it, or name another --output_dir")

@@ -109,14 +109,17 @@ def test_resume_is_bit_for_bit(shapes, finished, tmp_path, number):
     given = arguments(shapes, output_dir, "--num_workers", 1 if number == signal.SIGINT else 0)
     for attempt in range(4):
         resume = ["--resume"] if (output_dir / CONFIG).exists() else []
+        log_before = (output_dir / LOG).read_text() if resume else ""
         process = start_script(SCRIPT, *given, *resume)
         begun = time.time()
-        while not (output_dir / CONFIG).exists() and process.poll() is None and time.time() - begun < 60:
+        while process.poll() is None and time.time() - begun < 60:  # until this attempt has begun to train
+            if (output_dir / LOG).exists() and (output_dir / LOG).read_text() not in ("", log_before):
+                break
             time.sleep(0.05)
-        time.sleep((4 if resume else 0) + rng.random() * 3)
+        time.sleep(rng.random() * (2 if stops else 0.3))  # the first while it surely trains
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
-        if process.returncode == 0:
+        if process.returncode == 0 or (output_dir / TEST).exists():  # it was done, or on its way out
             break
         stops += 1
         assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), err

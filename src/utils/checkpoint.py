@@ -19,9 +19,9 @@ def _write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = error.strerror if isinstance(error, OSError) else "torch.save failed; is the disk full?"
         raise CheckpointError(f"{path}: could not be written ({reason}); what was there before is kept") from None
 
 
