@@ -53,7 +53,7 @@ def check_photos(data_dir):
     for split in SPLIT_FILES:
         try:
             data = Flickr8kImageTextDataset(
-                data_dir, split, image_size=16, tokenizer=CharTokenizer(),
+                data_dir, split, image_size=16, tokenizer=CharTokenizer(), cache=False,  # the files themselves are asked
                 progress=lambda done, total: done % 50 == 0 and line.update(f"verifying {split}: {done} of {total}"))
         finally:
             line.clear()

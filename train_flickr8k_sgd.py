@@ -3,13 +3,12 @@
     python train_flickr8k_sgd.py --synthetic            the built-in dataset, about a minute on any machine
     python train_flickr8k_sgd.py                        Flickr8k in data/flickr8k (see download_flickr8k.py)
     python train_flickr8k_sgd.py --model small          the preset for a laptop
+    torchrun --nproc_per_node=4 train_flickr8k_sgd.py   one process a GPU, the batch shared out among them
 
 Read it from the top: settings, data, model, the loop, the files it leaves. After any interruption, --resume goes on
 from the last checkpoint as if nothing had happened: the order of the pairs, the crops and the learning rate follow
 from the seed and the step alone, so there is no other random state to restore.
 """
-import argparse
-import inspect
 import logging
 import math
 import platform
@@ -19,109 +18,29 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
-from src.losses import info_nce_loss
+from src.losses import contrastive_backward
 from src.model import PRESETS, MultiModalMemoryNetwork
-from src.utils import report
-from src.utils.augment import drop_words, normalize, random_resized_crop_and_flip
+from src.settings import UsageError, amp_type, default_arguments, find_device, parse_args
+from src.utils import distributed, report
+from src.utils.augment import color_jitter, drop_words, normalize, random_resized_crop_and_flip
 from src.utils.checkpoint import CheckpointError, load_checkpoint, load_json, save_checkpoint, save_json
-from src.utils.flickr8k_simple import DataError, Flickr8kImageTextDataset, collate_fn, epoch_batches
+from src.utils.flickr8k_simple import (DataError, Flickr8kImageTextDataset, epoch_batches, find_caption_file,
+                                       iterate_batches, place_photos, read_captions, read_split)
 from src.utils.retrieval import evaluate
 from src.utils.synthetic import write_synthetic
-from src.utils.tokenizers import CharTokenizer
+from src.utils.tokenizers import BPETokenizer, CharTokenizer, tokenizer_from_state
 
-# What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
-RECIPES = {
-    "tiny": dict(epochs=8, batch_size=100, captions_per_image=1, lr=0.1, text_lr=4.0, weight_decay=5e-4,
-                 temperature=0.1, min_crop=0.5, word_dropout=0.0),
-    "small": dict(epochs=20, batch_size=256, captions_per_image=2, lr=0.06, text_lr=4.0, weight_decay=4e-3,
-                  temperature=0.1, min_crop=0.3, word_dropout=0.1),
-    "base": dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=5e-4,
-                 temperature=0.1, min_crop=0.5, word_dropout=0.0),
-    "large": dict(epochs=100, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=5e-4,
-                  temperature=0.1, min_crop=0.5, word_dropout=0.0),
-}
 WARMUP = 0.1  # share of the steps over which the learning rate rises
 MEMORY_LOSS_WEIGHT = 0.1
 STEPS_A_LOOK = 10  # the loss is brought from the device, checked and shown every so many steps: a sync point
 SECONDS_A_CHECKPOINT = 300  # inside a long epoch, so that a power cut costs minutes
 LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "model_state_dict", "optimizer_state_dict", "scaler_state_dict",
-             "scheduler_state_dict", "history", "config")
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; exit status 2."""
+             "scheduler_state_dict", "history", "config", "tokenizer")
 
 
 class TrainingError(Exception):
     """The run failed while running; exit status 1."""
-
-
-def preset_defaults(preset):
-    """Everything that a preset sets: the model's arguments and the recipe's."""
-    signature = inspect.signature(MultiModalMemoryNetwork).parameters.values()
-    return {parameter.name: parameter.default for parameter in signature} | PRESETS[preset] | RECIPES[preset]
-
-
-def parse_args(argv=None):
-    """The flags, None where the user gave none: `resolve` fills in the defaults."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-
-    def by_preset(name):
-        return ", ".join(f"{preset} {preset_defaults(preset)[name]:g}" for preset in PRESETS)
-
-    add("--data_dir", help="folder of the dataset (default: data/flickr8k, or data/synthetic with --synthetic)")
-    add("--output_dir", help="folder that the run writes (default: outputs/flickr8k_sgd, or outputs/synthetic_sgd)")
-    add("--model", choices=list(PRESETS), help="preset (default: base, or tiny with --synthetic)")
-    add("--epochs", type=int, help=f"passes over all pairs (default: {by_preset('epochs')})")
-    add("--batch_size", type=int, help=f"pairs a step (default: {by_preset('batch_size')})")
-    add("--captions_per_image", type=int, help="captions of a photo that a step takes together, the photo encoded once "
-        f"(default: {by_preset('captions_per_image')})")
-    add("--lr", type=float, help=f"peak learning rate (default: {by_preset('lr')})")
-    add("--text_lr", type=float, help=f"the text encoder's, as a multiple of --lr (default: {by_preset('text_lr')})")
-    add("--momentum", type=float, help="Nesterov momentum (default: 0.9)")
-    add("--weight_decay", type=float, help=f"of weight matrices only (default: {by_preset('weight_decay')})")
-    add("--clip_grad", type=float, help="largest norm of the gradient (default: 1.0)")
-    add("--temperature", type=float, help=f"at the start; it is learned (default: {by_preset('temperature')})")
-    add("--min_crop", type=float, help=f"smallest share of a photo in a training crop (default: {by_preset('min_crop')})")
-    add("--word_dropout", type=float, help="share of a caption's words left out at random in training "
-        f"(default: {by_preset('word_dropout')})")
-    add("--image_size", type=int, help=f"side of the photos, in pixels (default: {by_preset('image_size')})")
-    add("--latent_dim", type=int, help=f"width of the shared space (default: {by_preset('latent_dim')})")
-    add("--memory_size", type=int, help=f"slots of the memory (default: {by_preset('memory_size')})")
-    add("--num_workers", type=int, help="processes that collate batches (default: 0, the main process does)")
-    add("--seed", type=int, help="of weights, order and augmentation (default: 0)")
-    add("--device", help="cuda, cuda:1, mps, cpu (default: the first of these that is there)")
-    add("--amp", action=argparse.BooleanOptionalAction,
-        help="mixed precision (default: on where it is faster: CUDA, and CPUs that multiply bfloat16 matrices)")
-    add("--synthetic", action="store_true", default=None,
-        help="train on the built-in dataset, made where it is absent (default: Flickr8k)")
-    add("--allow_incomplete", action="store_true", default=None,
-        help="leave out photos that are missing or unreadable (default: refuse to start)")
-    add("--resume", action="store_true", help="go on with the run in --output_dir, with its own settings")
-    add("--overwrite", action="store_true", help="delete the run in --output_dir first")
-    args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "captions_per_image", "image_size", "latent_dim", "memory_size", "lr", "text_lr",
-                 "clip_grad", "temperature"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name} must be above 0, not {value}")
-    if args.batch_size == 1:
-        parser.error("--batch_size must be at least 2: the other pairs of a batch are the negatives")
-    if args.momentum is not None and not 0 < args.momentum < 1:
-        parser.error(f"--momentum must lie between 0 and 1, not {args.momentum}")
-    if args.min_crop is not None and not 0 < args.min_crop <= 1:
-        parser.error(f"--min_crop must be above 0 and at most 1, not {args.min_crop}")
-    if args.word_dropout is not None and not 0 <= args.word_dropout < 1:
-        parser.error(f"--word_dropout must be at least 0 and below 1, not {args.word_dropout}")
-    for name in ("weight_decay", "num_workers", "seed"):
-        if not 0 <= (getattr(args, name) or 0) < 2**32:
-            parser.error(f"--{name} must be at least 0 and below 2 ** 32")
-    if args.resume and args.overwrite:
-        parser.error("--resume and --overwrite exclude each other")
-    return args
 
 
 def resolve(args):
@@ -153,28 +72,11 @@ def resolve(args):
     if found and not overwrite:
         raise UsageError(f"{output_dir} holds a run already ({found[0]}); "
                          "--resume goes on with it, --overwrite deletes it, or name another --output_dir")
-    defaults = {"synthetic": False, "allow_incomplete": False, "num_workers": 0, "seed": 0, "momentum": 0.9,
-                "clip_grad": 1.0, "model": "tiny" if args.synthetic else "base",
-                "data_dir": "data/synthetic" if args.synthetic else "data/flickr8k"}
-    defaults["device"] = ("cuda" if torch.cuda.is_available() else
-                          "mps" if torch.backends.mps.is_available() else "cpu")
-    arguments = defaults | given
-    own = preset_defaults(arguments["model"])
-    arguments |= {name: own[name] for name in
-                  ("image_size", "latent_dim", "memory_size", *RECIPES["base"]) if name not in given}
-    arguments.setdefault("amp", amp_pays(arguments["device"]))
-    return arguments, output_dir, None
+    return default_arguments(args), output_dir, None
 
 
-def amp_pays(device):
-    """Whether mixed precision is the faster choice: on CUDA, and on CPUs that multiply bfloat16 matrices (AMX)."""
-    if device == "cpu":
-        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return device.startswith("cuda")
-
-
-def load_data(arguments, log):
-    """The three splits. Training photos are kept an eighth larger than the model takes, for the crops to choose from."""
+def find_data(arguments, log):
+    """Make the built-in dataset where it is wanted and absent. Raises DataError where there is no data."""
     root = Path(arguments["data_dir"])
     if arguments["synthetic"]:
         if write_synthetic(root):
@@ -182,11 +84,25 @@ def load_data(arguments, log):
     elif not root.is_dir():
         raise DataError(f"no Flickr8k in {root}. Either fetch it: python download_flickr8k.py --data_dir {root}\n"
                         "or train on the built-in dataset, no download: python train_flickr8k_sgd.py --synthetic")
-    line, splits = report.ProgressLine(), {}
+
+
+def build_tokenizer(arguments):
+    """Characters, or byte pairs learned from the captions of the training split."""
+    if arguments["tokenizer"] == CharTokenizer.name:
+        return CharTokenizer()
+    root = Path(arguments["data_dir"])
+    captions = read_captions(find_caption_file(root))
+    return BPETokenizer.learn((text for name in read_split(root, "train") for text in captions.get(name, [])),
+                              arguments["vocab_size"])
+
+
+def load_data(arguments, tokenizer, log):
+    """The three splits. Training photos are kept an eighth larger than the model takes, for the crops to choose from."""
+    root, line, splits = Path(arguments["data_dir"]), report.ProgressLine(), {}
     for split in ("train", "val", "test"):
         size = arguments["image_size"] * 8 // 7 if split == "train" else arguments["image_size"]
         splits[split] = data = Flickr8kImageTextDataset(
-            root, split, size, CharTokenizer(), arguments["allow_incomplete"],
+            root, split, size, tokenizer, arguments["allow_incomplete"], num_workers=arguments["num_workers"] or None,
             progress=lambda done, total: done % 50 == 0 and line.update(f"reading {split}: {done} of {total} photos"))
         line.clear()
         if data.left_out:
@@ -194,6 +110,20 @@ def load_data(arguments, log):
     if len(splits["train"]) < 2:
         raise DataError(f"{root}: training needs at least two pairs")
     return splits
+
+
+def build_model(arguments, tokenizer):
+    """-> the model, on the CPU, and what it was made with. Raises UsageError for sizes that do not fit."""
+    model_arguments = dict(PRESETS[arguments["model"]], vocab_size=tokenizer.vocab_size, **{
+        name: arguments[name] for name in ("image_size", "latent_dim", "memory_size")})
+    try:
+        model = MultiModalMemoryNetwork(**model_arguments)
+    except ValueError as error:
+        raise UsageError(f"these sizes make no model: {error}") from None
+    with torch.no_grad():
+        model.logit_scale.fill_(-math.log(arguments["temperature"]))
+        model.clamp_logit_scale_()
+    return model, model_arguments
 
 
 def build_optimizer(model, arguments):
@@ -207,103 +137,114 @@ def build_optimizer(model, arguments):
                            if name.startswith("text_encoder.") == text and (parameter.ndim > 1) == decays],
                 "lr": arguments["lr"] * factor,
                 "weight_decay": arguments["weight_decay"] / factor if decays else 0.0})  # a step shrinks by lr * decay
-    return torch.optim.SGD(groups, momentum=arguments["momentum"], nesterov=True)
+    fused = torch.device(arguments["device"]).type in ("cpu", "cuda")
+    return torch.optim.SGD(groups, momentum=arguments["momentum"], nesterov=True, fused=fused)
 
 
-def describe(arguments, splits, model, model_arguments, precision):
-    """What config.json holds."""
-    device = torch.device(arguments["device"])
-    return {
+class StopRequest:
+    """Ctrl-C and SIGTERM while the loop runs: finish the step, save, stop. A second one, or one outside the loop,
+    stops at once; but not under torchrun, which sends SIGTERM after Ctrl-C of its own accord."""
+
+    def __init__(self):
+        self.in_loop = self.requested = self.patient = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if not self.in_loop or (self.requested and not self.patient):
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class PairEncoder(torch.nn.Module):
+    """What a step computes of the model, in one call, as DistributedDataParallel wants it."""
+
+    def __init__(self, model, amp_dtype):
+        super().__init__()
+        self.model, self.amp_dtype = model, amp_dtype
+
+    def forward(self, images, text):
+        with torch.autocast(images.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            of_images, of_text = self.model(images=images), self.model(text=text)
+        return (of_images["central_latent"], of_text["central_latent"], self.model.logit_scale,
+                torch.stack([of_images["memory_loss"], of_text["memory_loss"]]))
+
+
+def augment(batch, arguments, word_start):
+    """Crop, mirror and colour the photos of a batch, drop words of its captions; in place of what was there."""
+    images = random_resized_crop_and_flip(batch["images"] / 255.0, arguments["image_size"], arguments["min_crop"])
+    images = normalize(color_jitter(images, arguments["color_jitter"]))
+    batch["images"] = images.contiguous(memory_format=torch.channels_last)
+    batch["text"] = drop_words(batch["text"], arguments["word_dropout"], word_start)
+    if arguments["compile"]:
+        torch._dynamo.mark_dynamic(batch["text"], 1)  # one kernel for all lengths
+
+
+def update(model, optimizer, scaler, clip_grad):
+    """The optimizer's step with the gradients that are there."""
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    model.clamp_logit_scale_()
+
+
+def train(arguments, output_dir, state, device, stop, log):
+    """One run, from its settings to its files. `state` is the checkpoint to go on from, None for a run from the start."""
+    rank, world = distributed.rank_and_world()
+    with distributed.main_process_first():
+        find_data(arguments, log)
+    tokenizer = build_tokenizer(arguments) if state is None else tokenizer_from_state(state["tokenizer"])
+
+    torch.manual_seed(arguments["seed"])
+    model, model_arguments = build_model(arguments, tokenizer)
+    model.to(device, memory_format=torch.channels_last)
+
+    with distributed.main_process_first():  # which makes the photo store
+        splits = load_data(arguments, tokenizer, log)
+    data, photos = splits["train"], place_photos(splits["train"].photos, device)
+    if rank == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if state is None:  # what --overwrite deletes, now that nothing else can be wrong
+            for name in report.RUN_FILES:
+                (output_dir / name).unlink(missing_ok=True)
+        to_file = logging.FileHandler(output_dir / report.LOG, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
+        log.addHandler(to_file)
+
+    optimizer = build_optimizer(model, arguments)
+    word_start = torch.tensor(tokenizer.word_start, device=device)
+
+    def batches_of(epoch):
+        batches = epoch_batches(data.photo_of_caption, arguments["captions_per_image"], arguments["batch_size"],
+                                arguments["seed"] * 1_000_003 + epoch)
+        share = len(batches[0]) // world  # this process's pairs of every batch
+        return [batch[rank * share:(rank + 1) * share] for batch in batches]
+
+    steps_an_epoch, pairs_a_step = len(batches_of(1)), len(batches_of(1)[0]) * world
+    if not pairs_a_step:
+        raise UsageError(f"a batch has fewer pairs than there are processes ({world})")
+    total_steps = steps_an_epoch * arguments["epochs"]
+    warmup_steps = max(1, round(WARMUP * total_steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
+
+    amp_dtype = amp_type(arguments)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+
+    config = {
         "arguments": arguments,
         "model": model_arguments,
         "optimizer": {"name": "SGD", "momentum": arguments["momentum"], "nesterov": True, "peak lr": arguments["lr"],
                       "text encoder's lr": arguments["lr"] * arguments["text_lr"],
                       "schedule": f"linear warm-up over {WARMUP:.0%} of the steps, then cosine to 0",
                       "weight decay": arguments["weight_decay"], "gradient clipping": arguments["clip_grad"]},
-        "precision": precision,
+        "precision": report.precision_name(amp_dtype),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else
-                  f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)",
+        "device": (f"{world} x " if world > 1 else "") + report.device_name(device),
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
-        "data": {name: {"photos": len(data.names), "captions": len(data), "left_out": len(data.left_out),
-                        "captions_per_photo": {str(count): photos for count, photos in enumerate(
-                            torch.bincount(torch.bincount(data.photo_of_caption)).tolist()) if photos}}
-                 for name, data in splits.items()},
+        "data": {name: report.data_counts(split) for name, split in splits.items()},
     }
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM while the loop runs: finish the step, save, stop. A second one, or one outside the loop,
-    stops at once."""
-
-    def __init__(self):
-        self.in_loop = self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        if self.requested or not self.in_loop:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-def ignore_interrupt(worker_id):
-    """In a loader's process: Ctrl-C reaches every process of the terminal, and the main one decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def train(arguments, output_dir, state, stop, log):
-    """One run, from its settings to its files. `state` is the checkpoint to go on from, None for a run from the start."""
-    try:
-        device = torch.device(arguments["device"])
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {arguments['device']} is not to be had on this machine") from None
-    tokenizer = CharTokenizer()
-
-    torch.manual_seed(arguments["seed"])
-    model_arguments = dict(PRESETS[arguments["model"]], vocab_size=tokenizer.vocab_size, **{
-        name: arguments[name] for name in ("image_size", "latent_dim", "memory_size")})
-    try:
-        model = MultiModalMemoryNetwork(**model_arguments)
-    except ValueError as error:
-        raise UsageError(f"these sizes make no model: {error}") from None
-    with torch.no_grad():
-        model.logit_scale.fill_(-math.log(arguments["temperature"]))
-        model.clamp_logit_scale_()
-    model.to(device, memory_format=torch.channels_last)
-
-    splits = load_data(arguments, log)
-    data = splits["train"]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if state is None:  # what --overwrite deletes, now that nothing else can be wrong
-        for name in report.RUN_FILES:
-            (output_dir / name).unlink(missing_ok=True)
-    to_file = logging.FileHandler(output_dir / report.LOG, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
-    log.addHandler(to_file)
-
-    optimizer = build_optimizer(model, arguments)
-
-    def batches_of(epoch):
-        return epoch_batches(data.photo_of_caption, arguments["captions_per_image"], arguments["batch_size"],
-                             arguments["seed"] * 1_000_003 + epoch)
-
-    steps_an_epoch, pairs_a_step = len(batches_of(1)), len(batches_of(1)[0])
-    total_steps = steps_an_epoch * arguments["epochs"]
-    warmup_steps = max(1, round(WARMUP * total_steps))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
-
-    amp_dtype = None
-    if arguments["amp"]:  # bfloat16 has float32's range and needs no loss scaling
-        amp_dtype = torch.bfloat16 if device.type == "cpu" or (
-            device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)) else torch.float16
-    precision = "float32" if amp_dtype is None else f"mixed, {str(amp_dtype).removeprefix('torch.')}"
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-
-    config = describe(arguments, splits, model, model_arguments, precision)
     epoch, step_in_epoch, loss_sum, seconds_before, history = 1, 0, 0.0, 0.0, []
     if state is not None:
         try:
@@ -318,64 +259,54 @@ def train(arguments, output_dir, state, stop, log):
         epoch, step_in_epoch, loss_sum = state["epoch"], state["step"], state["loss_sum"]
         seconds_before, history = state["seconds"], state["history"]
         log.info(f"resumed at epoch {epoch}, step {step_in_epoch}")
-        save_json(history, output_dir / report.HISTORY)  # a kill may have come between the two files
-    save_json(config, output_dir / report.CONFIG)
-    log.info(f"{arguments['model']}: {config['parameters']:,} parameters, {precision}, on {config['device']}")
-    log.info(f"{len(data):,} pairs of {len(data.names):,} photos in {arguments['data_dir']}: {arguments['epochs']} "
-             f"epochs of {steps_an_epoch} steps of {pairs_a_step} pairs")
+    encode = PairEncoder(model, amp_dtype)
+    if arguments["compile"]:
+        encode.compile()
+    if world > 1:
+        if device.type == "cuda":  # on a CPU there is none: each process normalises its own photos
+            encode = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encode)
+        encode = torch.nn.parallel.DistributedDataParallel(encode)
+
+    def save(write, value, name):
+        if rank == 0:
+            write(value, output_dir / name)
 
     def save_last():
         if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
             raise TrainingError(f"the weights are no longer finite in epoch {epoch}, step {step_in_epoch}; {advice}")
-        save_checkpoint({
+        save(save_checkpoint, {
             "epoch": epoch, "step": step_in_epoch, "loss_sum": loss_sum, "seconds": seconds_before + time.time() - began,
             "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
             "scaler_state_dict": scaler.state_dict(), "scheduler_state_dict": scheduler.state_dict(),
-            "history": history, "config": config}, output_dir / report.LAST)
+            "history": history, "config": config, "tokenizer": tokenizer.state_dict()}, report.LAST)
 
+    if history:
+        save(save_json, history, report.HISTORY)  # a kill may have come between this file and the checkpoint
+    save(save_json, config, report.CONFIG)
+    log.info(f"{arguments['model']}: {config['parameters']:,} parameters, {config['precision']}, on {config['device']}")
+    log.info(f"{len(data):,} pairs of {len(data.names):,} photos in {arguments['data_dir']}: {arguments['epochs']} "
+             f"epochs of {steps_an_epoch} steps of {pairs_a_step} pairs")
     advice = f"the last good checkpoint is kept in {output_dir}. A smaller --lr may help."
-    line, run_began, first_step = report.ProgressLine(), time.time(), (epoch - 1) * steps_an_epoch + step_in_epoch
+    line, run_began, first_step = report.ProgressLine(rank == 0), time.time(), (epoch - 1) * steps_an_epoch + step_in_epoch
     model.train()
-    stop.in_loop = True
+    stop.patient, stop.in_loop = world > 1, True
     while epoch <= arguments["epochs"]:
         began = saved = time.time()
-        loader = DataLoader(data, batch_sampler=batches_of(epoch)[step_in_epoch:], collate_fn=collate_fn,
-                            num_workers=arguments["num_workers"], pin_memory=device.type == "cuda",
-                            worker_init_fn=ignore_interrupt)
         losses = []  # on the device, since the last look
-        for batch in loader:
+        for batch in iterate_batches(data, photos, batches_of(epoch)[step_in_epoch:], device):
             step = (epoch - 1) * steps_an_epoch + step_in_epoch
-            torch.manual_seed(arguments["seed"] * 1_000_003 + step)  # crops depend on the step, not on what came before
-            # A photo that stands there with several of its captions, side by side, is encoded once.
-            _, photo_of_pair, counts = torch.unique_consecutive(batch["photo_ids"], return_inverse=True,
-                                                                return_counts=True)
-            images = batch["images"][counts.cumsum(0) - counts]
-            images = normalize(images.to(device, non_blocking=True))
-            images = random_resized_crop_and_flip(images, arguments["image_size"], arguments["min_crop"])
-            images = images.contiguous(memory_format=torch.channels_last)
-            text = batch["text"].to(device, non_blocking=True)
-            text = drop_words(text, arguments["word_dropout"], tokenizer.space_id)
-            photo_ids = batch["photo_ids"].to(device, non_blocking=True)
-
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                of_images, of_text = model(images=images), model(text=text)
-                image_latents = of_images["central_latent"][photo_of_pair.to(device, non_blocking=True)]
-                contrastive = info_nce_loss(image_latents, of_text["central_latent"], model.logit_scale, photo_ids)
-                memory_loss = of_images["memory_loss"] + of_text["memory_loss"]
+            torch.manual_seed((arguments["seed"] * 1_000_003 + step) * world + rank)  # whatever came before this step
+            augment(batch, arguments, word_start)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(contrastive + MEMORY_LOSS_WEIGHT * memory_loss).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), arguments["clip_grad"])
-            scaler.step(optimizer)
-            scaler.update()
+            losses.append(contrastive_backward(encode, batch, MEMORY_LOSS_WEIGHT, arguments["chunk_size"], scaler.scale))
+            update(model, optimizer, scaler, arguments["clip_grad"])
             lr = optimizer.param_groups[0]["lr"]
             scheduler.step()
-            model.clamp_logit_scale_()
             step_in_epoch += 1
-            losses.append(contrastive.detach())
 
-            save_now = stop.requested or time.time() - saved > SECONDS_A_CHECKPOINT
-            if len(losses) == STEPS_A_LOOK or step_in_epoch == steps_an_epoch or save_now:
+            due = time.time() - saved > SECONDS_A_CHECKPOINT
+            at_once = world == 1 and (stop.requested or due)  # several processes must agree, which they do at a look
+            if len(losses) == STEPS_A_LOOK or step_in_epoch == steps_an_epoch or at_once:
                 for i, loss in enumerate(torch.stack(losses).tolist(), start=step_in_epoch - len(losses) + 1):  # a sync
                     if not math.isfinite(loss):
                         raise TrainingError(f"the loss became {loss} in epoch {epoch}, step {i}; {advice}")
@@ -385,13 +316,15 @@ def train(arguments, output_dir, state, stop, log):
                 left = (total_steps - step - 1) * (time.time() - run_began) / done
                 line.update(f"epoch {epoch}/{arguments['epochs']}  step {step_in_epoch}/{steps_an_epoch}  loss {loss:.3f}  "
                             f"{done * pairs_a_step / (time.time() - run_began):.0f} pairs/s  {report.duration(left)} left")
-            if save_now and step_in_epoch < steps_an_epoch:
-                save_last()
-                saved = time.time()
-                if stop.requested:
-                    raise KeyboardInterrupt
+                stopping, due = distributed.anyone(stop.requested, device), distributed.anyone(due, device)
+                if (stopping or due) and step_in_epoch < steps_an_epoch:
+                    save_last()
+                    saved = time.time()
+                    if stopping:
+                        raise KeyboardInterrupt
 
         line.update(f"epoch {epoch}/{arguments['epochs']}  validating")
+        distributed.same_buffers(model)
         try:
             metrics = evaluate(model, splits["val"], amp_dtype)
         except ValueError as error:  # embeddings that are not finite
@@ -400,49 +333,60 @@ def train(arguments, output_dir, state, stop, log):
                "lr": lr, "seconds": seconds_before + time.time() - began}
         # In this order a kill between any two files costs nothing: the checkpoint decides where --resume starts.
         if metrics["avg_r1"] > max((other["val"]["avg_r1"] for other in history), default=-1.0):
-            save_checkpoint({"epoch": epoch, "model_state_dict": model.state_dict(), "metrics": metrics,
-                             "config": config, "tokenizer": tokenizer.state_dict()}, output_dir / report.BEST)
+            save(save_checkpoint, {"epoch": epoch, "model_state_dict": model.state_dict(), "metrics": metrics,
+                                   "config": config, "tokenizer": tokenizer.state_dict()}, report.BEST)
         history.append(row)
         epoch, step_in_epoch, loss_sum, seconds_before, began = epoch + 1, 0, 0.0, 0.0, time.time()
         save_last()
-        save_json(history, output_dir / report.HISTORY)
+        save(save_json, history, report.HISTORY)
         line.clear()
         log.info(report.epoch_line(row))
-        if stop.requested:
+        if distributed.anyone(stop.requested, device):
             raise KeyboardInterrupt
     stop.in_loop = False
 
-    best = load_checkpoint(output_dir / report.BEST, report.BEST_KEYS)
-    model.load_state_dict(best["model_state_dict"])
-    save_json(evaluate(model, splits["test"], amp_dtype), output_dir / report.TEST)
+    distributed.barrier()  # until rank 0 has written the best model
+    model.load_state_dict(load_checkpoint(output_dir / report.BEST, report.BEST_KEYS)["model_state_dict"])
+    save(save_json, evaluate(model, splits["test"], amp_dtype), report.TEST)
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = parse_args(__doc__.split("\n")[0], argv)
     stop = StopRequest()
     log = logging.getLogger("flickr8k_sgd")
     log.setLevel(logging.INFO)
     to_stdout, to_stderr = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-    to_stdout.addFilter(lambda record: record.levelno < logging.ERROR)
+    to_stdout.addFilter(lambda record: record.levelno < logging.ERROR and distributed.rank_and_world()[0] == 0)
     to_stderr.setLevel(logging.ERROR)
     log.addHandler(to_stdout)
     log.addHandler(to_stderr)
     output_dir = None
     try:
         arguments, output_dir, state = resolve(args)
-        train(arguments, output_dir, state, stop, log)
-        log.info(report.summary(report.load_run(output_dir)))
+        device = distributed.start(find_device(arguments["device"]))
+        train(arguments, output_dir, state, device, stop, log)
+        if distributed.rank_and_world()[0] == 0:
+            log.info(report.summary(report.load_run(output_dir)))
         return 0
     except (UsageError, DataError) as error:
         status, message = 2, f"error: {error}"
     except torch.OutOfMemoryError:
-        status, message = 1, "error: the device is out of memory; a smaller --batch_size or --model needs less"
+        status, message = 1, ("error: the device is out of memory; a smaller --chunk_size, --batch_size or --model "
+                              "needs less")
     except (TrainingError, CheckpointError, OSError) as error:
         status, message = 1, f"error: {error}"
+    except RuntimeError as error:
+        rank, world = distributed.rank_and_world()
+        if world == 1:
+            raise
+        status, message = 1, (f"error: process {rank} of {world} lost the others ({str(error).splitlines()[0]}); "
+                              "go on from the last checkpoint with --resume")
     except KeyboardInterrupt:
         begun = output_dir is not None and (output_dir / report.CONFIG).exists()
         status, message = 130, "interrupted; " + (
             f"go on with: python train_flickr8k_sgd.py --resume --output_dir {output_dir}" if begun else "nothing was begun")
+    finally:
+        distributed.stop()
     report.ProgressLine().clear()
     log.error(message)
     return status

@@ -112,7 +112,8 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(text)
         for conv in self.convs:
             x, mask = conv(x, mask)
-        x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device)
+        if self.blocks:  # without attention the mean is a bag of tokens, whose order is of no use
+            x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device)
         for block in self.blocks:
             x = block(x, mask=mask[:, None, None, :])
         real = mask.unsqueeze(-1)
@@ -121,24 +122,26 @@ class TextEncoder(nn.Module):
 
 
 class ResidualConv(nn.Module):
-    """Pre-activation residual unit (He et al. 2016) with one batch norm; stride 2 halves the resolution.
+    """Pre-activation residual unit (He et al. 2016), (B, in_channels, H, W) -> (B, channels, H / stride, W / stride).
 
-    In training, batch norm makes a photo's latent depend a little on the batch around it; in eval mode it does not.
+    In training, batch norm makes a photo's latent depend a little on the photos encoded with it; in eval mode it does
+    not.
     """
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
-        self.norm = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
-        for conv, std in ((self.conv1, 1.0), (self.conv2, 0.5)):
-            nn.init.normal_(conv.weight, std=std * (2 / conv.weight[0].numel()) ** 0.5)
-        self.shortcut = nn.Sequential()  # the identity, unless the shape changes
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight)
+        self.shortcut = nn.Identity()
         if stride > 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(in_channels, channels, 1))
+            self.shortcut = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(in_channels, channels, 1, bias=False))
 
     def forward(self, x):
-        return self.shortcut(x) + self.conv2(F.relu(self.conv1(self.norm(x))))
+        return self.shortcut(x) + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
 
 
 class ImageEncoder(nn.Module):
@@ -147,7 +150,8 @@ class ImageEncoder(nn.Module):
     A vision transformer (Dosovitskiy et al. 2021) with a mean over its patches. With `conv_channels`, the patches come
     from a small residual convnet instead of straight from pixels: convolution's locality need not be learned, which
     matters when there are 6,000 photos and plain SGD (cf. Xiao et al. 2021, "Early convolutions help transformers
-    see better"). Each of its stages halves the resolution; then patch_size must be 2 ** (1 + number of stages).
+    see better"). It halves the resolution at its start and after every stage but the last, so that patch_size must be
+    2 ** number of stages.
     """
 
     def __init__(self, image_size, patch_size, dim, latent_dim, num_heads, num_layers, conv_channels=(), conv_blocks=1):
@@ -157,16 +161,16 @@ class ImageEncoder(nn.Module):
         if not conv_channels:
             self.stem = nn.Conv2d(3, dim, patch_size, patch_size)
         else:
-            if patch_size != 2 ** (1 + len(conv_channels)):
-                raise ValueError(f"conv_channels={conv_channels} makes patches of {2 ** (1 + len(conv_channels))} "
+            if patch_size != 2 ** len(conv_channels):
+                raise ValueError(f"conv_channels={conv_channels} makes patches of {2 ** len(conv_channels)} "
                                  f"pixels, not patch_size={patch_size}")
-            layers = [nn.Conv2d(3, conv_channels[0], 3, 2, 1)]
             channels = conv_channels[0]
-            for width in conv_channels:
+            layers = [nn.Conv2d(3, channels, 3, 2, 1, bias=False)]
+            for stage, width in enumerate(conv_channels):
                 for i in range(conv_blocks):
-                    layers.append(ResidualConv(channels, width, stride=2 if i == 0 else 1))
+                    layers.append(ResidualConv(channels, width, stride=2 if stage > 0 and i == 0 else 1))
                     channels = width
-            self.stem = nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.Conv2d(channels, dim, 1))
+            self.stem = nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, dim, 1))
         self.position = nn.Parameter(torch.randn(1, (image_size // patch_size) ** 2, dim) * 0.02)
         self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
@@ -283,13 +287,15 @@ class Fusion(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, dim)
         nn.init.normal_(self.type_embedding.weight, std=0.02)
+        self.register_buffer("one_hot", torch.eye(len(MODALITIES)), persistent=False)
 
     def forward(self, latents, present):
         """present: the indices into MODALITIES of the M latents, in order."""
-        index = torch.tensor(present, device=latents.device)
-        bits = torch.zeros(len(MODALITIES), device=latents.device).index_fill(0, index, 1.0)
+        # Rows are picked one by one: an index tensor would be copied to the device at every call, a sync.
+        bits = sum(self.one_hot[i] for i in present)
+        types = torch.stack([self.type_embedding.weight[i] for i in present])  # (M, D)
         central = latents.mean(1, keepdim=True) + self.presence(bits)
-        x = torch.cat([central, latents + self.type_embedding(index)], dim=1)  # (B, 1 + M, D)
+        x = torch.cat([central, latents + types], dim=1)  # (B, 1 + M, D)
         for block in self.blocks:
             x = block(x)
         return self.projection(self.norm(x[:, 0]))
@@ -344,10 +350,9 @@ class MultiModalMemoryNetwork(nn.Module):
 # What each preset trains on is chosen in the training script; here is only its architecture.
 PRESETS = {
     "tiny": dict(text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1, image_layers=1,
-                 fusion_layers=1, image_size=32, patch_size=8, conv_channels=[32, 64], text_conv_layers=1),
-    "small": dict(text_embed_dim=128, latent_dim=256, memory_size=128, num_heads=4, num_layers=2, image_layers=1,
-                  fusion_layers=1, image_size=64, patch_size=16, conv_channels=[32, 128, 256],
-                  text_conv_layers=3),
+                 fusion_layers=1, image_size=32, patch_size=8, conv_channels=[16, 32, 64], text_conv_layers=1),
+    "small": dict(text_embed_dim=256, latent_dim=256, memory_size=128, num_heads=4, num_layers=0, image_layers=0,
+                  fusion_layers=1, image_size=64, patch_size=16, conv_channels=[32, 64, 128, 256]),
     "base": dict(),
     "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12, image_layers=12),
 }

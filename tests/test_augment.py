@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torchvision.transforms import v2
 
-from src.utils.augment import MEAN, STD, drop_words, normalize, random_resized_crop_and_flip
+from src.utils.augment import MEAN, STD, color_jitter, drop_words, normalize, random_resized_crop_and_flip
 
 
 def test_normalize_is_per_channel():
@@ -9,6 +10,7 @@ def test_normalize_is_per_channel():
     expected = [(51 / 255 - mean) / std for mean, std in zip(MEAN, STD)]
     assert normalize(photo)[0, :, 0, 0].tolist() == pytest.approx(expected, rel=1e-5)
     assert normalize(photo).dtype == torch.float32
+    assert torch.equal(normalize(photo / 255.0), normalize(photo))
 
 
 def test_whole_photo_or_its_mirror_when_nothing_is_cropped():
@@ -26,19 +28,52 @@ def gradient_photos(count, size=64):
     return torch.stack([line.expand(size, size), line[:, None].expand(size, size)]).expand(count, -1, -1, -1)
 
 
-def test_crops_follow_the_stated_distribution():
+@pytest.mark.parametrize("min_scale", [0.1, 0.5, 0.9])
+def test_crops_are_distributed_as_torchvisions(min_scale):
     torch.manual_seed(0)
-    out = random_resized_crop_and_flip(gradient_photos(4000), 64, min_scale=0.5)
+    out = random_resized_crop_and_flip(gradient_photos(4000), 64, min_scale)
     left, right = out[:, 0, 32, 8], out[:, 0, 32, -9]
     top, bottom = out[:, 1, 8, 32], out[:, 1, -9, 32]
     span = 2 * (64 - 17) / 64  # between the columns looked at, in an uncropped photo
     width, height = (right - left) / span, (bottom - top) / span
-    assert (height > 0).all() and 0.45 < (width < 0).float().mean() < 0.55  # half are mirrored, none upside down
-    area, ratio = width.abs() * height, width.abs() / height
-    assert area.min() > 0.49 and area.max() < 1.01 and 0.7 < area.mean() < 0.78
-    assert ratio.min() > 0.74 and ratio.max() < 1.35 and abs(ratio.log().mean()) < 0.02
-    centre = (left + right) / 2
-    assert abs(centre.mean()) < 0.02 and (centre.abs() + width.abs()).max() < 1.02  # anywhere, never beyond the margin
+    assert (height > 0).all() and 0.46 < (width < 0).float().mean() < 0.54  # half are mirrored, none upside down
+    assert ((left + right).abs() / 2 + width.abs()).max() < 1.03  # never beyond the margin
+    ours = {"area": width.abs() * height, "ratio": (width.abs() / height).log(), "x": (left + right) / 2,
+            "y": (top + bottom) / 2}
+    crop, photo = v2.RandomResizedCrop(64, (min_scale, 1.0)), torch.empty(3, 1000, 1000)
+    draws = [crop.make_params([photo]) for _ in range(4000)]
+    top, left, height, width = (torch.tensor([draw[name] / 1000 for draw in draws])
+                                for name in ("top", "left", "height", "width"))
+    theirs = {"area": width * height, "ratio": (width / height).log(), "x": 2 * left + width - 1, "y": 2 * top + height - 1}
+    for name in ours:  # two samples of one distribution: Kolmogorov and Smirnov's distance is below 0.044 in 99.9 %
+        both = torch.cat([ours[name], theirs[name]]).sort().values
+        share = [torch.searchsorted(sample[name].sort().values, both, right=True) / 4000 for sample in (ours, theirs)]
+        assert (share[0] - share[1]).abs().max() < 0.05, name
+
+
+def test_colour_jitter_changes_what_torchvisions_functions_change(monkeypatch):
+    """With known factors and order, exactly torchvision's result."""
+    photos, factors = torch.rand(3, 3, 8, 8), torch.tensor([[1.3, 0.8, 1.0], [0.7, 1.2, 1.4], [1.1, 1.4, 0.6]])
+    orders = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 2, 0]])
+    draws = iter([((factors - 1) / 0.4 + 1) / 2, orders.argsort(1).float()])
+    monkeypatch.setattr(torch, "rand", lambda *size, device: next(draws).view(size))
+    out = color_jitter(photos, 0.4)
+    change = (v2.functional.adjust_brightness, v2.functional.adjust_contrast, v2.functional.adjust_saturation)
+    for i, photo in enumerate(photos):
+        for kind in orders[i].tolist():
+            photo = change[kind](photo, factors[kind, i].item())
+        assert torch.allclose(out[i], photo, atol=1e-5)
+
+
+def test_colour_jitter_is_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    photo = torch.rand(3, 4, 4) * 0.6 + 0.2
+    ours = color_jitter(photo.expand(6000, -1, -1, -1), 0.4)
+    jitter = v2.ColorJitter(0.4, 0.4, 0.4)
+    theirs = torch.stack([jitter(photo) for _ in range(6000)])
+    assert (ours.mean(0) - theirs.mean(0)).abs().max() < 0.015
+    assert (ours.std(0) - theirs.std(0)).abs().max() < 0.015 and ours.std(0).min() > 0.05
+    assert torch.equal(color_jitter(photo[None], 0.0), photo[None])
 
 
 def test_each_photo_has_its_own_draw_and_the_seed_decides():
@@ -49,17 +84,24 @@ def test_each_photo_has_its_own_draw_and_the_seed_decides():
     assert len({tuple(photo.flatten().tolist()) for photo in first}) == 8
 
 
-def test_words_are_dropped_whole_at_the_given_rate():
+@pytest.mark.parametrize("caption, starts, first, others", [
+    ([2, 3, 1, 4, 1, 5, 6, 7, 0, 0], [1], (2, 3), [(1, 4), (1, 5, 6, 7)]),  # "ab c def" in characters, 1 is the space
+    ([4, 2, 5, 6, 2, 2, 0, 0], [4, 5, 6], (4, 2), [(5,), (6, 2, 2)]),  # in pieces that carry the space before them
+])
+def test_words_are_dropped_whole_at_the_given_rate(caption, starts, first, others):
     torch.manual_seed(0)
-    caption = [2, 3, 1, 4, 1, 5, 6, 7, 0, 0]  # "ab c def", two of padding; 1 is the space
-    out = drop_words(torch.tensor([caption] * 4000), 0.25, space_id=1)
+    word_start = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(starts), True)
+    out = drop_words(torch.tensor([caption] * 4000), 0.25, word_start)
+    (second, third), padding = others, (0,) * caption.count(0)
     kinds = {tuple(row) for row in out.tolist()}
-    assert kinds == {(2, 3, *middle, *end, 0, 0) for middle in ((1, 4), (0, 0)) for end in ((1, 5, 6, 7), (0, 0, 0, 0))}
-    for column in (3, 5):  # each word by its own draw
-        assert 0.22 < (out[:, column] == 0).float().mean() < 0.28
-    assert 0.04 < ((out[:, 3] == 0) & (out[:, 5] == 0)).float().mean() < 0.085
+    assert kinds == {(*first, *middle, *end, *padding) for middle in (second, (0,) * len(second))
+                     for end in (third, (0,) * len(third))}
+    gone = [out[:, len(first)] == 0, out[:, len(first) + len(second)] == 0]
+    for one in gone:  # each word by its own draw
+        assert 0.22 < one.float().mean() < 0.28
+    assert 0.04 < (gone[0] & gone[1]).float().mean() < 0.085
 
 
 def test_no_words_are_dropped_at_zero():
     text = torch.randint(0, 5, (3, 8))
-    assert torch.equal(drop_words(text, 0.0, space_id=1), text)
+    assert torch.equal(drop_words(text, 0.0, torch.ones(5, dtype=torch.bool)), text)

@@ -1,5 +1,7 @@
 """The dataset on disk: both layouts, their quirks, and every kind of damage."""
+import errno
 import io
+import os
 import struct
 
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from src.utils.flickr8k_simple import (DataError, Flickr8kImageTextDataset, collate_fn, epoch_batches, load_photo,
-                                       read_captions, read_split)
+from src.utils import flickr8k_simple
+from src.utils.flickr8k_simple import (STORE_FOLDER, TEXT_BUCKET, DataError, Flickr8kImageTextDataset, collate_fn,
+                                       epoch_batches, iterate_batches, load_photo, place_photos, read_captions,
+                                       read_split)
 from src.utils.tokenizers import CharTokenizer
 
 
@@ -290,3 +294,117 @@ def test_real_captions_are_not_cut(real_photos):
     assert len(val.names) == 1000 and len(val) == 5000 and max(map(len, val.texts)) > 77
     for caption, text in zip(val.captions, val.texts):
         assert CharTokenizer().decode(text.tolist()) == CharTokenizer().normalize(caption)
+
+
+def stores(root):
+    return sorted(path.name for path in (root / STORE_FOLDER).iterdir())
+
+
+def decoded(monkeypatch):
+    """The names that `load_photo` is asked for from now on."""
+    names = []
+    monkeypatch.setattr(flickr8k_simple, "load_photo", lambda path, size: (names.append(path.name), load_photo(path, size))[1])
+    return names
+
+
+def test_photos_are_decoded_once(dataset_dir, monkeypatch):
+    names = decoded(monkeypatch)
+    first = dataset(dataset_dir)
+    assert sorted(names) == first.names and len(stores(dataset_dir)) == 1
+    again = dataset(dataset_dir)
+    assert len(names) == 6 and torch.equal(again.photos, first.photos)
+    assert torch.equal(again.photos, dataset(dataset_dir, cache=False).photos) and len(names) == 12
+    dataset(dataset_dir, "val")
+    dataset(dataset_dir, image_size=8)
+    assert len(stores(dataset_dir)) == 3  # one a split and size
+
+
+def test_rows_of_an_opened_store_may_be_written_and_the_file_stays(dataset_dir):
+    before = dataset(dataset_dir).photos.clone()
+    dataset(dataset_dir).photos[0] = 7
+    assert torch.equal(dataset(dataset_dir).photos, before)
+
+
+@pytest.mark.parametrize("change", ["content", "time", "name", "split file", "version"])
+def test_a_change_makes_the_store_anew(dataset_dir, monkeypatch, change):
+    before, folder = dataset(dataset_dir), dataset_dir / "Flicker8k_Dataset"
+    if change == "content":
+        Image.new("RGB", (33, 44), (1, 2, 3)).save(folder / "1002_abc.jpg")
+    elif change == "time":
+        os.utime(folder / "1002_abc.jpg", (1, 1))
+    elif change == "name":
+        (folder / "1002_abc.jpg").rename(folder / "other.jpg")
+        for path in dataset_dir.glob("*.txt"):
+            path.write_text(path.read_text().replace("1002_abc.jpg", "other.jpg"))
+    elif change == "split file":
+        (dataset_dir / "Flickr_8k.trainImages.txt").write_text("".join(f"{name}\n" for name in before.names[:5]))
+    else:
+        monkeypatch.setattr(flickr8k_simple, "STORE_VERSION", -1)
+    old, names = stores(dataset_dir), decoded(monkeypatch)
+    after = dataset(dataset_dir)
+    assert len(names) == len(after.names) and len(stores(dataset_dir)) == 1 and stores(dataset_dir) != old
+    assert torch.equal(after.photos, dataset(dataset_dir, cache=False).photos)
+    assert torch.equal(after.photos[2], before.photos[2]) == (change != "content")
+
+
+def test_a_half_written_store_is_never_used(dataset_dir, monkeypatch):
+    def failing(path, size):
+        if path.name == "1004_abc.jpg":
+            raise KeyboardInterrupt
+        return load_photo(path, size)
+
+    with monkeypatch.context() as context:
+        context.setattr(flickr8k_simple, "load_photo", failing)
+        with pytest.raises(KeyboardInterrupt):
+            dataset(dataset_dir)
+    assert stores(dataset_dir) == []
+    whole = dataset(dataset_dir).photos.clone()
+    path = dataset_dir / STORE_FOLDER / stores(dataset_dir)[0]
+    path.write_bytes(path.read_bytes()[:-1])  # cut off by something else
+    assert torch.equal(dataset(dataset_dir).photos, whole) and path.stat().st_size == whole.numel()
+
+
+def test_a_damaged_photo_is_not_cached(dataset_dir):
+    (dataset_dir / "Flicker8k_Dataset" / "1003_abc.jpg").write_bytes(b"")
+    data = dataset(dataset_dir, allow_incomplete=True)
+    assert stores(dataset_dir) == [] and len(data.photos) == 5
+    assert torch.equal(data.photos, dataset(dataset_dir, allow_incomplete=True, cache=False).photos)
+
+
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(dataset_dir):
+    (dataset_dir / STORE_FOLDER).write_text("in the way")
+    assert torch.equal(dataset(dataset_dir).photos, dataset(dataset_dir, cache=False).photos)
+
+
+def test_a_full_disk_is_said(dataset_dir, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="No space left on device; the photo store takes 0 MB"):
+        dataset(dataset_dir)
+    assert stores(dataset_dir) == []
+
+
+@pytest.mark.parametrize("captions_per_image", [1, 2, 5])
+def test_batches_hold_each_photo_once_with_its_captions(dataset_dir, captions_per_image):
+    data, device = dataset(dataset_dir), torch.device("cpu")
+    batches = epoch_batches(data.photo_of_caption, captions_per_image, 10, seed=1)
+    made = list(iterate_batches(data, place_photos(data.photos, device), batches, device))
+    assert len(made) == len(batches)
+    for pairs, batch in zip(batches, made):
+        assert batch["text"].shape[1] % TEXT_BUCKET == 0
+        photo_ids = batch["photo_ids"][batch["photo_of_pair"]]
+        assert torch.equal(photo_ids, data.photo_of_caption[pairs])
+        assert torch.equal(batch["images"], data.photos[batch["photo_ids"]])
+        assert captions_per_image == 1 or len(batch["images"]) <= len(pairs) / captions_per_image
+        for row, pair in zip(batch["text"], pairs):
+            assert torch.equal(row[:len(data.texts[pair])], data.texts[pair]) and not row[len(data.texts[pair]):].any()
+
+
+def test_batches_stop_when_no_longer_wanted(dataset_dir):
+    data = dataset(dataset_dir)
+    batches = iterate_batches(data, data.photos, [[0, 1]] * 50, torch.device("cpu"))
+    next(batches)
+    batches.close()
+    assert list(iterate_batches(data, data.photos, [], torch.device("cpu"))) == []

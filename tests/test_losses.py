@@ -3,7 +3,9 @@ import math
 import pytest
 import torch
 
-from src.losses import info_nce_loss
+from src.losses import contrastive_backward, info_nce_loss
+from src.model import PRESETS, MultiModalMemoryNetwork
+from train_flickr8k_sgd import PairEncoder
 
 
 def latents(batch=6, dim=5, seed=0):
@@ -62,3 +64,72 @@ def test_gradient_reaches_everything():
     scale = torch.tensor(1.0, requires_grad=True)
     info_nce_loss(images, texts, scale, torch.tensor([0, 1, 1, 2, 3, 4])).backward()
     assert all(x.grad.abs().sum() > 0 and torch.isfinite(x.grad).all() for x in (images, texts, scale))
+
+
+class Encoder(torch.nn.Module):
+    """Two small networks in place of the model; the second output of a row depends on that row alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+        self.text = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+        self.logit_scale = torch.nn.Parameter(torch.tensor(1.5))
+        self.rows_at_once = 0
+
+    def forward(self, images, text):
+        if torch.is_grad_enabled():
+            self.rows_at_once = max(self.rows_at_once, len(text))
+        image_latents, text_latents = self.image(images), self.text(text)
+        return image_latents, text_latents, self.logit_scale, torch.stack([image_latents.square().mean(),
+                                                                           text_latents.exp().mean()])
+
+
+def step_batch():
+    """Seven photos with one to three captions each; the first and the last are the same photo."""
+    generator = torch.Generator().manual_seed(5)
+    photo_of_pair = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 4, 5, 5, 6, 6])
+    return {"images": torch.randn(7, 6, generator=generator), "text": torch.randn(13, 3, generator=generator),
+            "photo_ids": torch.tensor([4, 9, 2, 5, 7, 1, 4]), "photo_of_pair": photo_of_pair}
+
+
+def test_backward_without_chunks_is_the_plain_loss():
+    encoder, batch = Encoder(), step_batch()
+    loss = contrastive_backward(encoder, batch, 0.1)
+    got = [p.grad.clone() for p in encoder.parameters()]
+    encoder.zero_grad()
+    images, text, scale, memory = encoder(batch["images"], batch["text"])
+    rows = batch["photo_of_pair"]
+    plain = info_nce_loss(images[rows], text, scale, batch["photo_ids"][rows])
+    (plain + 0.1 * memory.sum()).backward()
+    assert torch.equal(loss, plain) and not loss.requires_grad
+    assert all(torch.equal(a, p.grad) for a, p in zip(got, encoder.parameters()))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4, 5, 12, 13, 99])
+@pytest.mark.parametrize("factor", [1.0, 1024.0])
+def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(chunk_size, factor):
+    whole, chunked, batch = Encoder(), Encoder(), step_batch()
+    scale = lambda loss: loss * factor  # noqa: E731
+    expected = contrastive_backward(whole, batch, 0.1, scale=scale)
+    loss = contrastive_backward(chunked, batch, 0.1, chunk_size, scale)
+    assert torch.allclose(loss, expected, atol=1e-6)
+    for (name, a), b in zip(whole.named_parameters(), chunked.parameters()):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-6 * factor), name
+    assert chunked.rows_at_once <= max(3 + chunk_size, 3)  # a photo's captions stay together
+    assert chunk_size > 6 or chunked.rows_at_once < 13
+
+
+def test_chunks_of_the_real_model():
+    torch.manual_seed(0)
+    model = MultiModalMemoryNetwork(**PRESETS["tiny"] | {"conv_channels": ()})  # batch norm would see the chunks
+    batch = {"images": torch.randn(6, 3, 32, 32), "text": torch.randint(1, 34, (12, 16)),
+             "photo_ids": torch.arange(6), "photo_of_pair": torch.arange(6).repeat_interleave(2)}
+    batch["text"][::3, 9:] = 0
+    results = []
+    for chunk_size in (None, 4, 2):
+        model.zero_grad()
+        loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size)
+        results.append([loss] + [p.grad.clone() for p in model.parameters()])
+    for other in results[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(results[0], other))

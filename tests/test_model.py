@@ -107,7 +107,7 @@ def test_word_order_matters():
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(image_size=30, patch_size=16), "not a multiple"),
-    (dict(image_size=32, patch_size=16, conv_channels=(16, 32)), "patches of 8"),
+    (dict(image_size=32, patch_size=16, conv_channels=(16, 32, 32)), "patches of 8"),
 ])
 def test_image_encoder_refuses_sizes_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):

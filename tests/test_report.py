@@ -19,7 +19,7 @@ def test_progress_is_one_line_on_a_terminal_and_none_elsewhere(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
-        line = ProgressLine(stream)
+        line = ProgressLine(stream=stream)
         line.update("a very long text of more than twenty columns")
         line.update("short")
         line.clear()

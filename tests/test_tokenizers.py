@@ -1,8 +1,9 @@
 import pytest
 
-from src.utils.tokenizers import PAD_ID, CharTokenizer, tokenizer_from_state
+from src.utils.tokenizers import PAD_ID, BPETokenizer, CharTokenizer, tokenizer_from_state
 
 tokenizer = CharTokenizer()
+CAPTIONS = ["A dog runs .", "Two dogs run , a dog jumps .", "The dog 's ball", "A man runs"] * 2
 
 
 def test_34_ids_with_padding():
@@ -40,3 +41,66 @@ def test_state_round_trip():
     assert tokenizer_from_state(tokenizer.state_dict()).encode("a dog") == tokenizer.encode("a dog")
     with pytest.raises(ValueError, match="not known here"):
         tokenizer_from_state({"name": "char", "vocabulary": "abc"})
+
+
+def test_word_starts():
+    starts = [tokenizer.word_start[i] for i in tokenizer.encode("a dog")]
+    assert starts == [False, True, False, False, False] and len(tokenizer.word_start) == 34
+    bpe = BPETokenizer.learn(CAPTIONS, 300)
+    for text in ("a dog jumps", "zebras fly ."):
+        assert sum(bpe.word_start[i] for i in bpe.encode(text)) == len(text.split())
+
+
+def slow_bpe(texts, merges):
+    """Every pair of every word counted anew for every merge."""
+    words = [[bytes([byte]) for byte in piece.encode()] for text in texts for piece in BPETokenizer.split(text)]
+    id_of, learned = {bytes([byte]): byte + 1 for byte in range(256)}, []
+    for new in range(257, 257 + merges):
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        pair = min(counts, key=lambda pair: (-counts[pair], id_of[pair[0]], id_of[pair[1]]))
+        learned.append((id_of[pair[0]], id_of[pair[1]]))
+        id_of[b"".join(pair)] = new
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == pair:
+                    word[i:i + 2] = [b"".join(pair)]
+                i += 1
+    return learned
+
+
+def test_bpe_learns_what_the_slow_way_learns():
+    assert BPETokenizer.learn(CAPTIONS, 257 + 20).merges == slow_bpe(CAPTIONS, 20)
+
+
+def test_bpe_makes_tokens_of_frequent_words():
+    bpe = BPETokenizer.learn(CAPTIONS, 1000)
+    assert bpe.vocab_size < 1000  # no pair was left that occurs twice
+    assert len(bpe.encode("A dog runs .")) == 4 and len(bpe.encode("dog")) == 1
+    assert bpe.encode("dog dog")[0] == bpe.encode("dog dog")[1]  # at the start of a caption or in its midst
+
+
+@pytest.mark.parametrize("text", ["a dog", "  A  Dog ,\truns!!\n", "x" * 300, "caf\u00e9 \u72d7\U0001f415 1,000 $", "_ a__b _",
+                                  "\u0130stanbul", "it's-'odd", "\x00\x7f", "\ud800"])
+def test_bpe_round_trip_of_any_text(text):
+    for vocab_size in (257, 290):
+        bpe = BPETokenizer.learn(CAPTIONS, vocab_size)
+        ids = bpe.encode(text)
+        assert bpe.decode([*ids, PAD_ID]) == bpe.normalize(text) and PAD_ID not in ids
+        assert bpe.encode(bpe.decode(ids)) == ids and max(ids) < bpe.vocab_size == len(bpe.word_start)
+
+
+def test_bpe_state_round_trip_and_refusals():
+    bpe = BPETokenizer.learn(CAPTIONS, 300)
+    same = tokenizer_from_state(bpe.state_dict())
+    assert same.merges == bpe.merges and same.encode("a dog jumps") == bpe.encode("a dog jumps")
+    with pytest.raises(ValueError, match="white space"):
+        bpe.encode(" \n")
+    with pytest.raises(ValueError, match="no room"):
+        BPETokenizer.learn(CAPTIONS, 256)
+    for state in (None, {"name": "bpe"}, {"name": "word", "merges": []}):
+        with pytest.raises(ValueError, match="not known here"):
+            tokenizer_from_state(state)

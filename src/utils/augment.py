@@ -1,48 +1,85 @@
-"""Batched augmentation of photos and captions, run on whatever device the batch is on."""
+"""Batched augmentation of photos and captions, run on whatever device the batch is on.
+
+Every function draws from torch's global generator of that device, each sample for itself, and copies nothing between
+host and device.
+"""
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
 
 # Per-channel mean and standard deviation of ImageNet's photos, on a scale of 0 to 1: the field's usual constants.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GREY = (0.2989, 0.587, 0.114)  # the weights of red, green and blue in brightness, torchvision's
+
+
+@functools.cache
+def _per_channel(values, device):
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 def normalize(images):
-    """uint8 photos (B, 3, H, W) -> float32 photos of about zero mean and unit variance."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255
-    return (images.float() - mean) / std
+    """Photos (B, 3, H, W), uint8, or floats from 0 to 1 -> float32 photos of about zero mean and unit variance."""
+    images = images / 255.0 if images.dtype == torch.uint8 else images
+    return (images - _per_channel(MEAN, images.device)) / _per_channel(STD, images.device)
 
 
 def random_resized_crop_and_flip(images, size, min_scale=0.5):
-    """Float photos (B, C, H, W) -> (B, C, size, size), each cropped and mirrored by its own draw.
+    """Photos (B, C, H, W), uint8 or float -> float (B, C, size, size), each cropped and mirrored by its own draw.
 
-    As torchvision's RandomResizedCrop and RandomHorizontalFlip, for a whole batch at once: the crop holds a share of
-    the area drawn from [min_scale, 1], its aspect ratio is drawn from [3/4, 4/3] on a log scale, and half of the
-    photos are mirrored. Sampling is bilinear. Randomness comes from torch's global generator.
+    torchvision's RandomResizedCrop((min_scale, 1)) and RandomHorizontalFlip for a whole batch at once: the crop holds a
+    share of the area drawn from [min_scale, 1], its aspect ratio is drawn from [3/4, 4/3] on a log scale, both are drawn
+    again (ten times at most; then the photo is taken whole) when the crop does not fit, and half of the photos are
+    mirrored. H must equal W. Unlike there, a crop may begin between two pixels, and sampling is bilinear without
+    smoothing, so that photos should not be much larger than size.
     """
     batch = len(images)
-    area, log_ratio, x, y, flip = torch.rand(5, batch, device=images.device)
+    area, log_ratio = torch.rand(2, batch, 10, device=images.device)
     area = min_scale + (1 - min_scale) * area
-    ratio = torch.exp((2 * log_ratio - 1) * torch.log(torch.tensor(4 / 3)))
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)  # shares of the photo's
-    theta = torch.zeros(batch, 2, 3, device=images.device)  # output coordinates, from -1 to 1, -> input coordinates
-    theta[:, 0, 0] = torch.where(flip < 0.5, -width, width)
-    theta[:, 0, 2] = (2 * x - 1) * (1 - width)
-    theta[:, 1, 1] = height
-    theta[:, 1, 2] = (2 * y - 1) * (1 - height)
+    ratio = torch.exp((2 * log_ratio - 1) * math.log(4 / 3))
+    width, height = (area * ratio).sqrt(), (area / ratio).sqrt()  # shares of the photo's
+    fits = (width <= 1) & (height <= 1)
+    first = fits.int().argmax(1, keepdim=True)
+    width, height = (torch.where(fits.any(1), side.gather(1, first).squeeze(1), 1.0) for side in (width, height))
+    x, y, flip = torch.rand(3, batch, device=images.device)
+    zero = torch.zeros_like(x)
+    # Output coordinates, from -1 to 1, -> input coordinates.
+    theta = torch.stack([torch.where(flip < 0.5, -width, width), zero, (2 * x - 1) * (1 - width),
+                         zero, height, (2 * y - 1) * (1 - height)], dim=1).view(batch, 2, 3)
     grid = F.affine_grid(theta, (batch, images.shape[1], size, size), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
 
 
-def drop_words(text, probability, space_id):
+def color_jitter(images, strength):
+    """Float photos (B, 3, H, W) from 0 to 1 -> the same, of another brightness, contrast and saturation.
+
+    torchvision's ColorJitter(strength, strength, strength) for a whole batch at once: each of the three is changed by a
+    factor drawn from [1 - strength, 1 + strength], in an order drawn for each photo.
+    """
+    if strength == 0:
+        return images
+    batch, grey = len(images), _per_channel(GREY, images.device)
+    factors = 1 + strength * (2 * torch.rand(3, batch, 1, 1, 1, device=images.device) - 1)
+    order = torch.rand(batch, 3, device=images.device).argsort(1)
+    for step in range(3):
+        brightness = (images * grey).sum(1, keepdim=True)
+        towards = (torch.zeros_like(brightness), brightness.mean((2, 3), keepdim=True), brightness)
+        changed = [(factor * images + (1 - factor) * other).clamp(0, 1) for factor, other in zip(factors, towards)]
+        now = order[:, step].view(batch, 1, 1, 1)
+        images = torch.where(now == 0, changed[0], torch.where(now == 1, changed[1], changed[2]))
+    return images
+
+
+def drop_words(text, probability, word_start):
     """Token ids (B, L) -> the same with each word, at the given probability, turned into padding (0) in its place.
 
-    A word is what stands between two `space_id`; the space before it goes with it. The first word of a caption always
-    stays, so that something does. Randomness comes from torch's global generator.
+    word_start: (vocab_size,) bool, True for the ids that begin a word. The first word of a caption always stays, so
+    that something does. Randomness comes from torch's global generator.
     """
     if probability == 0:
         return text
-    word = (text == space_id).cumsum(1)  # (B, L) which word of its caption each token belongs to
-    keep = torch.rand(text.shape, device=text.device) >= probability  # column w is word w's draw: words < L
-    keep[:, 0] = True
-    return text * keep.gather(1, word.clamp(max=text.shape[1] - 1))
+    word = word_start[text].cumsum(1)  # (B, L) which word of its caption each token belongs to: at most L
+    keep = torch.rand(text.shape[0], text.shape[1] + 1, device=text.device) >= probability  # column w: word w's draw
+    keep.scatter_(1, word[:, :1], True)
+    return text * keep.gather(1, word)

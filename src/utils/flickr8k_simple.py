@@ -8,6 +8,9 @@
 The text files lie at the root or in Flickr8k_text/.
 """
 import csv
+import hashlib
+import io
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +27,10 @@ SPLIT_FILES = {
 }
 CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt")
 PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images")
+STORE_FOLDER = "photo_store"
+STORE_VERSION = 1  # part of a store's key: to be raised with any change to what `load_photo` gives
+GPU_SHARE = 0.5  # photos stay on the GPU if they take no more than this share of its free memory
+TEXT_BUCKET = 16  # a batch's text is as long as a multiple of this: few shapes, whatever the longest caption
 
 
 class DataError(Exception):
@@ -88,6 +95,14 @@ def read_captions(path):
     return captions
 
 
+def find_caption_file(root_dir):
+    """Path of the captions, of either layout. Raises DataError where there are none."""
+    path = next(filter(None, (find_text_file(root_dir, name) for name in CAPTION_FILES)), None)
+    if path is None:
+        raise DataError(f"{root_dir}: no captions, neither {CAPTION_FILES[0]} nor {CAPTION_FILES[1]}")
+    return path
+
+
 def read_split(root_dir, split):
     """The photos' file names of "train", "val" or "test", in the split file's order.
 
@@ -132,6 +147,77 @@ def load_photo(path, size):
         raise DataError(f"{path}: {error}") from None
 
 
+def store_path(store, folder, names, size):
+    """Where the photo store of these files lies: a name that any change to them, or to the size, changes."""
+    stats = []
+    for name in names:
+        stat = (folder / name).stat()
+        stats.append((name, stat.st_size, stat.st_mtime_ns))
+    key = hashlib.sha256(json.dumps([STORE_VERSION, size, stats]).encode()).hexdigest()[:16]
+    return Path(f"{store}_{key}.uint8")
+
+
+def open_photo_store(store, folder, names, size, num_workers=None, progress=None):
+    """Photos of a folder, decoded once -> uint8 (N, 3, size, size), and {name: fault} of those that cannot be read.
+
+    store: path of the cache less its key, say data/photo_store/train_73; None keeps the photos in memory. The cache is
+    moved into place when it is whole and opened by memory map, so that it may be larger than memory. Where a photo has
+    a fault, its row is left out and nothing is cached; where the folder cannot be written, nothing is cached either.
+    num_workers: threads that decode, one a core by default. `progress(done, total)` is called as photos are decoded.
+    Raises DataError for a disk that is full.
+    """
+    path = partial = None
+    if store is not None:
+        path = store_path(store, folder, names, size)
+        num_bytes = len(names) * 3 * size * size
+        if path.is_file() and path.stat().st_size == num_bytes:
+            return torch.from_file(str(path), size=num_bytes, dtype=torch.uint8).view(-1, 3, size, size), {}
+        try:
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_suffix(f".partial{os.getpid()}")
+            partial.touch()
+        except OSError:
+            path = partial = None
+    try:
+        with io.BytesIO() if partial is None else open(partial, "w+b") as file:
+            faults = _decode(file, folder, names, size, num_workers, progress)
+            if path is None or faults:
+                file.seek(0)
+                return torch.from_numpy(np.frombuffer(bytearray(file.read()), np.uint8)).view(-1, 3, size, size), faults
+            file.flush()
+            os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
+        for old in path.parent.glob(f"{Path(store).name}_*.uint8"):
+            old.unlink()
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; the photo store takes {num_bytes / 1e6:.0f} MB") from None
+    finally:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+    return open_photo_store(store, folder, names, size)
+
+
+def _decode(file, folder, names, size, num_workers, progress):
+    """Write the photos one after the other -> {name: fault} of those left out."""
+    def decode(name):
+        try:
+            return load_photo(folder / name, size).tobytes(), None
+        except DataError as error:
+            return b"", str(error).removeprefix(f"{folder}{os.sep}")
+
+    faults, pool = {}, ThreadPoolExecutor(num_workers or os.cpu_count())  # Pillow decodes outside Python's lock
+    try:
+        for done, (name, (photo, fault)) in enumerate(zip(names, pool.map(decode, names)), start=1):
+            file.write(photo)
+            if fault:
+                faults[name] = fault
+            if progress:
+                progress(done, len(names))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return faults
+
+
 def _some(names, limit=3):
     """'a, b, c and 4 more': enough to find the fault by, never a screenful."""
     names = list(names)
@@ -140,7 +226,7 @@ def _some(names, limit=3):
 
 
 class Flickr8kImageTextDataset(Dataset):
-    """One split of Flickr8k as photo-caption pairs, every photo decoded once, into memory.
+    """One split of Flickr8k as photo-caption pairs, every photo decoded once, into a store (`open_photo_store`).
 
     len() is the number of captions. Item i is {"image": uint8 (3, image_size, image_size), "text": int64 (L,),
     "photo_id": int, the photo's row in `photos`, "caption": str}. Pairs stand in the split file's order, captions in
@@ -148,16 +234,14 @@ class Flickr8kImageTextDataset(Dataset):
     `photo_of_caption` (M,) hold each photo and each caption once.
 
     Raises DataError when a photo of the split is missing or cannot be read, or has no captions; with
-    `allow_incomplete`, such photos are left out and listed in `left_out`. `progress(done, total)` is called as photos
-    are decoded.
+    `allow_incomplete`, such photos are left out and listed in `left_out`. `cache` keeps the decoded photos in a file
+    under root_dir; num_workers and progress are `open_photo_store`'s.
     """
 
-    def __init__(self, root_dir, split, image_size, tokenizer, allow_incomplete=False, progress=None):
+    def __init__(self, root_dir, split, image_size, tokenizer, allow_incomplete=False, cache=True, num_workers=None,
+                 progress=None):
         root_dir = Path(root_dir)
-        caption_file = next(filter(None, (find_text_file(root_dir, name) for name in CAPTION_FILES)), None)
-        photo_folder = find_photo_folder(root_dir)
-        if caption_file is None:
-            raise DataError(f"{root_dir}: no captions, neither {CAPTION_FILES[0]} nor {CAPTION_FILES[1]}")
+        caption_file, photo_folder = find_caption_file(root_dir), find_photo_folder(root_dir)
         if photo_folder is None:
             raise DataError(f"{root_dir}: no folder of photos, none of {', '.join(PHOTO_FOLDERS)}")
         captions_of = read_captions(caption_file)
@@ -168,11 +252,11 @@ class Flickr8kImageTextDataset(Dataset):
         present = set(os.listdir(photo_folder))
         names = self._without(names, "missing", [n for n in names if n not in present])
         names = self._without(names, "without captions", [n for n in names if n not in captions_of])
-        photos, unreadable = self._decode(photo_folder, names, image_size, progress)
+        store = root_dir / STORE_FOLDER / f"{split}_{image_size}" if cache else None
+        self.photos, unreadable = open_photo_store(store, photo_folder, names, image_size, num_workers, progress)
         self.names = self._without(names, "unreadable", list(unreadable), list(unreadable.values()))
         if not self.names:
             raise DataError(f"{root_dir}: not one photo of {split} is usable")
-        self.photos = photos if not unreadable else photos[[n not in unreadable for n in names]]
 
         self.captions = [caption for name in self.names for caption in captions_of[name]]
         self.photo_of_caption = torch.tensor([i for i, name in enumerate(self.names) for _ in captions_of[name]])
@@ -191,24 +275,6 @@ class Flickr8kImageTextDataset(Dataset):
                             "it; --allow_incomplete trains without them.")
         self.left_out += found
         return [name for name in names if name not in set(found)]
-
-    @staticmethod
-    def _decode(folder, names, size, progress):
-        """-> uint8 (len(names), 3, size, size), and {name: fault} of those that cannot be read."""
-        photos = torch.empty(len(names), 3, size, size, dtype=torch.uint8)
-        faults = {}
-
-        def decode(i):
-            try:
-                photos[i] = torch.from_numpy(load_photo(folder / names[i], size))
-            except DataError as error:
-                faults[names[i]] = str(error).removeprefix(f"{folder}{os.sep}")
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
-            for done, _ in enumerate(pool.map(decode, range(len(names))), start=1):
-                if progress:
-                    progress(done, len(names))
-        return photos, dict(sorted(faults.items()))
 
     def __len__(self):
         return len(self.captions)
@@ -238,9 +304,48 @@ def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
             for start in range(0, len(groups) - groups_a_batch + 1, groups_a_batch)]
 
 
-def pad_texts(texts):
-    """List of (L,) -> (B, longest L), filled up with 0, the padding's id."""
-    return torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+def place_photos(photos, device):
+    """The photos where batches are best cut from them: on a GPU if they take no more than GPU_SHARE of its free memory,
+    else where they are, on the host."""
+    if device.type == "cuda" and photos.nbytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return photos.to(device)
+    return photos
+
+
+def iterate_batches(data, photos, batches, device):
+    """Lists of pairs (see `epoch_batches`) -> batches on the device, the next one prepared while one is in use.
+
+    photos: `data.photos`, or a copy of them on the device (`place_photos`). A batch is a dict of
+    - "images": uint8 (P, 3, H, W), a photo that stands there with several captions, side by side, being there once
+    - "photo_ids": (P,) their rows in `data.photos`
+    - "text": (B, L), padded to a multiple of TEXT_BUCKET
+    - "photo_of_pair": (B,) from 0 to P - 1, rising: the photo of each caption
+    """
+    def prepare(pairs):
+        photo_ids, photo_of_pair = torch.unique_consecutive(data.photo_of_caption[pairs], return_inverse=True)
+        batch = {"photo_ids": photo_ids, "photo_of_pair": photo_of_pair,
+                 "text": pad_texts([data.texts[i] for i in pairs], TEXT_BUCKET)}
+        if photos.device.type == "cpu":
+            batch["images"] = photos[photo_ids]
+        if device.type == "cuda":  # from pinned memory the copy runs beside the computation
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        return batch if "images" in batch else batch | {"images": photos[batch["photo_ids"]]}
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for pairs in batches:
+            prepared, ahead = ahead, pool.submit(prepare, pairs)
+            if prepared:
+                yield prepared.result()
+        if ahead:
+            yield ahead.result()
+
+
+def pad_texts(texts, multiple=1):
+    """List of (L,) -> (B, longest L, rounded up to a multiple), filled up with 0, the padding's id."""
+    text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    return torch.nn.functional.pad(text, (0, -text.shape[1] % multiple))
 
 
 def collate_fn(items):

@@ -1,7 +1,10 @@
 """What the scripts print: the progress line of a running epoch, and the tables of a run, read from its files."""
+import platform
 import shutil
 import sys
 from pathlib import Path
+
+import torch
 
 from src.utils.checkpoint import CheckpointError, load_checkpoint, load_json
 from src.utils.retrieval import chance_metrics
@@ -21,11 +24,11 @@ def duration(seconds):
 
 
 class ProgressLine:
-    """One line on a terminal, written over itself; nothing at all where the output is not a terminal."""
+    """One line on a terminal, written over itself; nothing at all where the output is not a terminal, or unless `on`."""
 
-    def __init__(self, stream=None):
+    def __init__(self, on=True, stream=None):
         self.stream = sys.stdout if stream is None else stream
-        self.live = self.stream.isatty()
+        self.live = on and self.stream.isatty()
 
     def update(self, text):
         if self.live:
@@ -39,6 +42,26 @@ class ProgressLine:
             self.update("")
             self.stream.write("\r")
             self.stream.flush()
+
+
+def device_name(device):
+    """The GPU's name, or the processor's and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def precision_name(amp_dtype):
+    """The autocast type, None for none, in words."""
+    return "float32" if amp_dtype is None else f"mixed, {str(amp_dtype).removeprefix('torch.')}"
+
+
+def data_counts(data):
+    """What config.json says of a Flickr8kImageTextDataset."""
+    captions = torch.bincount(data.photo_of_caption)
+    return {"photos": len(data.names), "captions": len(data), "left_out": len(data.left_out),
+            "captions_per_photo": {str(count): photos for count, photos in enumerate(torch.bincount(captions).tolist())
+                                   if photos}}
 
 
 def epoch_line(row):

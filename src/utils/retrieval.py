@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from src.utils.augment import normalize
+from src.utils.distributed import collect, rank_and_world
 from src.utils.flickr8k_simple import pad_texts
 
 KS = (1, 5, 10)
@@ -48,17 +49,25 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, chunk_s
     texts = F.normalize(text_embeddings.float(), dim=-1)
     starts = range(0, num_captions, chunk_size)
 
+    # Every chunk is computed in the same two blocks of memory: made anew, they were seen to pile up to gigabytes.
+    space = torch.empty(min(chunk_size, num_captions), num_photos, device=images.device)
+    flags = torch.empty_like(space, dtype=torch.bool)
+
+    def similarities(start):
+        chunk = texts[start:start + chunk_size]
+        return torch.mm(chunk, images.T, out=space[:len(chunk)]), flags[:len(chunk)]
+
     # First pass: each caption against all photos gives t2i, and the similarity of each caption with its own photo.
     copies_of_photo = torch.bincount(photo_of_caption, minlength=num_photos)
     own, t2i, ahead_copies = [], [], []
     for start in starts:
         photo = photo_of_caption[start:start + chunk_size]
-        similarity = texts[start:start + chunk_size] @ images.T
+        similarity, ahead = similarities(start)
         own.append(similarity.gather(1, photo[:, None]).squeeze(1))
-        ahead = similarity >= own[-1][:, None] - TIE
+        torch.ge(similarity, own[-1][:, None] - TIE, out=ahead)
         ahead.scatter_(1, photo[:, None], False)
         t2i.append(ahead.sum(1) + 1)
-        ahead_copies.append((ahead.float() @ copies_of_photo.float()).long())
+        ahead_copies.append((similarity.copy_(ahead) @ copies_of_photo.float()).long())
     own = torch.cat(own)
 
     # Second pass: for every photo, how many captions reach the similarity of each of its own captions. Column j of
@@ -74,11 +83,11 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, chunk_s
     reached = torch.zeros(own_table.shape, dtype=torch.long, device=own.device)
     for start in starts:
         photo = photo_of_caption[start:start + chunk_size]
-        similarity = texts[start:start + chunk_size] @ images.T
+        similarity, ahead = similarities(start)
         for j in range(own_table.shape[1]):
-            reached[:, j] += (similarity >= own_table[:, j] - TIE).sum(0)
+            reached[:, j] += torch.ge(similarity, own_table[:, j] - TIE, out=ahead).sum(0)
         similarity.scatter_(1, photo[:, None], float("-inf"))  # a photo's own captions are never ahead of its best
-        others_ahead += (similarity >= best - TIE).sum(0)
+        others_ahead += torch.ge(similarity, best - TIE, out=ahead).sum(0)
 
     return {
         "i2t": others_ahead[copies_of_photo > 0] + 1,
@@ -113,18 +122,26 @@ def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption, chunk
 
 @torch.no_grad()
 def evaluate(model, dataset, amp_dtype=None, batch_size=256):
-    """`retrieval_metrics` of a model on a Flickr8kImageTextDataset: each photo embedded once, each caption once.
+    """`retrieval_metrics` of a model on a Flickr8kImageTextDataset: each photo embedded once, each caption once, the
+    batches shared out among the processes, if there are several; the result is the same in all of them.
 
     amp_dtype: the autocast type, None for full precision. The model is left in the mode it was in.
     """
     device, was_training = next(model.parameters()).device, model.training
-    model.eval()
+    rank, world = rank_and_world()
     by_length = sorted(range(len(dataset)), key=lambda i: len(dataset.texts[i]))  # little padding in every batch
+
+    def embed(total, encode):
+        own = range(rank * batch_size, total, world * batch_size)
+        parts = [(start, encode(start, start + batch_size)["central_latent"].float().cpu()) for start in own]
+        return torch.cat([rows for _, rows in sorted(collect(parts), key=lambda part: part[0])]).to(device)
+
+    model.eval()
     with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        images = torch.cat([model(images=normalize(photos.to(device)))["central_latent"]
-                            for photos in dataset.photos.split(batch_size)])
-        texts = torch.cat([model(text=pad_texts([dataset.texts[i] for i in by_length[start:start + batch_size]])
-                                 .to(device))["central_latent"] for start in range(0, len(dataset), batch_size)])
+        images = embed(len(dataset.photos), lambda start, end: model(
+            images=normalize(dataset.photos[start:end].to(device))))
+        texts = embed(len(dataset), lambda start, end: model(
+            text=pad_texts([dataset.texts[i] for i in by_length[start:end]]).to(device)))
     model.train(was_training)
     return retrieval_metrics(images, texts, dataset.photo_of_caption[by_length])
 

@@ -1,4 +1,10 @@
-"""Text -> token ids. Id 0 is padding in every tokenizer."""
+"""Text -> token ids. Id 0 is padding in every tokenizer.
+
+`word_start` of a tokenizer says for each id whether a token of that id begins a new word.
+"""
+import collections
+import heapq
+import re
 import unicodedata
 
 PAD_ID = 0
@@ -20,7 +26,8 @@ class CharTokenizer:
 
     def __init__(self):
         self.id_of = {character: i for i, character in enumerate(self.vocabulary, start=PAD_ID + 1)}
-        self.space_id = self.id_of[" "]
+        self.word_start = [False] * self.vocab_size
+        self.word_start[self.id_of[" "]] = True
 
     @property
     def vocab_size(self):
@@ -49,9 +56,132 @@ class CharTokenizer:
         return {"name": self.name, "vocabulary": self.vocabulary}
 
 
+def merge(ids, pair, new):
+    """Every occurrence of the pair in a list of ids, from the left, replaced by the id `new`."""
+    out, i = [], 0
+    while i < len(ids):
+        if tuple(ids[i:i + 2]) == pair:
+            out.append(new)
+            i += 2
+        else:
+            out.append(ids[i])
+            i += 1
+    return out
+
+
+class BPETokenizer:
+    """Byte-pair encoding (Sennrich et al. 2016, "Neural machine translation of rare words with subword units").
+
+    Ids 1 to 256 are the bytes of UTF-8, so that any text has tokens; each further id is a merge of two earlier ones,
+    `merges[i]` being id 257 + i. Capitals become small and runs of white space one space; beyond that, decoding gives
+    back exactly what was encoded. A word carries the space before it (the first one too), and nothing is merged across
+    the start of a word, or between letters and other signs.
+    """
+
+    name = "bpe"
+    pieces = re.compile(r" ?\w+| ?[^\w ]+")
+
+    def __init__(self, merges):
+        self.merges = [tuple(pair) for pair in merges]
+        self.bytes_of = [b""] + [bytes([byte]) for byte in range(256)]
+        for left, right in self.merges:
+            self.bytes_of.append(self.bytes_of[left] + self.bytes_of[right])
+        self.rank = {pair: rank for rank, pair in enumerate(self.merges)}
+        self.word_start = [token.startswith(b" ") for token in self.bytes_of]
+        self.cache = {}  # piece -> ids: captions have few different words
+
+    @classmethod
+    def learn(cls, texts, vocab_size):
+        """The merges that texts suggest: again and again the most frequent pair, of equals the one of smaller ids.
+
+        Stops before vocab_size when no pair occurs twice. Raises ValueError for a vocab_size below 257, which has no
+        room for the bytes.
+        """
+        if vocab_size < 257:
+            raise ValueError(f"vocab_size={vocab_size} has no room for padding and the 256 bytes")
+        counts = collections.Counter(piece for text in texts for piece in cls.split(text))
+        words = [([byte + 1 for byte in cls.to_bytes(piece)], count) for piece, count in counts.items()]
+        frequency, where = collections.Counter(), collections.defaultdict(set)
+        for i, (ids, count) in enumerate(words):
+            for pair in zip(ids, ids[1:]):
+                frequency[pair] += count
+                where[pair].add(i)
+        heap, merges = [(-count, pair) for pair, count in frequency.items()], []
+        heapq.heapify(heap)
+        while heap and len(merges) < vocab_size - 257:
+            count, pair = heapq.heappop(heap)
+            if -count != frequency[pair]:  # an old entry: a newer one stands elsewhere in the heap
+                continue
+            if -count < 2:
+                break
+            merges.append(pair)
+            changed = set()
+            for i in where.pop(pair):
+                ids, count = words[i]
+                merged = merge(ids, pair, 256 + len(merges))
+                for old in zip(ids, ids[1:]):
+                    frequency[old] -= count
+                    changed.add(old)
+                for new in zip(merged, merged[1:]):
+                    frequency[new] += count
+                    where[new].add(i)
+                    changed.add(new)
+                words[i] = merged, count
+            for pair in changed:
+                if frequency[pair] > 0:
+                    heapq.heappush(heap, (-frequency[pair], pair))
+        return cls(merges)
+
+    @staticmethod
+    def to_bytes(text):
+        return text.encode("utf-8", "surrogatepass")
+
+    @staticmethod
+    def normalize(text):
+        """The text as decoding gives it back."""
+        return " ".join(text.lower().split())
+
+    @classmethod
+    def split(cls, text):
+        return cls.pieces.findall(" " + cls.normalize(text))
+
+    @property
+    def vocab_size(self):
+        return len(self.bytes_of)
+
+    def encode(self, text):
+        """str -> list of ids. Raises ValueError for a text of white space only."""
+        ids = []
+        for piece in self.split(text):
+            if piece not in self.cache:
+                self.cache[piece] = self._encode_piece(piece)
+            ids += self.cache[piece]
+        if not ids:
+            raise ValueError(f"the text {text!r} has no character but white space")
+        return ids
+
+    def _encode_piece(self, piece):
+        ids = [byte + 1 for byte in self.to_bytes(piece)]
+        while True:
+            first = min(zip(ids, ids[1:]), key=lambda pair: self.rank.get(pair, len(self.rank)), default=None)
+            if first not in self.rank:
+                return ids
+            ids = merge(ids, first, 257 + self.rank[first])
+
+    def decode(self, ids):
+        """Ids -> str, padding left out; the inverse of encode up to `normalize`."""
+        return b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "surrogatepass").removeprefix(" ")
+
+    def state_dict(self):
+        """What a checkpoint holds, for `tokenizer_from_state`."""
+        return {"name": self.name, "merges": self.merges}
+
+
 def tokenizer_from_state(state):
     """The tokenizer of a checkpoint. Raises ValueError for one that this version does not know."""
-    tokenizer = CharTokenizer()
-    if state != tokenizer.state_dict():
-        raise ValueError(f"the checkpoint's tokenizer is not known here: {state!r:.200}")
-    return tokenizer
+    known = isinstance(state, dict)
+    if known and state.get("name") == BPETokenizer.name and isinstance(state.get("merges"), list):
+        return BPETokenizer(state["merges"])
+    if known and state == CharTokenizer().state_dict():
+        return CharTokenizer()
+    raise ValueError(f"the checkpoint's tokenizer is not known here: {state!r:.200}")

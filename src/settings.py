@@ -1,0 +1,143 @@
+"""What a run is trained with: the recipes of the presets, the flags, and what follows from the machine."""
+import argparse
+import inspect
+import math
+import sys
+
+import torch
+
+from src.model import PRESETS, MultiModalMemoryNetwork
+
+# What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
+RECIPES = {
+    "tiny": dict(epochs=8, batch_size=100, captions_per_image=1, lr=0.1, text_lr=4.0, weight_decay=5e-4,
+                 temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="char"),
+    "small": dict(epochs=21, batch_size=500, captions_per_image=5, lr=0.1, text_lr=10.0, weight_decay=5e-4,
+                  temperature=0.1, min_crop=0.35, color_jitter=0.0, word_dropout=0.0, tokenizer="bpe"),
+    "base": dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=5e-4,
+                 temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="char"),
+    "large": dict(epochs=100, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=5e-4,
+                  temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="char"),
+}
+COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; exit status 2."""
+
+
+def preset_defaults(preset):
+    """Everything that a preset sets: the model's arguments and the recipe's."""
+    signature = inspect.signature(MultiModalMemoryNetwork).parameters.values()
+    return {parameter.name: parameter.default for parameter in signature} | PRESETS[preset] | RECIPES[preset]
+
+
+def parse_args(description, argv=None):
+    """The training script's flags, None where the user gave none: `default_arguments` fills in the rest."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    add = parser.add_argument
+
+    def number(kind, low, high=math.inf, low_itself=True):
+        def parse(text):
+            value = kind(text)
+            if not (low <= value <= high) or (value == low and not low_itself):
+                raise argparse.ArgumentTypeError(f"{value} is not {'at least' if low_itself else 'above'} {low}"
+                                                 + (f" and at most {high}" if high < math.inf else ""))
+            return value
+        parse.__name__ = kind.__name__  # what argparse calls a text that is no number
+        return parse
+
+    count, positive = number(int, 1), number(float, 0, sys.float_info.max, low_itself=False)
+    share = number(float, 0, 1 - 1e-9)
+    add("--data_dir", help="folder of the dataset (default: data/flickr8k, or data/synthetic with --synthetic)")
+    add("--output_dir", help="folder that the run writes (default: outputs/flickr8k_sgd, or outputs/synthetic_sgd)")
+    add("--model", choices=list(PRESETS), help="preset (default: base, or tiny with --synthetic)")
+    for name, kind, meaning in (
+            ("epochs", count, "passes over all pairs"),
+            ("batch_size", number(int, 2), "pairs a step, of all processes together; the others of a batch are the negatives"),
+            ("captions_per_image", count, "captions of a photo that a step takes together, the photo encoded once"),
+            ("lr", positive, "peak learning rate"),
+            ("text_lr", positive, "the text encoder's, as a multiple of --lr"),
+            ("weight_decay", number(float, 0, 1), "of weight matrices only"),
+            ("temperature", positive, "at the start; it is learned"),
+            ("min_crop", number(float, 0, 1, low_itself=False), "smallest share of a photo's area in a training crop"),
+            ("color_jitter", share, "largest change of brightness, contrast and saturation in training"),
+            ("word_dropout", share, "share of a caption's words left out at random in training"),
+            ("tokenizer", str, "char: 33 characters; bpe: byte pairs learned from the training captions"),
+            ("image_size", count, "side of the photos, in pixels"),
+            ("latent_dim", count, "width of the shared space"),
+            ("memory_size", count, "slots of the memory")):
+        values = {preset: preset_defaults(preset)[name] for preset in PRESETS}
+        defaults = ", ".join(f"{preset} {v if isinstance(v, str) else format(v, 'g')}" for preset, v in values.items())
+        add(f"--{name}", type=kind, choices=["char", "bpe"] if name == "tokenizer" else None,
+            help=f"{meaning} (default: {defaults})")
+    add("--vocab_size", type=number(int, 257), help="ids of the bpe tokenizer, padding and 256 bytes included (default: 4000)")
+    add("--momentum", type=number(float, 0, 1 - 1e-9, low_itself=False), help="Nesterov momentum (default: 0.9)")
+    add("--clip_grad", type=positive, help="largest norm of the gradient (default: 1.0)")
+    add("--chunk_size", type=count, help="pairs encoded at a time, for batches larger than memory (default: all)")
+    add("--num_workers", type=number(int, 0), help="threads that decode photos, before the first run only "
+        "(default: 0, one a core)")
+    add("--seed", type=number(int, 0, 2**32 - 1), help="of weights, order and augmentation (default: 0)")
+    add("--device", help="cuda, cuda:1, mps, cpu (default: the first of these that is there)")
+    add("--amp", action=argparse.BooleanOptionalAction,
+        help="mixed precision (default: on where it is faster: CUDA, and CPUs that multiply bfloat16 matrices)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help=f"torch.compile (default: on for base and large on CUDA from {COMPILE_FROM_EPOCHS} epochs)")
+    add("--synthetic", action="store_true", default=None,
+        help="train on the built-in dataset, made where it is absent (default: Flickr8k)")
+    add("--allow_incomplete", action="store_true", default=None,
+        help="leave out photos that are missing or unreadable (default: refuse to start)")
+    add("--resume", action="store_true", help="go on with the run in --output_dir, with its own settings")
+    add("--overwrite", action="store_true", help="delete the run in --output_dir first")
+    args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        parser.error("--resume and --overwrite exclude each other")
+    return args
+
+
+def default_arguments(args):
+    """Parsed flags -> every setting of a run, a dict."""
+    given = {name: value for name, value in vars(args).items()
+             if value is not None and name not in ("resume", "overwrite", "output_dir")}
+    defaults = {"synthetic": False, "allow_incomplete": False, "num_workers": 0, "seed": 0, "momentum": 0.9, "vocab_size": 4000,
+                "clip_grad": 1.0, "chunk_size": None, "model": "tiny" if args.synthetic else "base",
+                "data_dir": "data/synthetic" if args.synthetic else "data/flickr8k"}
+    defaults["device"] = ("cuda" if torch.cuda.is_available() else
+                          "mps" if torch.backends.mps.is_available() else "cpu")
+    arguments = defaults | given
+    own = preset_defaults(arguments["model"])
+    arguments |= {name: own[name] for name in
+                  ("image_size", "latent_dim", "memory_size", *RECIPES["base"]) if name not in given}
+    arguments.setdefault("amp", amp_pays(arguments["device"]))
+    arguments.setdefault("compile", arguments["device"].startswith("cuda") and arguments["model"] in ("base", "large")
+                         and arguments["epochs"] >= COMPILE_FROM_EPOCHS)
+    return arguments
+
+
+def amp_pays(device):
+    """Whether mixed precision is the faster choice: on CUDA, and on CPUs that multiply bfloat16 matrices (AMX)."""
+    if device == "cpu":
+        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return device.startswith("cuda")
+
+
+def amp_type(arguments):
+    """The autocast type, None for float32. bfloat16 has float32's range and needs no loss scaling."""
+    if not arguments["amp"]:
+        return None
+    on_cuda = arguments["device"].startswith("cuda")
+    return torch.bfloat16 if arguments["device"] == "cpu" or (
+        on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)) else torch.float16
+
+
+def find_device(name):
+    """torch.device of that name. Raises UsageError where there is none."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"--device {name} is not to be had on this machine") from None
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where no autocast is
+        torch.backends.cudnn.benchmark = True
+    return device

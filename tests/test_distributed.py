@@ -1,0 +1,129 @@
+"""Two processes on this machine (gloo), against one."""
+import json
+import os
+import re
+import signal
+import socket
+import time
+
+import pytest
+import torch
+
+from src.losses import contrastive_backward
+from src.model import PRESETS, MultiModalMemoryNetwork
+from src.utils import distributed
+from src.utils.report import BEST, CONFIG, HISTORY, LAST, RUN_FILES, TEST
+from src.utils.retrieval import evaluate
+from src.utils.synthetic import write_synthetic
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.tokenizers import CharTokenizer
+from tests.conftest import start_script
+from train_flickr8k_sgd import PairEncoder
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+
+
+def model_and_batch():
+    torch.manual_seed(0)
+    model = MultiModalMemoryNetwork(**PRESETS["tiny"] | {"conv_channels": ()})  # no batch norm: see contrastive_backward
+    batch = {"images": torch.randn(8, 3, 32, 32), "text": torch.randint(1, 34, (16, 12)),
+             "photo_ids": torch.tensor([3, 5, 6, 8, 1, 3, 2, 9]), "photo_of_pair": torch.arange(8).repeat_interleave(2)}
+    batch["text"][::3, 7:] = 0
+    return model, batch
+
+
+def results(rank, world, folder):
+    """What each process of the group computes; `folder` gets one file a process."""
+    if world > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        distributed.start(torch.device("cpu"))
+    model, batch = model_and_batch()
+    half = len(batch["images"]) // world
+    share = {"images": batch["images"][rank * half:(rank + 1) * half], "text": batch["text"][rank * 2 * half:][:2 * half],
+             "photo_ids": batch["photo_ids"][rank * half:(rank + 1) * half], "photo_of_pair": batch["photo_of_pair"][:2 * half]}
+    encode = PairEncoder(model, None)
+    if world > 1:
+        encode = torch.nn.parallel.DistributedDataParallel(encode)
+    found = {}
+    for chunk_size in (None, 4):
+        model.zero_grad()
+        found[f"loss {chunk_size}"] = contrastive_backward(encode, share, 0.1, chunk_size)
+        found |= {f"{name} {chunk_size}": p.grad.clone() for name, p in model.named_parameters()}
+    data = Flickr8kImageTextDataset(folder / "synthetic", "val", 32, CharTokenizer())
+    metrics = evaluate(model, data, batch_size=5)
+    found |= {name: torch.tensor(value) for name, value in metrics.items()}
+    found["anyone"] = torch.tensor([distributed.anyone(rank == world - 1, torch.device("cpu")),
+                                    distributed.anyone(False, torch.device("cpu"))])
+    torch.save(found, folder / f"{rank} of {world}")
+    distributed.stop()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_two_processes_equal_one(tmp_path, monkeypatch):
+    write_synthetic(tmp_path / "synthetic", num_pictures={"train": 10, "val": 13, "test": 5})
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    results(0, 1, tmp_path)
+    torch.multiprocessing.spawn(results, (2, tmp_path), nprocs=2)
+    one, *two = (torch.load(tmp_path / name) for name in ("0 of 1", "0 of 2", "1 of 2"))
+    for other in two:
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert torch.allclose(value, other[name], rtol=1e-5, atol=1e-6), name
+    assert any(name.startswith("logit_scale") and value != 0 for name, value in one.items())
+
+
+def torchrun(*arguments):
+    return start_script("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+                        "train_flickr8k_sgd.py", "--synthetic", "--device", "cpu", *arguments,
+                        env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for(condition, process, seconds=120):
+    begun = time.time()
+    while not condition() and process.poll() is None and time.time() - begun < seconds:
+        time.sleep(0.1)
+    assert condition()
+
+
+def worker_pids(process):
+    """The processes that torchrun started."""
+    pids = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if int(file.read().rsplit(")", 1)[1].split()[1]) == process.pid:
+                    pids.append(int(pid))
+        except OSError:
+            pass
+    return pids
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes in /proc")
+def test_a_run_under_torchrun_killed_then_resumed(tmp_path):
+    data, out = tmp_path / "synthetic", tmp_path / "out"
+    process = torchrun("--data_dir", data, "--output_dir", out, "--epochs", 500, "--batch_size", 64)
+    wait_for((out / HISTORY).exists, process, 240)
+    os.kill(worker_pids(process)[-1], signal.SIGKILL)
+    printed, err = process.communicate(timeout=120)  # it ends: no process waits for the one that is gone
+    assert process.returncode != 0 and re.search(r"process \d of 2 lost the others|interrupted; go on with", err), err
+    assert printed.count("parameters") == 1  # only rank 0 speaks
+
+    config = json.loads((out / CONFIG).read_text())
+    done = len(json.loads((out / HISTORY).read_text()))
+    config["arguments"]["epochs"] = done + 1  # the end is near
+    (out / CONFIG).write_text(json.dumps(config))
+    process = torchrun("--data_dir", data, "--output_dir", out, "--resume")
+    printed, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "resumed at epoch" in printed and printed.count("Avg R@1 (%)") >= 2
+    assert sorted(os.listdir(out)) == sorted(RUN_FILES)
+    assert len(json.loads((out / HISTORY).read_text())) == done + 1 and json.loads((out / TEST).read_text())
+    assert config["device"].startswith("2 x ")
+    assert {"model_state_dict"} <= torch.load(out / BEST, weights_only=True).keys() & torch.load(
+        out / LAST, weights_only=True).keys()

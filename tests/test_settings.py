@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from src.settings import RECIPES, UsageError, amp_type, default_arguments, find_device, parse_args
+
+
+@pytest.mark.parametrize("given", [["--epochs", "0"], ["--batch_size", "1"], ["--lr", "-1"], ["--lr", "nan"],
+                                   ["--momentum", "1"], ["--model", "huge"], ["--resume", "--overwrite"],
+                                   ["--num_workers", "-1"], ["--epoch", "3"]])
+def test_wrong_arguments(given, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args("", given)
+    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_help_gives_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_args("", ["--help"])
+    out = capsys.readouterr().out
+    flags = [line for line in out.split("\n  --")[1:]]
+    assert all("default" in flag for flag in flags if not flag.startswith(("resume", "overwrite")))
+
+
+def test_defaults_come_from_preset_and_recipe_and_flags_win():
+    arguments = default_arguments(parse_args("", ["--model", "small", "--lr", "3", "--device", "cpu"]))
+    assert arguments["lr"] == 3 and arguments["image_size"] == 64 and arguments["data_dir"] == "data/flickr8k"
+    assert {name: arguments[name] for name in RECIPES["small"]} == RECIPES["small"] | {"lr": 3}
+    assert default_arguments(parse_args("", ["--synthetic"]))["model"] == "tiny"
+    assert not {"resume", "overwrite", "output_dir"} & arguments.keys() and not arguments["compile"]
+
+
+def test_precision(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    amx = default_arguments(parse_args("", ["--device", "cpu"]))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    plain = default_arguments(parse_args("", ["--device", "cpu"]))
+    assert amp_type(amx) == torch.bfloat16 and amp_type(plain) is None
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    cuda = default_arguments(parse_args("", ["--device", "cuda", "--epochs", "30"]))
+    assert amp_type(cuda) == torch.float16 and cuda["compile"]
+    assert not default_arguments(parse_args("", ["--device", "cuda", "--epochs", "1"]))["compile"]
+
+
+def test_a_device_that_is_not_there():
+    assert find_device("cpu") == torch.device("cpu")
+    for name in ("cuda:99", "abacus"):
+        with pytest.raises(UsageError, match="not to be had"):
+            find_device(name)
