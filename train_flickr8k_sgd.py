@@ -203,6 +203,17 @@ def train(arguments, output_dir, state, device, stop, log):
     with distributed.main_process_first():  # which makes the photo store
         splits = load_data(arguments, tokenizer, log)
     data, photos = splits["train"], place_photos(splits["train"].photos, device)
+
+    def batches_of(epoch):
+        batches = epoch_batches(data.photo_of_caption, arguments["captions_per_image"], arguments["batch_size"],
+                                arguments["seed"] * 1_000_003 + epoch)
+        share = len(batches[0]) // world  # this process's pairs of every batch
+        return [batch[rank * share:(rank + 1) * share] for batch in batches]
+
+    steps_an_epoch, pairs_a_step = len(batches_of(1)), len(batches_of(1)[0]) * world
+    if not pairs_a_step:
+        raise UsageError(f"a batch has fewer pairs than there are processes ({world})")
+
     if rank == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         if state is None:  # what --overwrite deletes, now that nothing else can be wrong
@@ -214,16 +225,6 @@ def train(arguments, output_dir, state, device, stop, log):
 
     optimizer = build_optimizer(model, arguments)
     word_start = torch.tensor(tokenizer.word_start, device=device)
-
-    def batches_of(epoch):
-        batches = epoch_batches(data.photo_of_caption, arguments["captions_per_image"], arguments["batch_size"],
-                                arguments["seed"] * 1_000_003 + epoch)
-        share = len(batches[0]) // world  # this process's pairs of every batch
-        return [batch[rank * share:(rank + 1) * share] for batch in batches]
-
-    steps_an_epoch, pairs_a_step = len(batches_of(1)), len(batches_of(1)[0]) * world
-    if not pairs_a_step:
-        raise UsageError(f"a batch has fewer pairs than there are processes ({world})")
     total_steps = steps_an_epoch * arguments["epochs"]
     warmup_steps = max(1, round(WARMUP * total_steps))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(

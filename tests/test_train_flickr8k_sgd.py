@@ -9,8 +9,12 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import train_flickr8k_sgd
+from src.losses import contrastive_backward
+from src.settings import amp_type, default_arguments, parse_args
+from src.utils.flickr8k_simple import epoch_batches, iterate_batches
 from src.utils.report import BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
 from src.utils.synthetic import write_synthetic
 from tests.conftest import run_script, start_script
@@ -264,6 +268,48 @@ def test_mixed_precision(shapes, tmp_path):
     assert main(*arguments(shapes, tmp_path / "b", "--no-amp", epochs=1)) == 0
     configs = [json.loads((tmp_path / name / CONFIG).read_text())["precision"] for name in "ab"]
     assert configs == ["mixed, bfloat16", "float32"]
+
+
+def training_parts(shapes, *given):
+    """Settings, data, encoder and optimizer of a run on `shapes`."""
+    settings = default_arguments(parse_args("", ["--synthetic", "--data_dir", str(shapes), "--batch_size", "10", *given]))
+    tokenizer = train_flickr8k_sgd.build_tokenizer(settings)
+    splits = train_flickr8k_sgd.load_data(settings, tokenizer, train_flickr8k_sgd.logging.getLogger("test"))
+    model, _ = train_flickr8k_sgd.build_model(settings, tokenizer)
+    model.to(settings["device"], memory_format=torch.channels_last)
+    encode = train_flickr8k_sgd.PairEncoder(model, amp_type(settings))
+    return settings, splits, encode, torch.tensor(tokenizer.word_start, device=settings["device"])
+
+
+def test_compiled_once_for_all_lengths(shapes):
+    settings, splits, encode, word_start = training_parts(shapes, "--device", "cpu", "--compile", "--no-amp")
+    graphs = CompileCounter()
+    encode.compile(backend=graphs)
+    lengths = []
+    for length in (16, 32, 48, 64, 80, 96):
+        batch = {"images": splits["train"].photos[:4], "text": torch.randint(1, 34, (4, length))}
+        train_flickr8k_sgd.augment(batch, settings, word_start)
+        encode(batch["images"], batch["text"])
+        lengths.append(graphs.frame_count)
+    assert lengths[0] > 0 and lengths[-1] == lengths[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_do_not_wait_for_the_gpu(shapes):
+    settings, splits, encode, word_start = training_parts(shapes, "--device", "cuda")
+    data, device = splits["train"], torch.device("cuda")
+    optimizer = train_flickr8k_sgd.build_optimizer(encode.model, settings)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    batches = epoch_batches(data.photo_of_caption, 2, 10, seed=0)
+    try:
+        for i, batch in enumerate(iterate_batches(data, data.photos.to(device), batches, device)):
+            if i == 3:  # constants have been made, kernels chosen
+                torch.cuda.set_sync_debug_mode("error")
+            train_flickr8k_sgd.augment(batch, settings, word_start)
+            contrastive_backward(encode, batch, 0.1, None, scaler.scale)
+            train_flickr8k_sgd.update(encode.model, optimizer, scaler, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -313,7 +313,7 @@ def place_photos(photos, device):
 
 
 def iterate_batches(data, photos, batches, device):
-    """Lists of pairs (see `epoch_batches`) -> batches on the device, the next one prepared while one is in use.
+    """Lists of pairs (see `epoch_batches`) -> batches on the device; for a GPU, the next is prepared while one is in use.
 
     photos: `data.photos`, or a copy of them on the device (`place_photos`). A batch is a dict of
     - "images": uint8 (P, 3, H, W), a photo that stands there with several captions, side by side, being there once
@@ -332,6 +332,9 @@ def iterate_batches(data, photos, batches, device):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         return batch if "images" in batch else batch | {"images": photos[batch["photo_ids"]]}
 
+    if device.type == "cpu":  # a thread beside the computation would take more from it than a batch costs
+        yield from map(prepare, batches)
+        return
     with ThreadPoolExecutor(1) as pool:
         ahead = None
         for pairs in batches:

@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from src import benchmark
+from src.utils.synthetic import write_synthetic
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "synthetic"
+    write_synthetic(root, num_pictures={"train": 40, "val": 12, "test": 8})
+    return root
+
+
+def test_benchmark_against_the_baseline(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "RETRIEVAL_PHOTOS", (50,))
+    output = tmp_path / "made" / "benchmark.json"
+    assert benchmark.main(["--model", "tiny", "--data_dir", str(shapes), "--baseline", "--steps", "2", "--batch_size", "10",
+                           "--device", "cpu", "--output", str(output)]) == 0
+    printed, results = capsys.readouterr().out, json.loads(output.read_text())
+    ours, plain = (results["presets"]["tiny"][way] for way in ("ours", "plain"))
+    for way in (ours, plain):
+        assert way["steps an epoch"] == 20 and way["pairs a second"] == pytest.approx(10 / way["step seconds"])
+        assert way["epoch seconds"] == pytest.approx(20 * way["step seconds"] + way["validation seconds"])
+        assert all(part["low"] <= part["median"] <= part["high"] for part in way["parts"].values())
+        assert way["model FLOP a pair"] > 1e6 and way["share of peak (MFU)"] is None and way["peak memory bytes"] > 1e6
+    assert f"{plain['epoch seconds'] / ours['epoch seconds']:.2f} x" in printed
+    assert "50 photos" in printed and f"{ours['pairs a second']:.0f} pairs/s" in printed
+    assert results["presets"]["tiny"]["photos"]["photos decoded a second"]["median"] > 0
+
+
+def test_counts_of_arithmetic_grow_with_what_is_encoded(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "RETRIEVAL_PHOTOS", (20,))
+    flops = []
+    for captions in ("1", "5"):
+        assert benchmark.main(["--model", "tiny", "--data_dir", str(shapes), "--steps", "1", "--batch_size", "10", "--device",
+                               "cpu", "--captions_per_image", captions, "--output", str(tmp_path / "b.json")]) == 0
+        flops.append(json.loads((tmp_path / "b.json").read_text())["presets"]["tiny"]["ours"]["model FLOP a pair"])
+    assert flops[1] < 0.8 * flops[0]  # a photo encoded once for five captions
+
+
+def test_wrong_arguments(tmp_path, capsys):
+    assert benchmark.main(["--data_dir", str(tmp_path / "none")]) == 2
+    assert "download_flickr8k.py" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--steps", "0"])
+    assert stopped.value.code == 2
