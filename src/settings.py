@@ -10,7 +10,7 @@ from src.model import PRESETS, MultiModalMemoryNetwork
 
 # What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
 RECIPES = {
-    "tiny": dict(epochs=8, batch_size=100, captions_per_image=1, lr=0.1, text_lr=4.0, weight_decay=5e-4,
+    "tiny": dict(epochs=7, batch_size=100, captions_per_image=2, lr=0.1, text_lr=4.0, weight_decay=5e-4,
                  temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="char"),
     "small": dict(epochs=22, batch_size=500, captions_per_image=5, lr=0.1, text_lr=10.0, weight_decay=5e-4,
                   temperature=0.1, min_crop=0.35, color_jitter=0.0, word_dropout=0.0, tokenizer="bpe"),

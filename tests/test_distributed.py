@@ -107,7 +107,8 @@ def worker_pids(process):
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes in /proc")
 def test_a_run_under_torchrun_killed_then_resumed(tmp_path):
     data, out = tmp_path / "synthetic", tmp_path / "out"
-    process = torchrun("--data_dir", data, "--output_dir", out, "--epochs", 500, "--batch_size", 64)
+    write_synthetic(data, num_pictures={"train": 40, "val": 12, "test": 8})
+    process = torchrun("--data_dir", data, "--output_dir", out, "--epochs", 500, "--batch_size", 20)
     wait_for((out / HISTORY).exists, process, 240)
     os.kill(worker_pids(process)[-1], signal.SIGKILL)
     printed, err = process.communicate(timeout=120)  # it ends: no process waits for the one that is gone

@@ -2,6 +2,7 @@
 import contextlib
 import hashlib
 import http.server
+import io
 import json
 import os
 import shutil
@@ -9,9 +10,11 @@ import socket
 import sys
 import threading
 import zipfile
+from unittest import mock
 
 import pytest
 
+import download_flickr8k
 from tests.conftest import run_script, write_dataset
 
 TEXT, PHOTOS = "Flickr8k_text.zip", "Flickr8k_Dataset.zip"
@@ -72,12 +75,23 @@ def serve(folder, fault=None):
         server.server_close()
 
 
-def download(*arguments, md5_of=None, **options):
-    """Run the script in a process of its own; the small archives' MD5 stand in for the official ones'."""
+def download(*arguments, md5_of=None, own_process=False, **options):
+    """Run the script -> (status, output, errors); the small archives' MD5 stand in for the official ones'.
+
+    In a process of its own as a user does, or inside this one, which saves importing torch once more.
+    """
     md5 = {name: hashlib.md5((md5_of / name).read_bytes()).hexdigest() for name in (TEXT, PHOTOS)} if md5_of else {}
-    code = ("import json, sys, download_flickr8k as script; script.MD5.update(json.loads(sys.argv[1])); "
-            "sys.exit(script.main(sys.argv[2:]))")
-    return run_script("-c", code, json.dumps(md5), *arguments, **options)
+    if own_process:
+        code = ("import json, sys, download_flickr8k as script; script.MD5.update(json.loads(sys.argv[1])); "
+                "sys.exit(script.main(sys.argv[2:]))")
+        return run_script("-c", code, json.dumps(md5), *arguments, **options)
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch.dict(download_flickr8k.MD5, md5), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = download_flickr8k.main([str(argument) for argument in arguments])
+        finally:
+            socket.setdefaulttimeout(None)
+    return status, out.getvalue(), err.getvalue()
 
 
 def files(folder):
@@ -87,11 +101,11 @@ def files(folder):
 def test_fetch_verify_and_nothing_to_do(tmp_path, archives):
     target = tmp_path / "data"
     with serve(archives) as (server, url):
-        status, out, err = download("--data_dir", target, "--url", url, md5_of=archives)
+        status, out, err = download("--data_dir", target, "--url", url, md5_of=archives, own_process=True)
         assert status == 0 and "11 photos, 55 captions, complete" in out and "nothing to do" not in out
         before, asked = files(target), len(server.requests)
         assert files(tmp_path / "original").items() <= before.items() and not any("MACOSX" in name for name in before)
-        status, out, err = download("--data_dir", target, "--url", url, md5_of=archives)
+        status, out, err = download("--data_dir", target, "--url", url, md5_of=archives, own_process=True)
         assert (status, err) == (0, "") and "nothing to do" in out
         assert len(server.requests) == asked and files(target) == before
 
@@ -99,7 +113,7 @@ def test_fetch_verify_and_nothing_to_do(tmp_path, archives):
 def test_a_download_that_breaks_off_is_mended_by_running_again(tmp_path, archives):
     target = tmp_path / "data"
     with serve(archives, fault="break off") as (server, url):
-        status, out, err = download("--data_dir", target, "--url", url, md5_of=archives)
+        status, out, err = download("--data_dir", target, "--url", url, md5_of=archives, own_process=True)
         assert status == 1 and PHOTOS in err and "Run again" in err
         assert not (target / "Flicker8k_Dataset").exists() and not (target / PHOTOS).exists()
         server.fault = None
@@ -151,7 +165,7 @@ def test_no_server_not_found_and_bad_checksum(tmp_path, archives):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
-        one_clear_error(download("--data_dir", target, "--url", nobody), 1, "no connection", "--archive_dir")
+        one_clear_error(download("--data_dir", target, "--url", nobody, own_process=True), 1, "no connection", "--archive_dir")
     with serve(archives) as (_, url):
         one_clear_error(download("--data_dir", target, "--url", f"{url}/nowhere"), 1, "404", TEXT)
         one_clear_error(download("--data_dir", target, "--url", url), 1, "damaged or another file", TEXT)
@@ -187,7 +201,7 @@ def test_a_full_disk(tmp_path, archives):
 
     target = tmp_path / "data"
     with serve(archives) as (_, url):
-        result = download("--data_dir", target, "--url", url, md5_of=archives, preexec_fn=limit)
+        result = download("--data_dir", target, "--url", url, md5_of=archives, own_process=True, preexec_fn=limit)
     one_clear_error(result, 1, "disk is full")
     assert not (target / "Flicker8k_Dataset").exists()
     assert download("--data_dir", target, "--archive_dir", archives, md5_of=archives)[0] == 0

@@ -134,11 +134,12 @@ def load_photo(path, size):
     try:
         with Image.open(path) as photo:
             photo.draft("RGB", (2 * size, 2 * size))  # JPEG decodes straight to a smaller scale, several times as fast
-            photo = ImageOps.exif_transpose(photo)
+            ImageOps.exif_transpose(photo, in_place=True)
             if "transparency" in photo.info:
                 photo = photo.convert("RGBA")
-            photo = photo.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-            return np.array(photo).transpose(2, 0, 1)
+            if photo.mode != "RGB":
+                photo = photo.convert("RGB")
+            return np.array(photo.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     except FileNotFoundError:
         raise DataError(f"{path}: the file is missing") from None
     except UnidentifiedImageError:
@@ -166,12 +167,15 @@ def open_photo_store(store, folder, names, size, num_workers=None, progress=None
     num_workers: threads that decode, one a core by default. `progress(done, total)` is called as photos are decoded.
     Raises DataError for a disk that is full.
     """
+    def as_photos(content):  # pixels lie as Pillow gives them and convolutions like them: channels last
+        return content.view(-1, size, size, 3).permute(0, 3, 1, 2)
+
     path = partial = None
     if store is not None:
         path = store_path(store, folder, names, size)
         num_bytes = len(names) * 3 * size * size
         if path.is_file() and path.stat().st_size == num_bytes:
-            return torch.from_file(str(path), size=num_bytes, dtype=torch.uint8).view(-1, 3, size, size), {}
+            return as_photos(torch.from_file(str(path), size=num_bytes, dtype=torch.uint8)), {}
         try:
             path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(f".partial{os.getpid()}")
@@ -183,7 +187,7 @@ def open_photo_store(store, folder, names, size, num_workers=None, progress=None
             faults = _decode(file, folder, names, size, num_workers, progress)
             if path is None or faults:
                 file.seek(0)
-                return torch.from_numpy(np.frombuffer(bytearray(file.read()), np.uint8)).view(-1, 3, size, size), faults
+                return as_photos(torch.from_numpy(np.frombuffer(bytearray(file.read()), np.uint8))), faults
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
         for old in path.parent.glob(f"{Path(store).name}_*.uint8"):
@@ -201,7 +205,7 @@ def _decode(file, folder, names, size, num_workers, progress):
     """Write the photos one after the other -> {name: fault} of those left out."""
     def decode(name):
         try:
-            return load_photo(folder / name, size).tobytes(), None
+            return load_photo(folder / name, size).transpose(1, 2, 0).tobytes(), None
         except DataError as error:
             return b"", str(error).removeprefix(f"{folder}{os.sep}")
 
