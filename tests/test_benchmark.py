@@ -17,6 +17,7 @@ def test_benchmark_against_the_baseline(shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "RETRIEVAL_PHOTOS", (50,))
     output = tmp_path / "made" / "benchmark.json"
     assert benchmark.main(["--model", "tiny", "--data_dir", str(shapes), "--baseline", "--steps", "2", "--batch_size", "10",
+                           "--captions_per_image", "1",
                            "--device", "cpu", "--output", str(output)]) == 0
     printed, results = capsys.readouterr().out, json.loads(output.read_text())
     ours, plain = (results["presets"]["tiny"][way] for way in ("ours", "plain"))

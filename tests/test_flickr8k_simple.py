@@ -364,6 +364,16 @@ def test_a_half_written_store_is_never_used(dataset_dir, monkeypatch):
     assert torch.equal(dataset(dataset_dir).photos, whole) and path.stat().st_size == whole.numel()
 
 
+def test_what_a_kill_left_behind_goes_but_not_what_another_process_writes(dataset_dir):
+    (dataset_dir / STORE_FOLDER).mkdir()
+    for name, age in (("train_16_dead.partial77", 9000), ("train_16_busy.partial78", 5), ("val_16_dead.partial77", 9000)):
+        path = dataset_dir / STORE_FOLDER / name
+        path.write_bytes(b"half")
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    dataset(dataset_dir)
+    assert [name for name in stores(dataset_dir) if "partial" in name] == ["train_16_busy.partial78", "val_16_dead.partial77"]
+
+
 def test_a_damaged_photo_is_not_cached(dataset_dir):
     (dataset_dir / "Flicker8k_Dataset" / "1003_abc.jpg").write_bytes(b"")
     data = dataset(dataset_dir, allow_incomplete=True)

@@ -33,6 +33,7 @@ def shapes(tmp_path_factory):
 
 def arguments(shapes, output_dir, *more, epochs=3):
     return ["--synthetic", "--data_dir", shapes, "--output_dir", output_dir, "--epochs", epochs, "--batch_size", 10,
+            "--captions_per_image", 1,
             "--device", "cpu", *more]
 
 

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,7 @@ CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt")
 PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images")
 STORE_FOLDER = "photo_store"
 STORE_VERSION = 1  # part of a store's key: to be raised with any change to what `load_photo` gives
+SECONDS_TO_BUILD = 3600  # a half-written store that old is nobody's any more
 GPU_SHARE = 0.5  # photos stay on the GPU if they take no more than this share of its free memory
 TEXT_BUCKET = 16  # a batch's text is as long as a multiple of this: few shapes, whatever the longest caption
 
@@ -170,10 +172,9 @@ def open_photo_store(store, folder, names, size, num_workers=None, progress=None
     def as_photos(content):  # pixels lie as Pillow gives them and convolutions like them: channels last
         return content.view(-1, size, size, 3).permute(0, 3, 1, 2)
 
-    path = partial = None
+    path, partial, num_bytes = None, None, len(names) * 3 * size * size
     if store is not None:
         path = store_path(store, folder, names, size)
-        num_bytes = len(names) * 3 * size * size
         if path.is_file() and path.stat().st_size == num_bytes:
             return as_photos(torch.from_file(str(path), size=num_bytes, dtype=torch.uint8)), {}
         try:
@@ -190,8 +191,9 @@ def open_photo_store(store, folder, names, size, num_workers=None, progress=None
                 return as_photos(torch.from_numpy(np.frombuffer(bytearray(file.read()), np.uint8))), faults
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
-        for old in path.parent.glob(f"{Path(store).name}_*.uint8"):
-            old.unlink()
+        for old in path.parent.glob(f"{Path(store).name}_*"):  # of other files, or left behind by a kill
+            if old.suffix == ".uint8" or time.time() - old.stat().st_mtime > SECONDS_TO_BUILD:
+                old.unlink(missing_ok=True)
         os.replace(partial, path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; the photo store takes {num_bytes / 1e6:.0f} MB") from None
