@@ -164,8 +164,8 @@ def measure_training(splits, tokenizer, arguments, steps, plain):
             update()
 
     step_seconds = timed(run, device)[0] / steps
-    steps_an_epoch = len(epoch_batches(data.photo_of_caption, 1 if plain else arguments["captions_per_image"],
-                                       arguments["batch_size"], 0))
+    epoch = epoch_batches(data.photo_of_caption, 1 if plain else arguments["captions_per_image"], arguments["batch_size"], 0)
+    steps_an_epoch, pairs = len(epoch), len(epoch[0])
     memory = peak_memory(device)
     validation, _ = timed(lambda: evaluate(model, splits["val"], amp_dtype), device)
     peak = next((flops for name, flops in PEAK_FLOPS.items() if device.type == "cuda"
@@ -174,8 +174,9 @@ def measure_training(splits, tokenizer, arguments, steps, plain):
         "step seconds": step_seconds,
         "parts": {name: median_and_spread(values) for name, values in parts.items()},
         "data-wait share": statistics.median(parts["data wait"]) / step_seconds,
-        "pairs a second": arguments["batch_size"] / step_seconds,
-        "model FLOP a pair": flops / arguments["batch_size"],
+        "pairs a step": pairs,
+        "pairs a second": pairs / step_seconds,
+        "model FLOP a pair": flops / pairs,
         "model FLOP/s": flops / step_seconds,
         "share of peak (MFU)": flops / step_seconds / peak if peak else None,
         "validation seconds": validation,
@@ -223,7 +224,7 @@ def table(results):
         for way in filter(of.__contains__, ("ours", "plain")):
             r = of[way]
             lines += ["", f"{name}, {'the training script' if way == 'ours' else 'the plain way (--baseline)'}: "
-                          f"{of['arguments']['batch_size']} pairs a step, "
+                          f"{r['pairs a step']} pairs a step, "
                           f"{of['arguments']['captions_per_image'] if way == 'ours' else 1} a photo, {r['precision']}"]
             lines += [f"  {part:<28}{1000 * t['median']:>12.2f} ms   ({1000 * t['low']:.2f} to {1000 * t['high']:.2f})"
                       for part, t in r["parts"].items()]

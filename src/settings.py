@@ -14,10 +14,10 @@ RECIPES = {
                  temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="char"),
     "small": dict(epochs=22, batch_size=500, captions_per_image=5, lr=0.1, text_lr=10.0, weight_decay=5e-4,
                   temperature=0.1, min_crop=0.35, color_jitter=0.0, word_dropout=0.0, tokenizer="bpe"),
-    "base": dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.03, text_lr=4.0, weight_decay=5e-4,
-                 temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="char"),
-    "large": dict(epochs=100, batch_size=64, captions_per_image=1, lr=0.03, text_lr=4.0, weight_decay=5e-4,
-                  temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="char"),
+    "base": dict(epochs=30, batch_size=64, captions_per_image=5, lr=0.03, text_lr=4.0, weight_decay=5e-4,
+                 temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="bpe"),
+    "large": dict(epochs=100, batch_size=64, captions_per_image=5, lr=0.03, text_lr=4.0, weight_decay=5e-4,
+                  temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="bpe"),
 }
 COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
 
