@@ -266,7 +266,8 @@ def train(arguments, output_dir, state, device, stop, log):
     if world > 1:
         if device.type == "cuda":  # on a CPU there is none: each process normalises its own photos
             encode = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encode)
-        encode = torch.nn.parallel.DistributedDataParallel(encode)
+        # No broadcast of buffers at every call: with chunks, processes may make different numbers of calls.
+        encode = torch.nn.parallel.DistributedDataParallel(encode, broadcast_buffers=False)
 
     def save(write, value, name):
         if rank == 0:

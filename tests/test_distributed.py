@@ -43,7 +43,7 @@ def results(rank, world, folder):
              "photo_ids": batch["photo_ids"][rank * half:(rank + 1) * half], "photo_of_pair": batch["photo_of_pair"][:2 * half]}
     encode = PairEncoder(model, None)
     if world > 1:
-        encode = torch.nn.parallel.DistributedDataParallel(encode)
+        encode = torch.nn.parallel.DistributedDataParallel(encode, broadcast_buffers=False)
     found = {}
     for chunk_size in (None, 4):
         model.zero_grad()
