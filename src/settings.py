@@ -115,9 +115,10 @@ def default_arguments(args):
 
 
 def amp_pays(device):
-    """Whether mixed precision is the faster choice: on CUDA, and on CPUs that multiply bfloat16 matrices (AMX)."""
+    """Whether mixed precision is the faster choice: on CUDA, and on CPUs that multiply bfloat16 matrices."""
     if device == "cpu":
-        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
     return device.startswith("cuda")
 
 

@@ -29,8 +29,9 @@ def test_defaults_come_from_preset_and_recipe_and_flags_win():
     assert not {"resume", "overwrite", "output_dir"} & arguments.keys() and not arguments["compile"]
 
 
-def test_precision(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+@pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16"])
+def test_precision(monkeypatch, capability):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
     amx = default_arguments(parse_args("", ["--device", "cpu"]))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     plain = default_arguments(parse_args("", ["--device", "cpu"]))

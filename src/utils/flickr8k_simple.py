@@ -29,7 +29,7 @@ SPLIT_FILES = {
 CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt")
 PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images")
 STORE_FOLDER = "photo_store"
-STORE_VERSION = 1  # part of a store's key: to be raised with any change to what `load_photo` gives
+STORE_VERSION = 2  # part of a store's key: to be raised with any change to what `load_photo` gives
 SECONDS_TO_BUILD = 3600  # a half-written store that old is nobody's any more
 GPU_SHARE = 0.5  # photos stay on the GPU if they take no more than this share of its free memory
 TEXT_BUCKET = 16  # a batch's text is as long as a multiple of this: few shapes, whatever the longest caption
@@ -135,7 +135,7 @@ def load_photo(path, size):
     """
     try:
         with Image.open(path) as photo:
-            photo.draft("RGB", (2 * size, 2 * size))  # JPEG decodes straight to a smaller scale, several times as fast
+            photo.draft("RGB", (size, size))  # JPEG decodes straight to a smaller scale, several times as fast
             ImageOps.exif_transpose(photo, in_place=True)
             if "transparency" in photo.info:
                 photo = photo.convert("RGBA")
