@@ -9,6 +9,7 @@ Read it from the top: settings, data, model, the loop, the files it leaves. Afte
 from the last checkpoint as if nothing had happened: the order of the pairs, the crops and the learning rate follow
 from the seed and the step alone, so there is no other random state to restore.
 """
+import functools
 import logging
 import math
 import platform
@@ -18,12 +19,13 @@ import time
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from src.losses import contrastive_backward
+from src.losses import LatentQueue, contrastive_backward, info_nce_loss
 from src.model import PRESETS, MultiModalMemoryNetwork
-from src.settings import UsageError, amp_type, default_arguments, find_device, parse_args
+from src.settings import MODEL_FLAGS, UsageError, amp_type, default_arguments, find_device, parse_args
 from src.utils import distributed, report
-from src.utils.augment import color_jitter, drop_words, normalize, random_resized_crop_and_flip
+from src.utils.augment import color_jitter, drop_words, normalize, random_erasing, random_resized_crop_and_flip
 from src.utils.checkpoint import CheckpointError, load_checkpoint, load_json, save_checkpoint, save_json
 from src.utils.flickr8k_simple import (DataError, Flickr8kImageTextDataset, epoch_batches, find_caption_file,
                                        iterate_batches, place_photos, read_captions, read_split)
@@ -31,12 +33,11 @@ from src.utils.retrieval import evaluate
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import BPETokenizer, CharTokenizer, tokenizer_from_state
 
-WARMUP = 0.1  # share of the steps over which the learning rate rises
 MEMORY_LOSS_WEIGHT = 0.1
 STEPS_A_LOOK = 10  # the loss is brought from the device, checked and shown every so many steps: a sync point
 SECONDS_A_CHECKPOINT = 300  # inside a long epoch, so that a power cut costs minutes
-LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "model_state_dict", "optimizer_state_dict", "scaler_state_dict",
-             "scheduler_state_dict", "history", "config", "tokenizer")
+LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "model_state_dict", "ema_state_dict", "queue_state_dict",
+             "optimizer_state_dict", "scaler_state_dict", "scheduler_state_dict", "history", "config", "tokenizer")
 
 
 class TrainingError(Exception):
@@ -115,7 +116,7 @@ def load_data(arguments, tokenizer, log):
 def build_model(arguments, tokenizer):
     """-> the model, on the CPU, and what it was made with. Raises UsageError for sizes that do not fit."""
     model_arguments = dict(PRESETS[arguments["model"]], vocab_size=tokenizer.vocab_size, **{
-        name: arguments[name] for name in ("image_size", "latent_dim", "memory_size")})
+        name: arguments[name] for name in MODEL_FLAGS})
     try:
         model = MultiModalMemoryNetwork(**model_arguments)
     except ValueError as error:
@@ -171,9 +172,11 @@ class PairEncoder(torch.nn.Module):
 
 
 def augment(batch, arguments, word_start):
-    """Crop, mirror and colour the photos of a batch, drop words of its captions; in place of what was there."""
-    images = random_resized_crop_and_flip(batch["images"] / 255.0, arguments["image_size"], arguments["min_crop"])
+    """Crop, mirror, colour and blank the photos of a batch, drop words of its captions; in place of what was there."""
+    images = random_resized_crop_and_flip(batch["images"] / 255.0, arguments["image_size"], arguments["min_crop"],
+                                          arguments["flip"])
     images = normalize(color_jitter(images, arguments["color_jitter"]))
+    images = random_erasing(images, arguments["erasing"])
     batch["images"] = images.contiguous(memory_format=torch.channels_last)
     batch["text"] = drop_words(batch["text"], arguments["word_dropout"], word_start)
     if arguments["compile"]:
@@ -226,9 +229,17 @@ def train(arguments, output_dir, state, device, stop, log):
     optimizer = build_optimizer(model, arguments)
     word_start = torch.tensor(tokenizer.word_start, device=device)
     total_steps = steps_an_epoch * arguments["epochs"]
-    warmup_steps = max(1, round(WARMUP * total_steps))
+    warmup_steps = max(1, round(arguments["warmup"] * total_steps))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
+
+    ema = None  # the average of the weights, which is then what is validated and kept; batch norm's buffers with them
+    if arguments["ema"]:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments["ema"]), use_buffers=True)
+    judged = model if ema is None else ema.module
+    queue = LatentQueue(arguments["queue_size"], arguments["latent_dim"]).to(device) if arguments["queue_size"] else None
+    contrast = functools.partial(info_nce_loss, label_smoothing=arguments["label_smoothing"],
+                                 hard_negatives=arguments["hard_negatives"], queue=queue)
 
     amp_dtype = amp_type(arguments)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -238,7 +249,7 @@ def train(arguments, output_dir, state, device, stop, log):
         "model": model_arguments,
         "optimizer": {"name": "SGD", "momentum": arguments["momentum"], "nesterov": True, "peak lr": arguments["lr"],
                       "text encoder's lr": arguments["lr"] * arguments["text_lr"],
-                      "schedule": f"linear warm-up over {WARMUP:.0%} of the steps, then cosine to 0",
+                      "schedule": f"linear warm-up over {arguments['warmup']:.0%} of the steps, then cosine to 0",
                       "weight decay": arguments["weight_decay"], "gradient clipping": arguments["clip_grad"]},
         "precision": report.precision_name(amp_dtype),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -250,6 +261,9 @@ def train(arguments, output_dir, state, device, stop, log):
     if state is not None:
         try:
             model.load_state_dict(state["model_state_dict"])
+            for part, name in ((ema, "ema_state_dict"), (queue, "queue_state_dict")):
+                if part is not None:
+                    part.load_state_dict(state[name])
             optimizer.load_state_dict(state["optimizer_state_dict"])
         except (RuntimeError, ValueError):
             raise UsageError(f"{output_dir / report.LAST} is of another model than {report.CONFIG} beside it") from None
@@ -278,7 +292,8 @@ def train(arguments, output_dir, state, device, stop, log):
             raise TrainingError(f"the weights are no longer finite in epoch {epoch}, step {step_in_epoch}; {advice}")
         save(save_checkpoint, {
             "epoch": epoch, "step": step_in_epoch, "loss_sum": loss_sum, "seconds": seconds_before + time.time() - began,
-            "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
+            "model_state_dict": model.state_dict(), "ema_state_dict": ema and ema.state_dict(),
+            "queue_state_dict": queue and queue.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
             "scaler_state_dict": scaler.state_dict(), "scheduler_state_dict": scheduler.state_dict(),
             "history": history, "config": config, "tokenizer": tokenizer.state_dict()}, report.LAST)
 
@@ -300,8 +315,11 @@ def train(arguments, output_dir, state, device, stop, log):
             torch.manual_seed((arguments["seed"] * 1_000_003 + step) * world + rank)  # whatever came before this step
             augment(batch, arguments, word_start)
             optimizer.zero_grad(set_to_none=True)
-            losses.append(contrastive_backward(encode, batch, MEMORY_LOSS_WEIGHT, arguments["chunk_size"], scaler.scale))
+            losses.append(contrastive_backward(encode, batch, MEMORY_LOSS_WEIGHT, arguments["chunk_size"], scaler.scale,
+                                               contrast))
             update(model, optimizer, scaler, arguments["clip_grad"])
+            if ema is not None:
+                ema.update_parameters(model)
             lr = optimizer.param_groups[0]["lr"]
             scheduler.step()
             step_in_epoch += 1
@@ -326,16 +344,16 @@ def train(arguments, output_dir, state, device, stop, log):
                         raise KeyboardInterrupt
 
         line.update(f"epoch {epoch}/{arguments['epochs']}  validating")
-        distributed.same_buffers(model)
+        distributed.same_buffers(judged)
         try:
-            metrics = evaluate(model, splits["val"], amp_dtype)
+            metrics = evaluate(judged, splits["val"], amp_dtype)
         except ValueError as error:  # embeddings that are not finite
             raise TrainingError(f"validation after epoch {epoch}: {error}; {advice}") from None
         row = {"epoch": epoch, "train": {"loss": loss_sum / steps_an_epoch}, "val": metrics,
                "lr": lr, "seconds": seconds_before + time.time() - began}
         # In this order a kill between any two files costs nothing: the checkpoint decides where --resume starts.
         if metrics["avg_r1"] > max((other["val"]["avg_r1"] for other in history), default=-1.0):
-            save(save_checkpoint, {"epoch": epoch, "model_state_dict": model.state_dict(), "metrics": metrics,
+            save(save_checkpoint, {"epoch": epoch, "model_state_dict": judged.state_dict(), "metrics": metrics,
                                    "config": config, "tokenizer": tokenizer.state_dict()}, report.BEST)
         history.append(row)
         epoch, step_in_epoch, loss_sum, seconds_before, began = epoch + 1, 0, 0.0, 0.0, time.time()

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 MODALITIES = ("image", "text")
 PAD_ID = 0  # the token id that every tokenizer keeps for padding
@@ -18,10 +19,11 @@ class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017) of x (B, N, D) over context (B, M, D), itself by default.
 
     mask: bool, broadcastable to (B, heads, N, M), True where attention is allowed. A row that may attend to
-    nothing gives zeros, not NaN (scaled_dot_product_attention's own rule).
+    nothing gives zeros, not NaN (scaled_dot_product_attention's own rule). qk_norm: queries and keys of unit mean
+    square before they meet, so that no weight can make attention one-hot (Henry et al. 2020; Dehghani et al. 2023).
     """
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim, num_heads, qk_norm=False):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the width {dim}")
@@ -29,36 +31,42 @@ class Attention(nn.Module):
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
+        self.query_norm, self.key_norm = (nn.RMSNorm(dim // num_heads) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x, context=None, mask=None):
         context = x if context is None else context
         q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
         k, v = self.key_value(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if q.device.type == "cpu":  # there PyTorch's bfloat16 attention is several times slower than its float32 one
+        q, k = self.query_norm(q), self.key_norm(k)
+        if v.device.type == "cpu":  # there PyTorch's bfloat16 attention is several times slower than its float32 one
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: the residual path is left untouched, which plain SGD needs to train depth."""
+    """Pre-norm transformer block: the residual path is left untouched, which plain SGD needs to train depth.
 
-    def __init__(self, dim, num_heads, num_layers):
+    stochastic_depth: in training, each sample skips each branch at this probability (Huang et al. 2016).
+    """
+
+    def __init__(self, dim, num_heads, num_layers, qk_norm=False, stochastic_depth=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads)
+        self.attention = Attention(dim, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.skip = StochasticDepth(stochastic_depth, "row")
         # Branches start small beside the residual path (cf. Goyal et al. 2017): at first a block passes on what it gets,
         # and plain SGD has a straight way from the loss to the embeddings.
         for branch_end in (self.attention.out, self.mlp[2]):
             nn.init.normal_(branch_end.weight, std=0.3 * dim**-0.5 / math.sqrt(2 * num_layers))
 
     def forward(self, x, mask=None):
-        x = x + self.attention(self.norm1(x), mask=mask)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.skip(self.attention(self.norm1(x), mask=mask))
+        return x + self.skip(self.mlp(self.norm2(x)))
 
 
 def sinusoidal_positions(length, dim, device):
@@ -97,11 +105,11 @@ class TextEncoder(nn.Module):
     aware neural language models"), and two of them leave a sixteenth of the attention to compute.
     """
 
-    def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers, conv_layers=0):
+    def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers, conv_layers=0, **of_blocks):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, dim, padding_idx=PAD_ID)
         self.convs = nn.ModuleList(TextConv(dim) for _ in range(conv_layers))
-        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers, **of_blocks) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, latent_dim)
 
@@ -128,7 +136,7 @@ class ResidualConv(nn.Module):
     not.
     """
 
-    def __init__(self, in_channels, channels, stride):
+    def __init__(self, in_channels, channels, stride, stochastic_depth=0.0):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
@@ -136,12 +144,13 @@ class ResidualConv(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight)
+        self.skip = StochasticDepth(stochastic_depth, "row")
         self.shortcut = nn.Identity()
         if stride > 1 or in_channels != channels:
             self.shortcut = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(in_channels, channels, 1, bias=False))
 
     def forward(self, x):
-        return self.shortcut(x) + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+        return self.shortcut(x) + self.skip(self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x)))))))
 
 
 class ImageEncoder(nn.Module):
@@ -154,7 +163,8 @@ class ImageEncoder(nn.Module):
     2 ** number of stages.
     """
 
-    def __init__(self, image_size, patch_size, dim, latent_dim, num_heads, num_layers, conv_channels=(), conv_blocks=1):
+    def __init__(self, image_size, patch_size, dim, latent_dim, num_heads, num_layers, conv_channels=(), conv_blocks=1,
+                 **of_blocks):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
@@ -168,11 +178,12 @@ class ImageEncoder(nn.Module):
             layers = [nn.Conv2d(3, channels, 3, 2, 1, bias=False)]
             for stage, width in enumerate(conv_channels):
                 for i in range(conv_blocks):
-                    layers.append(ResidualConv(channels, width, stride=2 if stage > 0 and i == 0 else 1))
+                    layers.append(ResidualConv(channels, width, stride=2 if stage > 0 and i == 0 else 1,
+                                               stochastic_depth=of_blocks.get("stochastic_depth", 0.0)))
                     channels = width
             self.stem = nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, dim, 1))
         self.position = nn.Parameter(torch.randn(1, (image_size // patch_size) ** 2, dim) * 0.02)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers, **of_blocks) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, latent_dim)
 
@@ -196,11 +207,11 @@ class TestTimeMemory(nn.Module):
     is carried from call to call, and `reset` drops it.
     """
 
-    def __init__(self, dim, memory_size, num_heads):
+    def __init__(self, dim, memory_size, num_heads, qk_norm=False):
         super().__init__()
         self.slots = nn.Parameter(torch.randn(memory_size, dim))
         self.norm_in = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads)
+        self.attention = Attention(dim, num_heads, qk_norm)
         self.norm_out = nn.LayerNorm(dim)
         self.adapted_slots = None
         self.test_time_steps = 0
@@ -279,11 +290,11 @@ class Fusion(nn.Module):
     their mean, carries a learned code of the presence bits. A transformer lets the central token read the others.
     """
 
-    def __init__(self, dim, num_heads, num_layers):
+    def __init__(self, dim, num_heads, num_layers, **of_blocks):
         super().__init__()
         self.type_embedding = nn.Embedding(len(MODALITIES), dim)
         self.presence = nn.Linear(len(MODALITIES), dim)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers, **of_blocks) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, dim)
         nn.init.normal_(self.type_embedding.weight, std=0.02)
@@ -304,7 +315,7 @@ class Fusion(nn.Module):
 class MultiModalMemoryNetwork(nn.Module):
     """Photos, captions or both -> one central latent in a shared space.
 
-    The defaults are the `base` preset. `model(images=..., text=...)` takes either or both of
+    The defaults are the `base` preset; with memory_size=0 there is no memory. `model(images=..., text=...)` takes either or both of
 
     - images: (B, 3, image_size, image_size), normalised floats
     - text: (B, L) token ids, 0 is padding; text_mask: (B, L) bool, True for real tokens, by default `text != 0`
@@ -316,13 +327,15 @@ class MultiModalMemoryNetwork(nn.Module):
 
     def __init__(self, vocab_size=34, text_embed_dim=512, latent_dim=512, memory_size=128, num_heads=8, num_layers=4,
                  image_layers=4, fusion_layers=4, image_size=224, patch_size=16, conv_channels=(), conv_blocks=1,
-                 text_conv_layers=0):
+                 text_conv_layers=0, qk_norm=False, stochastic_depth=0.0):
         super().__init__()
-        self.text_encoder = TextEncoder(vocab_size, text_embed_dim, latent_dim, num_heads, num_layers, text_conv_layers)
+        of_blocks = {"qk_norm": qk_norm, "stochastic_depth": stochastic_depth}
+        self.text_encoder = TextEncoder(vocab_size, text_embed_dim, latent_dim, num_heads, num_layers, text_conv_layers,
+                                        **of_blocks)
         self.image_encoder = ImageEncoder(image_size, patch_size, latent_dim, latent_dim, num_heads, image_layers,
-                                          conv_channels, conv_blocks)
-        self.memory = TestTimeMemory(latent_dim, memory_size, num_heads)
-        self.fusion = Fusion(latent_dim, num_heads, fusion_layers)
+                                          conv_channels, conv_blocks, **of_blocks)
+        self.memory = TestTimeMemory(latent_dim, memory_size, num_heads, qk_norm) if memory_size else None
+        self.fusion = Fusion(latent_dim, num_heads, fusion_layers, **of_blocks)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
 
     def forward(self, text=None, images=None, text_mask=None):
@@ -336,9 +349,11 @@ class MultiModalMemoryNetwork(nn.Module):
         if not latents:
             raise ValueError("the model needs images, text or both; neither was given")
         latents = torch.stack(latents, dim=1)  # (B, M, D)
-        output = {"central_latent": self.fusion(self.memory(latents), present)}
+        remembered = latents if self.memory is None else self.memory(latents)
+        output = {"central_latent": self.fusion(remembered, present)}
         if self.training:
-            output["memory_loss"] = self.memory.self_supervised_loss(latents)
+            output["memory_loss"] = (latents.new_zeros(()) if self.memory is None else
+                                     self.memory.self_supervised_loss(latents))
         return output
 
     @torch.no_grad()

@@ -9,16 +9,19 @@ import torch
 from src.model import PRESETS, MultiModalMemoryNetwork
 
 # What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
+COMMON = dict(captions_per_image=5, weight_decay=5e-4, temperature=0.1, warmup=0.1, ema=0.0, label_smoothing=0.0,
+              hard_negatives=0.0, queue_size=0, min_crop=0.5, flip=0.5, color_jitter=0.0, erasing=0.0, word_dropout=0.0,
+              tokenizer="bpe")
 RECIPES = {
-    "tiny": dict(epochs=7, batch_size=100, captions_per_image=2, lr=0.1, text_lr=4.0, weight_decay=5e-4,
-                 temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="char"),
-    "small": dict(epochs=22, batch_size=500, captions_per_image=5, lr=0.1, text_lr=10.0, weight_decay=5e-4,
-                  temperature=0.1, min_crop=0.35, color_jitter=0.0, word_dropout=0.0, tokenizer="bpe"),
-    "base": dict(epochs=30, batch_size=64, captions_per_image=5, lr=0.03, text_lr=4.0, weight_decay=5e-4,
-                 temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="bpe"),
-    "large": dict(epochs=100, batch_size=64, captions_per_image=5, lr=0.03, text_lr=4.0, weight_decay=5e-4,
-                  temperature=0.1, min_crop=0.5, color_jitter=0.0, word_dropout=0.0, tokenizer="bpe"),
+    "tiny": COMMON | dict(epochs=7, batch_size=100, captions_per_image=2, lr=0.1, text_lr=4.0, tokenizer="char"),
+    "small": COMMON | dict(epochs=22, batch_size=500, lr=0.1, text_lr=10.0, min_crop=0.35),
+    "base": COMMON | dict(epochs=30, batch_size=64, lr=0.03, text_lr=4.0),
+    "large": COMMON | dict(epochs=100, batch_size=64, lr=0.03, text_lr=4.0),
 }
+# The run that this project started from, as far as its write-up says; the rest (temperature, no weight decay) is guessed.
+REFERENCE = COMMON | dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=0.0,
+                          temperature=0.07, warmup=0.0, min_crop=1.0, flip=0.0, tokenizer="char")
+MODEL_FLAGS = ("image_size", "latent_dim", "memory_size", "qk_norm", "stochastic_depth")
 COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
 
 
@@ -26,10 +29,11 @@ class UsageError(Exception):
     """What the user asked for cannot be done; exit status 2."""
 
 
-def preset_defaults(preset):
-    """Everything that a preset sets: the model's arguments and the recipe's."""
+def preset_defaults(preset, recipe="own"):
+    """Everything that a preset sets: the model's arguments and the recipe's, its own or the "reference"."""
     signature = inspect.signature(MultiModalMemoryNetwork).parameters.values()
-    return {parameter.name: parameter.default for parameter in signature} | PRESETS[preset] | RECIPES[preset]
+    return ({parameter.name: parameter.default for parameter in signature} | PRESETS[preset]
+            | (REFERENCE if recipe == "reference" else RECIPES[preset]))
 
 
 def parse_args(description, argv=None):
@@ -52,6 +56,8 @@ def parse_args(description, argv=None):
     add("--data_dir", help="folder of the dataset (default: data/flickr8k, or data/synthetic with --synthetic)")
     add("--output_dir", help="folder that the run writes (default: outputs/flickr8k_sgd, or outputs/synthetic_sgd)")
     add("--model", choices=list(PRESETS), help="preset (default: base, or tiny with --synthetic)")
+    add("--recipe", choices=["own", "reference"], help="what the preset trains with: its own, or what the run that this "
+        "project started from trained with (default: own)")
     for name, kind, meaning in (
             ("epochs", count, "passes over all pairs"),
             ("batch_size", number(int, 2), "pairs a step, of all processes together; the others of a batch are the negatives"),
@@ -60,17 +66,27 @@ def parse_args(description, argv=None):
             ("text_lr", positive, "the text encoder's, as a multiple of --lr"),
             ("weight_decay", number(float, 0, 1), "of weight matrices only"),
             ("temperature", positive, "at the start; it is learned"),
+            ("warmup", share, "share of the steps over which the learning rate rises"),
+            ("ema", share, "what an exponential moving average of the weights, the one validated and kept, keeps of itself "
+             "each step; 0: none"),
+            ("label_smoothing", share, "share of the loss's target that is spread over the batch"),
+            ("hard_negatives", number(float, 0, 1e6), "weight of a triplet loss on the nearest negative"),
+            ("queue_size", number(int, 0), "pairs of earlier batches that serve as negatives too"),
             ("min_crop", number(float, 0, 1, low_itself=False), "smallest share of a photo's area in a training crop"),
+            ("flip", number(float, 0, 1), "probability of mirroring a training photo"),
             ("color_jitter", share, "largest change of brightness, contrast and saturation in training"),
+            ("erasing", number(float, 0, 1), "probability of blanking a rectangle of a training photo"),
             ("word_dropout", share, "share of a caption's words left out at random in training"),
             ("tokenizer", str, "char: 33 characters; bpe: byte pairs learned from the training captions"),
             ("image_size", count, "side of the photos, in pixels"),
             ("latent_dim", count, "width of the shared space"),
-            ("memory_size", count, "slots of the memory")):
+            ("memory_size", number(int, 0), "slots of the memory; 0: no memory"),
+            ("stochastic_depth", share, "probability of skipping a residual branch in training")):
         values = {preset: preset_defaults(preset)[name] for preset in PRESETS}
         defaults = ", ".join(f"{preset} {v if isinstance(v, str) else format(v, 'g')}" for preset, v in values.items())
         add(f"--{name}", type=kind, choices=["char", "bpe"] if name == "tokenizer" else None,
             help=f"{meaning} (default: {defaults})")
+    add("--qk_norm", action=argparse.BooleanOptionalAction, help="normalise queries and keys (default: off)")
     add("--vocab_size", type=number(int, 257), help="ids of the bpe tokenizer, padding and 256 bytes included (default: 4000)")
     add("--momentum", type=number(float, 0, 1 - 1e-9, low_itself=False), help="Nesterov momentum (default: 0.9)")
     add("--clip_grad", type=positive, help="largest norm of the gradient (default: 1.0)")
@@ -100,14 +116,14 @@ def default_arguments(args):
     given = {name: value for name, value in vars(args).items()
              if value is not None and name not in ("resume", "overwrite", "output_dir")}
     defaults = {"synthetic": False, "allow_incomplete": False, "num_workers": 0, "seed": 0, "momentum": 0.9, "vocab_size": 4000,
-                "clip_grad": 1.0, "chunk_size": None, "model": "tiny" if args.synthetic else "base",
+                "clip_grad": 1.0, "recipe": "own", "chunk_size": None, "model": "tiny" if args.synthetic else "base",
                 "data_dir": "data/synthetic" if args.synthetic else "data/flickr8k"}
     defaults["device"] = ("cuda" if torch.cuda.is_available() else
                           "mps" if torch.backends.mps.is_available() else "cpu")
     arguments = defaults | given
-    own = preset_defaults(arguments["model"])
-    arguments |= {name: own[name] for name in
-                  ("image_size", "latent_dim", "memory_size", *RECIPES["base"]) if name not in given}
+    own = preset_defaults(arguments["model"], arguments["recipe"])
+    arguments |= {name: own[name] for name in (*MODEL_FLAGS, *COMMON, "epochs", "batch_size", "lr", "text_lr")
+                  if name not in given}
     arguments.setdefault("amp", amp_pays(arguments["device"]))
     arguments.setdefault("compile", arguments["device"].startswith("cuda") and arguments["model"] in ("base", "large")
                          and arguments["epochs"] >= COMPILE_FROM_EPOCHS)

@@ -25,13 +25,13 @@ def normalize(images):
     return (images - _per_channel(MEAN, images.device)) / _per_channel(STD, images.device)
 
 
-def random_resized_crop_and_flip(images, size, min_scale=0.5):
+def random_resized_crop_and_flip(images, size, min_scale=0.5, flip=0.5):
     """Photos (B, C, H, W), uint8 or float -> float (B, C, size, size), each cropped and mirrored by its own draw.
 
     torchvision's RandomResizedCrop((min_scale, 1)) and RandomHorizontalFlip for a whole batch at once: the crop holds a
     share of the area drawn from [min_scale, 1], its aspect ratio is drawn from [3/4, 4/3] on a log scale, both are drawn
-    again (ten times at most; then the photo is taken whole) when the crop does not fit, and half of the photos are
-    mirrored. H must equal W. Unlike there, a crop may begin between two pixels, and sampling is bilinear without
+    again (ten times at most; then the photo is taken whole) when the crop does not fit, and each photo is mirrored at
+    the probability `flip`. H must equal W. Unlike there, a crop may begin between two pixels, and sampling is bilinear without
     smoothing, so that photos should not be much larger than size.
     """
     batch = len(images)
@@ -42,10 +42,10 @@ def random_resized_crop_and_flip(images, size, min_scale=0.5):
     fits = (width <= 1) & (height <= 1)
     first = fits.int().argmax(1, keepdim=True)
     width, height = (torch.where(fits.any(1), side.gather(1, first).squeeze(1), 1.0) for side in (width, height))
-    x, y, flip = torch.rand(3, batch, device=images.device)
+    x, y, side = torch.rand(3, batch, device=images.device)
     zero = torch.zeros_like(x)
     # Output coordinates, from -1 to 1, -> input coordinates.
-    theta = torch.stack([torch.where(flip < 0.5, -width, width), zero, (2 * x - 1) * (1 - width),
+    theta = torch.stack([torch.where(side < flip, -width, width), zero, (2 * x - 1) * (1 - width),
                          zero, height, (2 * y - 1) * (1 - height)], dim=1).view(batch, 2, 3)
     grid = F.affine_grid(theta, (batch, images.shape[1], size, size), align_corners=False)
     return F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
@@ -69,6 +69,33 @@ def color_jitter(images, strength):
         now = order[:, step].view(batch, 1, 1, 1)
         images = torch.where(now == 0, changed[0], torch.where(now == 1, changed[1], changed[2]))
     return images
+
+
+def random_erasing(images, probability):
+    """Photos (B, C, H, W), H = W, of zero mean -> the same, each with a rectangle set to zero at the given probability.
+
+    torchvision's RandomErasing (Zhong et al. 2020) for a whole batch at once: the rectangle holds a share of the area
+    drawn from [0.02, 0.33], its aspect ratio is drawn from [0.3, 3.3] on a log scale; a photo is left as it is where ten
+    draws give none that fits.
+    """
+    if probability == 0:
+        return images
+    batch, size = len(images), images.shape[-1]
+    area, log_ratio = torch.rand(2, batch, 10, device=images.device)
+    area = (0.02 + 0.31 * area) * size**2
+    ratio = torch.exp(math.log(0.3) + log_ratio * math.log(3.3 / 0.3))
+    height, width = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (height < size) & (width < size)
+    first = fits.int().argmax(1, keepdim=True)
+    erased = fits.any(1) & (torch.rand(batch, device=images.device) < probability)
+    inside = []
+    for side in (height, width):
+        side = side.gather(1, first)  # (B, 1)
+        start = (torch.rand_like(side) * (size - side + 1)).floor()
+        pixel = torch.arange(size, device=images.device)
+        inside.append((pixel >= start) & (pixel < start + side))  # (B, size)
+    rectangle = inside[0][:, None, :, None] & inside[1][:, None, None, :] & erased[:, None, None, None]
+    return images.masked_fill(rectangle, 0.0)
 
 
 def drop_words(text, probability, word_start):
