@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from src.utils.augment import MEAN, STD, color_jitter, drop_words, normalize, random_resized_crop_and_flip
+from src.utils.augment import MEAN, STD, color_jitter, drop_words, normalize, random_erasing, random_resized_crop_and_flip
 
 
 def test_normalize_is_per_channel():
@@ -82,6 +82,39 @@ def test_each_photo_has_its_own_draw_and_the_seed_decides():
     torch.manual_seed(3)
     assert torch.equal(first, random_resized_crop_and_flip(gradient_photos(8), 32))
     assert len({tuple(photo.flatten().tolist()) for photo in first}) == 8
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.2, 1.0])
+def test_photos_are_mirrored_at_the_given_rate(flip):
+    torch.manual_seed(0)
+    out = random_resized_crop_and_flip(gradient_photos(2000, 16), 16, 1.0, flip)
+    mirrored = (out[:, 0, 0, 0] > 0).float().mean()
+    assert abs(mirrored - flip) < 0.03 and (flip % 1 or mirrored == flip)
+
+
+def test_erasing_is_distributed_as_torchvisions():
+    torch.manual_seed(0)
+    size, count = 24, 4000
+    out = random_erasing(torch.ones(count, 3, size, size), 0.6)
+    assert torch.equal(out, out[:, :1].expand_as(out)) and set(out.unique().tolist()) == {0.0, 1.0}
+    gone = out[:, 0] == 0
+    erasing, whole = v2.RandomErasing(0.6), torch.ones(3, size, size)
+    theirs = torch.stack([erasing(whole)[0] for _ in range(count)]) == 0
+    assert (gone.flatten(1).any(1).float().mean() - 0.6).abs() < 0.03
+    for i in torch.nonzero(gone.flatten(1).any(1)).flatten()[:200].tolist():  # a rectangle, and whole
+        rows, columns = gone[i].any(1), gone[i].any(0)
+        assert gone[i].sum() == rows.sum() * columns.sum() and rows.int().diff().abs().sum() <= 2
+    assert (gone.float().mean(0) - theirs.float().mean(0)).abs().max() < 0.05  # where
+    for one, other in ((gone.flatten(1).sum(1), theirs.flatten(1).sum(1)),  # how large, how high
+                       (gone.any(2).sum(1), theirs.any(2).sum(1))):
+        both = torch.cat([one, other]).sort().values
+        share = [torch.searchsorted(sample.sort().values, both, right=True) / count for sample in (one, other)]
+        assert (share[0] - share[1]).abs().max() < 0.05
+
+
+def test_nothing_is_erased_at_zero():
+    photos = torch.rand(2, 3, 8, 8)
+    assert torch.equal(random_erasing(photos, 0.0), photos)
 
 
 @pytest.mark.parametrize("caption, starts, first, others", [

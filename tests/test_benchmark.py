@@ -41,6 +41,19 @@ def test_counts_of_arithmetic_grow_with_what_is_encoded(shapes, tmp_path, monkey
     assert flops[1] < 0.8 * flops[0]  # a photo encoded once for five captions
 
 
+def test_speedrun_stops_at_its_target(shapes, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(benchmark, "SPEEDRUN_TARGETS", (0.0, 101.0))
+    monkeypatch.setattr(benchmark, "SPEEDRUN_EPOCHS", {"tiny": {0.0: 3, 101.0: 2}})
+    output = tmp_path / "b.json"
+    assert benchmark.main(["--model", "tiny", "--data_dir", str(shapes), "--speedrun", "--batch_size", "10", "--device", "cpu",
+                           "--output", str(output)]) == 0
+    low, beyond = json.loads(output.read_text())["speedrun"]
+    assert low["reached"] and low["avg_r1"] >= 0 and low["seconds"] > 0
+    assert not beyond["reached"] and beyond["epochs"] == 2
+    printed = capfd.readouterr().out
+    assert "not reached" in printed and f"{low['seconds']:.1f}" in printed
+
+
 def test_wrong_arguments(tmp_path, capsys):
     assert benchmark.main(["--data_dir", str(tmp_path / "none")]) == 2
     assert "download_flickr8k.py" in capsys.readouterr().err

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from src.losses import contrastive_backward, info_nce_loss
+from src.losses import MARGIN, LatentQueue, contrastive_backward, info_nce_loss
 from src.model import PRESETS, MultiModalMemoryNetwork
 from train_flickr8k_sgd import PairEncoder
 
@@ -66,6 +66,56 @@ def test_gradient_reaches_everything():
     assert all(x.grad.abs().sum() > 0 and torch.isfinite(x.grad).all() for x in (images, texts, scale))
 
 
+@pytest.mark.parametrize("ids", [None, [0, 1, 1, 2, 0, 0]])
+def test_label_smoothing_spreads_the_target_over_what_may_be_chosen(ids):
+    images, texts = latents()
+    ids, scale = ids and torch.tensor(ids), torch.tensor(1.0)
+    if ids is None:  # nothing is left out: torch's own
+        a, b = (torch.nn.functional.normalize(x, dim=-1) for x in (images, texts))
+        logits = scale.exp() * a @ b.T
+        expected = sum(torch.nn.functional.cross_entropy(x, torch.arange(6), label_smoothing=0.3) for x in (logits, logits.T)) / 2
+        assert info_nce_loss(images, texts, scale, None, 0.3).item() == pytest.approx(expected.item(), rel=1e-5)
+    smooth = info_nce_loss(images, texts, scale, ids, 0.3)
+    assert torch.isfinite(smooth) and smooth != info_nce_loss(images, texts, scale, ids)
+
+
+def test_hard_negatives_add_the_triplet_loss_of_the_nearest():
+    images, texts = latents()
+    ids = torch.tensor([0, 1, 1, 2, 0, 3])
+    cosine = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1)
+    terms = []
+    for similarity in (cosine, cosine.T):
+        for i in range(6):
+            nearest = max(similarity[i, j].item() for j in range(6) if ids[j] != ids[i])
+            terms.append(max(0.0, MARGIN + nearest - similarity[i, i].item()))
+    plain = info_nce_loss(images, texts, torch.tensor(1.0), ids)
+    hard = info_nce_loss(images, texts, torch.tensor(1.0), ids, hard_negatives=0.5)
+    assert hard.item() - plain.item() == pytest.approx(0.5 * sum(terms) / 12, rel=1e-4)
+    none = info_nce_loss(images[:2], texts[:2], torch.tensor(1.0), torch.tensor([4, 4]), hard_negatives=1.0)
+    assert torch.isfinite(none)
+
+
+def test_queue_holds_the_last_latents_and_makes_them_negatives():
+    queue, scale = LatentQueue(5, 5), torch.tensor(1.0)
+    images, texts = latents(batch=9)
+    normal = torch.nn.functional.normalize
+    ids = torch.tensor([0, 1, 2, 3, 4, 5, 0, 7, 8])
+    first = info_nce_loss(images[:3], texts[:3], scale, ids[:3], queue=queue)
+    assert first == info_nce_loss(images[:3], texts[:3], scale, ids[:3])  # it was empty
+    assert queue.photo_ids.tolist() == [0, 1, 2, -1, -1] and not queue.images.requires_grad
+    info_nce_loss(images[3:6], texts[3:6], scale, ids[3:6], queue=queue)
+    assert queue.photo_ids.tolist() == [3, 4, 5, 0, 1]
+    assert torch.allclose(queue.texts, normal(texts[[3, 4, 5, 0, 1]], dim=-1))
+    loss = info_nce_loss(images[6:], texts[6:], scale, ids[6:], queue=queue)
+    total = 0.0
+    for rows, columns in ((images, texts), (texts, images)):
+        for i in (6, 7, 8):
+            others = [j for j in (6, 7, 8, 3, 4, 5, 0, 1) if j == i or ids[j] != ids[i]]  # 0 is the photo of 6
+            logits = scale.exp() * torch.nn.functional.cosine_similarity(rows[i], columns[others])
+            total += torch.logsumexp(logits, 0) - logits[0 if i == 6 else others.index(i)]
+    assert loss.item() == pytest.approx(total.item() / 6, rel=1e-5)
+
+
 class Encoder(torch.nn.Module):
     """Two small networks in place of the model; the second output of a row depends on that row alone."""
 
@@ -120,9 +170,11 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(chunk_size, facto
     assert chunk_size > 6 or chunked.rows_at_once < 13
 
 
-def test_chunks_of_the_real_model():
+@pytest.mark.parametrize("memory_size", [16, 0])
+def test_chunks_of_the_real_model(memory_size):
     torch.manual_seed(0)
-    model = MultiModalMemoryNetwork(**PRESETS["tiny"] | {"conv_channels": ()})  # batch norm would see the chunks
+    changes = {"conv_channels": (), "memory_size": memory_size}  # batch norm would see the chunks
+    model = MultiModalMemoryNetwork(**PRESETS["tiny"] | changes)
     batch = {"images": torch.randn(6, 3, 32, 32), "text": torch.randint(1, 34, (12, 16)),
              "photo_ids": torch.arange(6), "photo_of_pair": torch.arange(6).repeat_interleave(2)}
     batch["text"][::3, 9:] = 0
@@ -133,3 +185,21 @@ def test_chunks_of_the_real_model():
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
     for other in results[1:]:
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(results[0], other))
+
+
+def test_what_is_skipped_by_chance_is_the_same_in_both_passes_of_a_chunk():
+    """The loss comes from the first pass and gradients from the second: they belong together only if chance repeats."""
+    class Noisy(Encoder):
+        drawn = []
+
+        def forward(self, images, text):
+            noise = torch.rand(len(text), 1)
+            self.drawn.append(noise)
+            return super().forward(images, text + noise)
+
+    encoder = Noisy()
+    torch.manual_seed(3)
+    contrastive_backward(encoder, step_batch(), 0.1, 4)
+    half = len(encoder.drawn) // 2
+    assert half > 1 and all(torch.equal(a, b) for a, b in zip(encoder.drawn[:half], encoder.drawn[half:]))
+    assert not torch.equal(encoder.drawn[0][0], encoder.drawn[1][0])

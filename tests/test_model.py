@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from src.losses import info_nce_loss
-from src.model import MAX_LOGIT_SCALE, PRESETS, ImageEncoder, MultiModalMemoryNetwork, TestTimeMemory
+from src.model import MAX_LOGIT_SCALE, PRESETS, Attention, ImageEncoder, MultiModalMemoryNetwork, TestTimeMemory
 
 # pytest would otherwise take the class for a test case.
 TestTimeMemory.__test__ = False
@@ -130,6 +130,40 @@ def test_logit_scale_is_clamped():
         model.logit_scale.fill_(-9.0)
     model.clamp_logit_scale_()
     assert model.logit_scale.item() == 0
+
+
+def test_without_memory():
+    model, (images, text) = tiny(memory_size=0), batch()
+    assert model.memory is None and not [name for name in model.state_dict() if name.startswith("memory")]
+    output = model(images=images, text=text)
+    assert output["memory_loss"] == 0 and output["central_latent"].shape == (4, 64)
+
+
+def test_qk_norm_bounds_attention():
+    """However large queries and keys grow, the scores that softmax sees stay within sqrt(width of a head)."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16)
+    for qk_norm, moves in ((True, False), (False, True)):
+        attention = Attention(16, 2, qk_norm)
+        before = attention(x)
+        with torch.no_grad():
+            attention.query.weight *= 1000
+            attention.query.bias *= 1000
+        assert torch.allclose(before, attention(x), atol=1e-4) != moves
+    model = tiny(qk_norm=True)
+    assert sum("query_norm" in name for name, _ in model.named_parameters()) == 4  # one attention a part
+
+
+def test_stochastic_depth_skips_branches_in_training_only():
+    model, (images, _) = tiny(stochastic_depth=0.5), batch()
+    torch.manual_seed(0)
+    first, second = model(images=images)["central_latent"], model(images=images)["central_latent"]
+    assert not torch.allclose(first, second)
+    model.eval()
+    assert torch.equal(model(images=images)["central_latent"], model(images=images)["central_latent"])
+    plain = tiny().eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(images=images)["central_latent"], model(images=images)["central_latent"])
 
 
 def memory_and_latents():

@@ -47,3 +47,10 @@ def test_a_device_that_is_not_there():
     for name in ("cuda:99", "abacus"):
         with pytest.raises(UsageError, match="not to be had"):
             find_device(name)
+
+
+def test_the_reference_recipe_is_the_write_ups():
+    arguments = default_arguments(parse_args("", ["--recipe", "reference", "--model", "small"]))
+    known = dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, momentum=0.9, tokenizer="char", warmup=0, text_lr=1)
+    assert {name: arguments[name] for name in known} == known and arguments["image_size"] == 64
+    assert default_arguments(parse_args("", ["--recipe", "reference", "--lr", "0.5"]))["lr"] == 0.5

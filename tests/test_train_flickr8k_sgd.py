@@ -158,6 +158,39 @@ def test_resume_in_the_middle_of_an_epoch(shapes, finished, tmp_path, monkeypatc
     assert_same(outcome(finished[0]), outcome(tmp_path))
 
 
+def test_resume_carries_the_average_and_the_queue(shapes, tmp_path, monkeypatch):
+    switches = ["--ema", 0.9, "--queue_size", 30, "--label_smoothing", 0.1, "--hard_negatives", 0.5, "--stochastic_depth", 0.1,
+                "--erasing", 0.5, "--qk_norm"]
+    assert main(*arguments(shapes, tmp_path / "whole", *switches)) == 0
+    save = train_flickr8k_sgd.save_json
+
+    def failing_save(value, path):
+        save(value, path)
+        if path.name == HISTORY and len(value) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_flickr8k_sgd, "save_json", failing_save)
+    assert main(*arguments(shapes, tmp_path / "cut", *switches)) == 130
+    monkeypatch.undo()
+    assert main("--synthetic", "--output_dir", tmp_path / "cut", "--resume") == 0
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+    last = torch.load(tmp_path / "whole" / LAST, weights_only=True)
+    assert last["queue_state_dict"]["photo_ids"].min() >= 0 and len(last["queue_state_dict"]["photo_ids"]) == 30
+    best = torch.load(tmp_path / "whole" / BEST, weights_only=True)["model_state_dict"]
+    raw, averaged = last["model_state_dict"], last["ema_state_dict"]
+    name = "text_encoder.token_embedding.weight"
+    assert not torch.equal(raw[name], averaged[f"module.{name}"])
+    assert not torch.equal(best[name], raw[name])  # the average is what is kept
+
+
+def test_without_memory(shapes, tmp_path):
+    assert main(*arguments(shapes, tmp_path, "--memory_size", 0, epochs=1)) == 0
+
+
+def test_the_reference_recipe_runs(shapes, tmp_path):
+    assert main("--synthetic", "--data_dir", shapes, "--output_dir", tmp_path, "--recipe", "reference", "--epochs", 1) == 0
+
+
 def test_a_second_run_into_the_folder_is_refused(shapes, finished, tmp_path, capsys):
     before = outcome(finished[0])
     assert main(*arguments(shapes, finished[0])) == 2
