@@ -31,18 +31,19 @@ class Attention(nn.Module):
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
-        self.query_norm, self.key_norm = (nn.RMSNorm(dim // num_heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.qk_norms = nn.ModuleList(nn.RMSNorm(dim // num_heads) for _ in range(2 * qk_norm))
 
     def forward(self, x, context=None, mask=None):
         context = x if context is None else context
         q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
         k, v = self.key_value(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.query_norm(q), self.key_norm(k)
-        if v.device.type == "cpu":  # there PyTorch's bfloat16 attention is several times slower than its float32 one
+        if self.qk_norms:
+            q, k = (norm(x.float()).to(v.dtype) for norm, x in zip(self.qk_norms, (q, k)))
+        if q.device.type == "cpu":  # there PyTorch's bfloat16 attention is several times slower than its float32 one
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
         else:
-            y = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 

@@ -151,7 +151,7 @@ def test_qk_norm_bounds_attention():
             attention.query.bias *= 1000
         assert torch.allclose(before, attention(x), atol=1e-4) != moves
     model = tiny(qk_norm=True)
-    assert sum("query_norm" in name for name, _ in model.named_parameters()) == 4  # one attention a part
+    assert sum("qk_norms.0" in name for name, _ in model.named_parameters()) == 4  # one attention a part
 
 
 def test_stochastic_depth_skips_branches_in_training_only():
