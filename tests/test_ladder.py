@@ -1,0 +1,53 @@
+import json
+import os
+
+import pytest
+
+from src import ladder
+from src.model import PRESETS
+from src.settings import default_arguments, parse_args
+from src.utils.report import BEST, CONFIG, HISTORY
+from src.utils.synthetic import write_synthetic
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "synthetic"
+    write_synthetic(root, num_pictures={"train": 40, "val": 12, "test": 8})
+    return root
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_steps_lead_from_the_reference_to_the_presets_own_recipe(preset):
+    settings = [default_arguments(parse_args("", ["--model", preset, *flags])) for _, flags in ladder.rows(preset)]
+    steps, own = settings[:len(ladder.STEPS)], default_arguments(parse_args("", ["--model", preset]))
+    assert steps[0] == default_arguments(parse_args("", ["--model", preset, "--recipe", "reference"])) and steps[-1] == own
+    for changed in settings[len(ladder.STEPS):]:  # one change each
+        assert sum(changed[name] != own[name] for name in own) <= 1
+
+
+def test_rows_are_run_kept_and_gone_on_with(shapes, tmp_path, capfd):
+    given = ["--model", "tiny", "--data_dir", str(shapes), "--epochs", "2", "--output_dir", str(tmp_path), "--rows", "1", "7",
+             "--seeds", "0", "1"]
+    assert ladder.main([*given, "--minutes", "0"]) == 0
+    assert "time is up" in capfd.readouterr().err
+    assert ladder.main(given) == 0
+    printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(printed) == 4 and "`--model tiny --recipe reference --epochs 2`" in printed[2]
+    runs = {folder: json.loads((tmp_path / folder / CONFIG).read_text())["arguments"] for folder in os.listdir(tmp_path)}
+    assert sorted((run["seed"], run["memory_size"]) for run in runs.values()) == [(0, 0), (0, 16), (1, 0), (1, 16)]
+    for seed in (0, 1):  # the figures are those of the runs' files
+        folder = next(folder for folder, run in runs.items() if run["seed"] == seed and run["memory_size"] == 0)
+        best = max(row["val"]["avg_r1"] for row in json.loads((tmp_path / folder / HISTORY).read_text()))
+        assert f"{best:.2f}" in printed[3]
+    made = {folder: os.stat(tmp_path / folder / BEST).st_mtime_ns for folder in runs}
+    assert ladder.main(given) == 0
+    assert made == {folder: os.stat(tmp_path / folder / BEST).st_mtime_ns for folder in runs}
+
+
+def test_wrong_arguments(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        ladder.main(["--rows", "99"])
+    assert stopped.value.code == 2
+    assert ladder.main(["--data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "exit status 2" in capfd.readouterr().err
