@@ -9,6 +9,7 @@ Read it from the top: settings, data, model, the loop, the files it leaves. Afte
 from the last checkpoint as if nothing had happened: the order of the pairs, the crops and the learning rate follow
 from the seed and the step alone, so there is no other random state to restore.
 """
+import datetime
 import functools
 import logging
 import math
@@ -29,7 +30,7 @@ from src.utils.augment import color_jitter, drop_words, normalize, random_erasin
 from src.utils.checkpoint import CheckpointError, load_checkpoint, load_json, save_checkpoint, save_json
 from src.utils.flickr8k_simple import (DataError, Flickr8kImageTextDataset, epoch_batches, find_caption_file,
                                        iterate_batches, place_photos, read_captions, read_split)
-from src.utils.retrieval import evaluate
+from src.utils.retrieval import compare_test_time_training, evaluate
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import BPETokenizer, CharTokenizer, tokenizer_from_state
 
@@ -142,6 +143,12 @@ def build_optimizer(model, arguments):
     return torch.optim.SGD(groups, momentum=arguments["momentum"], nesterov=True, fused=fused)
 
 
+def cosine_schedule(warmup, total_steps):
+    """-> step -> multiple of the peak learning rate: up in a line over the share `warmup` of the steps, times a cosine to 0."""
+    warmup_steps = max(1, round(warmup * total_steps))
+    return lambda step: min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+
+
 class StopRequest:
     """Ctrl-C and SIGTERM while the loop runs: finish the step, save, stop. A second one, or one outside the loop,
     stops at once; but not under torchrun, which sends SIGTERM after Ctrl-C of its own accord."""
@@ -229,9 +236,7 @@ def train(arguments, output_dir, state, device, stop, log):
     optimizer = build_optimizer(model, arguments)
     word_start = torch.tensor(tokenizer.word_start, device=device)
     total_steps = steps_an_epoch * arguments["epochs"]
-    warmup_steps = max(1, round(arguments["warmup"] * total_steps))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(arguments["warmup"], total_steps))
 
     ema = None  # the average of the weights, which is then what is validated and kept; batch norm's buffers with them
     if arguments["ema"]:
@@ -255,6 +260,7 @@ def train(arguments, output_dir, state, device, stop, log):
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": (f"{world} x " if world > 1 else "") + report.device_name(device),
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+        "date": datetime.date.today().isoformat() if state is None else state["config"]["date"],
         "data": {name: report.data_counts(split) for name, split in splits.items()},
     }
     epoch, step_in_epoch, loss_sum, seconds_before, history = 1, 0, 0.0, 0.0, []
@@ -367,6 +373,9 @@ def train(arguments, output_dir, state, device, stop, log):
 
     distributed.barrier()  # until rank 0 has written the best model
     model.load_state_dict(load_checkpoint(output_dir / report.BEST, report.BEST_KEYS)["model_state_dict"])
+    if model.memory is not None:
+        save(save_json, {split: compare_test_time_training(model, splits[split], amp_dtype) for split in ("val", "test")},
+             report.TEST_TIME)
     save(save_json, evaluate(model, splits["test"], amp_dtype), report.TEST)
 
 

@@ -2,6 +2,7 @@
 import argparse
 import inspect
 import math
+import shlex
 import sys
 
 import torch
@@ -118,9 +119,7 @@ def default_arguments(args):
     defaults = {"synthetic": False, "allow_incomplete": False, "num_workers": 0, "seed": 0, "momentum": 0.9, "vocab_size": 4000,
                 "clip_grad": 1.0, "recipe": "own", "chunk_size": None, "model": "tiny" if args.synthetic else "base",
                 "data_dir": "data/synthetic" if args.synthetic else "data/flickr8k"}
-    defaults["device"] = ("cuda" if torch.cuda.is_available() else
-                          "mps" if torch.backends.mps.is_available() else "cpu")
-    arguments = defaults | given
+    arguments = defaults | {"device": default_device()} | given
     own = preset_defaults(arguments["model"], arguments["recipe"])
     arguments |= {name: own[name] for name in (*MODEL_FLAGS, *COMMON, "epochs", "batch_size", "lr", "text_lr")
                   if name not in given}
@@ -128,6 +127,27 @@ def default_arguments(args):
     arguments.setdefault("compile", arguments["device"].startswith("cuda") and arguments["model"] in ("base", "large")
                          and arguments["epochs"] >= COMPILE_FROM_EPOCHS)
     return arguments
+
+
+def command_of(arguments):
+    """Every setting of a run -> the short command that trains so: what the flags' defaults say by themselves is left out.
+
+    Where a run was trained on another kind of device, its --device, --amp and --compile are left out as well.
+    """
+    flags = ["--synthetic"] * arguments["synthetic"]
+    for name in ("model", "recipe"):
+        if arguments.get(name, "own") != default_arguments(parse_args("", flags))[name]:
+            flags += [f"--{name}", arguments[name]]
+    defaults = default_arguments(parse_args("", flags))
+    for name, value in arguments.items():
+        if value != defaults.get(name, value) and not (name in ("device", "amp", "compile") and arguments["device"] != defaults["device"]):
+            flags += ([f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", shlex.quote(f"{value}")])
+    return " ".join(["python train_flickr8k_sgd.py", *flags])
+
+
+def default_device():
+    """The name of the first of CUDA, MPS and CPU that is there."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def amp_pays(device):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from src.utils.flickr8k_simple import SPLIT_FILES
-
+from src.utils.synthetic import write_synthetic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Deprecations that a script of ours causes; pytest's own filter does not reach into another process.
@@ -46,6 +46,29 @@ def write_dataset(root, counts=None, captions=5):
         (root / SPLIT_FILES[split]).write_text("".join(f"{name}\n" for name in names))
     (root / "Flickr8k.token.txt").write_text("".join(f"{line}\n" for line in lines))
     return root
+
+
+def arguments(shapes, output_dir, *more, epochs=3):
+    """Flags of a short training on a small synthetic dataset."""
+    return ["--synthetic", "--data_dir", shapes, "--output_dir", output_dir, "--epochs", epochs, "--batch_size", 10,
+            "--captions_per_image", 1, "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A small synthetic dataset."""
+    root = tmp_path_factory.mktemp("data") / "synthetic"
+    write_synthetic(root, num_pictures={"train": 40, "val": 12, "test": 8})
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(shapes, tmp_path_factory):
+    """A run that nothing interrupted, and what it printed. Not to be written into."""
+    output_dir = tmp_path_factory.mktemp("runs") / "finished"
+    status, out, err = run_script("train_flickr8k_sgd.py", *arguments(shapes, output_dir))
+    assert (status, err) == (0, "")
+    return output_dir, out
 
 
 @pytest.fixture

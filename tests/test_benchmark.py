@@ -3,14 +3,6 @@ import json
 import pytest
 
 from src import benchmark
-from src.utils.synthetic import write_synthetic
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "synthetic"
-    write_synthetic(root, num_pictures={"train": 40, "val": 12, "test": 8})
-    return root
 
 
 def test_benchmark_against_the_baseline(shapes, tmp_path, monkeypatch, capsys):

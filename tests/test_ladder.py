@@ -7,14 +7,6 @@ from src import ladder
 from src.model import PRESETS
 from src.settings import default_arguments, parse_args
 from src.utils.report import BEST, CONFIG, HISTORY
-from src.utils.synthetic import write_synthetic
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "synthetic"
-    write_synthetic(root, num_pictures={"train": 40, "val": 12, "test": 8})
-    return root
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

@@ -1,7 +1,9 @@
+import shlex
+
 import pytest
 import torch
 
-from src.settings import RECIPES, UsageError, amp_type, default_arguments, find_device, parse_args
+from src.settings import RECIPES, UsageError, amp_type, command_of, default_arguments, find_device, parse_args
 
 
 @pytest.mark.parametrize("given", [["--epochs", "0"], ["--batch_size", "1"], ["--lr", "-1"], ["--lr", "nan"],
@@ -54,3 +56,24 @@ def test_the_reference_recipe_is_the_write_ups():
     known = dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, momentum=0.9, tokenizer="char", warmup=0, text_lr=1)
     assert {name: arguments[name] for name in known} == known and arguments["image_size"] == 64
     assert default_arguments(parse_args("", ["--recipe", "reference", "--lr", "0.5"]))["lr"] == 0.5
+
+
+@pytest.mark.parametrize("given, command", [
+    ([], "python train_flickr8k_sgd.py"),
+    (["--synthetic"], "python train_flickr8k_sgd.py --synthetic"),
+    (["--synthetic", "--model", "tiny", "--seed", "3"], "python train_flickr8k_sgd.py --synthetic --seed 3"),
+    (["--model", "small", "--lr", "0.1", "--ema", "0.5", "--qk_norm"], "python train_flickr8k_sgd.py --model small --ema 0.5 --qk_norm"),
+    (["--recipe", "reference", "--epochs", "2", "--data_dir", "my photos"],
+     "python train_flickr8k_sgd.py --recipe reference --data_dir 'my photos' --epochs 2"),
+])
+def test_the_command_of_a_run(given, command):
+    arguments = default_arguments(parse_args("", given))
+    found = command_of(arguments)
+    assert sorted(shlex.split(found)) == sorted(shlex.split(command)), found
+    again = default_arguments(parse_args("", shlex.split(found)[2:]))
+    assert again == arguments
+
+
+def test_the_command_of_a_run_on_another_device():
+    arguments = default_arguments(parse_args("", ["--device", "cpu"])) | {"device": "cuda:7", "amp": True, "compile": True}
+    assert command_of(arguments) == "python train_flickr8k_sgd.py"

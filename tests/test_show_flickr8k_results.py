@@ -1,11 +1,15 @@
 """The results script on runs made by hand, so that every figure shown can be checked against the files."""
 import json
+import re
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 import show_flickr8k_results
-from src.utils.report import BEST, CONFIG, HISTORY, TEST
+from src.utils.flickr8k_simple import read_captions
+from src.utils.report import BEST, CONFIG, HISTORY, TEST, TEST_TIME
 from src.utils.retrieval import chance_metrics
 from tests.conftest import run_script
 
@@ -26,7 +30,7 @@ def write_run(folder, avg_r1=(11, 31, 21), epochs=3, **changes):
                for i, seed in enumerate(avg_r1, start=1)]
     data = {"photos": 100, "captions": 500, "left_out": 0, "captions_per_photo": {"5": 100}}
     config = {"arguments": {"epochs": epochs, "synthetic": False, "data_dir": "some/where", "model": "small", "seed": 77,
-                            "batch_size": 96, "captions_per_image": 3},
+                            "batch_size": 96, "captions_per_image": 3, "tokenizer": "char"},
               "data": {"train": data | {"photos": 1234, "captions": 6170, "left_out": 4}, "val": data,
                        "test": data | {"photos": 50, "captions": 250, "captions_per_photo": {"5": 50}}},
               "model": {"latent_dim": 192, "memory_size": 24}, "parameters": 7654321, "device": "Some GPU 4711",
@@ -65,6 +69,19 @@ def test_every_figure_is_the_runs_own(tmp_path, capsys):
                 assert [arrow, f"R@{k}", "(%)"] + [f"{m[key]:.2f}" for m in (metrics(70), test_chance)] in rows
     assert ["1", "4.3571", "12.67", "11.17", "14.17", "0.01", "62.3"] in rows
     assert "4.357 -> 4.071, -6.6 % (epoch 3)" in out and "12.67 % -> 32.67 %, +157.9 % (epoch 2)" in out
+
+
+def test_test_time_training_off_and_on(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    assert "Test-time" not in show(folder, capsys)[1]
+    (folder / TEST_TIME).write_text(json.dumps({
+        split: {"off": metrics(seed), "on": metrics(seed + 1), "seconds": {"off": 1.5, "on": seed / 7}}
+        for split, seed in (("val", 50), ("test", 60))}))
+    rows = [line.split() for line in show(folder, capsys)[1].splitlines()]
+    four = [metrics(seed) for seed in (50, 51, 60, 61)]
+    assert ["I->T", "R@5", "(%)"] + [f"{m['i2t_r5']:.2f}" for m in four] in rows
+    assert ["Avg", "R@1", "(%)"] + [f"{m['avg_r1']:.2f}" for m in four] in rows
+    assert ["seconds", "1.50", "7.14", "1.50", "8.57"] in rows
 
 
 def test_a_run_of_one_epoch_still_going(tmp_path, capsys):
@@ -115,3 +132,113 @@ def test_missing_or_damaged_files(tmp_path, capsys, damage, message):
 def test_no_folder_as_a_user_meets_it(tmp_path):
     status, out, err = run_script("show_flickr8k_results.py", "--output_dir", tmp_path / "none")
     assert status == 2 and "there is no such folder" in err and "python train_flickr8k_sgd.py" in err
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A finished run, to be written into."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def use(run_dir, capsys, *given):
+    status = show_flickr8k_results.main(["--output_dir", str(run_dir), *map(str, given)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def ranking(printed):
+    """-> [(marked, rank, score, the rest)] of every result line."""
+    return [(mark == "*", int(rank), float(score), rest) for mark, rank, score, rest in
+            re.findall(r"^([ *]) +(\d+) +(-?\d\.\d+) +(.*)$", printed, re.MULTILINE)]
+
+
+def test_photos_for_a_text(run_dir, shapes, capsys, tmp_path):
+    captions = read_captions(shapes / "Flickr8k.token.txt")
+    names = (shapes / "Flickr_8k.testImages.txt").read_text().split()
+    query = captions[names[3]][0]
+    status, out, err = use(run_dir, capsys, "--query", query.upper(), "two red circles", "--top", 8, "--out", tmp_path / "sheet.png")
+    assert (status, err) == (0, "")
+    found = ranking(out)
+    assert [rank for _, rank, _, _ in found] == [*range(1, 9)] * 2 and "8 photos of test" in out
+    assert sorted(rest.split()[0] for *_, rest in found[:8]) == sorted(names)
+    scores = [score for _, _, score, _ in found[:8]]
+    assert scores == sorted(scores, reverse=True)
+    (marked,) = [(rank, rest) for mark, rank, _, rest in found if mark]
+    assert marked[1] == f"{names[3]}  {captions[names[3]][0]}" and f"the right one is ranked {marked[0]}" in out
+    assert Image.open(tmp_path / "sheet.png").width > 8 * 200 and f"wrote {tmp_path / 'sheet.png'}" in out
+
+
+def test_photos_of_ones_own(run_dir, shapes, capsys, tmp_path):
+    own = tmp_path / "own"
+    (own / "more").mkdir(parents=True)
+    for name, target in (("scene_00003.jpg", "a.jpg"), ("scene_00007.jpg", "more/b.JPG")):
+        shutil.copy(shapes / "Flicker8k_Dataset" / name, own / target)
+    status, out, _ = use(run_dir, capsys, "--photos", own, "--query", "a small red circle")
+    assert status == 0 and sorted(rest for *_, rest in ranking(out)) == ["a.jpg", "more/b.JPG"] and "*" not in out
+    assert sorted(path.name for path in own.rglob("*")) == ["a.jpg", "b.JPG", "more"]  # nothing is written there
+
+
+def test_captions_for_a_photo(run_dir, shapes, capsys, tmp_path):
+    captions = read_captions(shapes / "Flickr8k.token.txt")
+    name = (shapes / "Flickr_8k.devImages.txt").read_text().split()[2]
+    status, out, _ = use(run_dir, capsys, "--image", shapes / "Flicker8k_Dataset" / name, "--split", "val", "--top", 60)
+    found = ranking(out)
+    assert status == 0 and len(found) == 60 and "among 60 captions of val" in out
+    assert sorted(rest for mark, *_, rest in found if mark) == sorted(f"{text}  ({name})" for text in captions[name])
+    Image.new("L", (50, 10)).save(tmp_path / "own.png")
+    status, out, _ = use(run_dir, capsys, "--image", tmp_path / "own.png", "--out", tmp_path / "sheet.jpg")
+    assert status == 0 and len(ranking(out)) == 5 and "*" not in out and (tmp_path / "sheet.jpg").exists()
+
+
+def test_hits_and_misses(run_dir, capsys):
+    status, out, err = use(run_dir, capsys, "--examples", 2, "--split", "val")
+    assert (status, err) == (0, "") and (run_dir / "examples.png").exists()
+    of_all = [line.split() for line in out.splitlines() if line.split()[:1] == ["all"]]
+    assert of_all[0][1] == "60" and of_all[1][1] == "12" and of_all[0][2:] == of_all[1][7:]
+    best = torch.load(run_dir / BEST, weights_only=True)["metrics"]
+    assert abs(float(of_all[0][2]) - best["t2i_r1"]) < 4  # the run's own may be of bfloat16
+
+
+def test_runs_side_by_side(tmp_path, capsys):
+    for name, seed in (("one", 20), ("other", 30)):
+        write_run(tmp_path / name, avg_r1=(seed,), epochs=1)
+    given = ["--compare", str(tmp_path / "one"), str(tmp_path / "other")]
+    for form in ("terminal", "markdown", "json"):
+        assert show_flickr8k_results.main([*given, "--format", form]) == 0
+        out = capsys.readouterr().out
+        assert form == "json" or out.index("other ") < out.index("one ")
+    assert [row["val"]["avg_r1"] for row in json.loads(out)] == [metrics(30)["avg_r1"], metrics(20)["avg_r1"]]
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--query", ""], "has nothing that the model"),
+    (["--query", "  "], "has nothing that the model"),
+    (["--query", "a dog", "日本語"], "has nothing that the model"),
+    (["--image", "none.jpg"], "none.jpg: the file is missing"),
+    (["--image", "notes.txt"], "notes.txt: not an image"),
+    (["--query", "a dog", "--photos", "none"], "there is no such folder"),
+    (["--query", "a dog", "--photos", "empty"], "holds no photos"),
+    (["--query", "a dog", "--photos", "broken"], "broken/b.jpg: the file is empty"),
+    (["--query", "a dog", "--data_dir", "empty"], "Flickr_8k.testImages.txt"),
+    (["--query", "a dog", "--out", "sheet.abc"], "sheet.abc: cannot be written"),
+    (["--compare", "empty"], "holds no run"),
+    (["--plot", "--output_dir", "empty"], "holds no run"),
+    (["--query", "a dog", "--output_dir", "empty"], "has no best model yet"),
+])
+def test_bad_input(run_dir, tmp_path, capsys, monkeypatch, given, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "b.jpg").touch()
+    (tmp_path / "notes.txt").write_text("no photo")
+    monkeypatch.chdir(tmp_path)
+    status, _, err = use(run_dir, capsys, *given)
+    assert status == 2 and message in err and len(err.splitlines()) == 1 and err.startswith("error: ")
+
+
+@pytest.mark.parametrize("given", [["--examples", "0"], ["--query", "a", "--image", "b"], ["--photos", "c"], ["--top", "0"],
+                                   ["--query", "a", "--output_dir", "b", "c"]])
+def test_wrong_arguments(given, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        show_flickr8k_results.main(given)
+    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err

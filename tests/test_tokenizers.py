@@ -104,3 +104,11 @@ def test_bpe_state_round_trip_and_refusals():
     for state in (None, {"name": "bpe"}, {"name": "word", "merges": []}):
         with pytest.raises(ValueError, match="not known here"):
             tokenizer_from_state(state)
+
+
+@pytest.mark.parametrize("tokenizer, known, unknown", [
+    (CharTokenizer(), ["a dog", "2", "日 x"], ["日本", "", "#"]),
+    (BPETokenizer.learn(["a dog runs", "a dog sits"], 300), ["dog", "a 日", "xd"], ["日本", " ", "qqq"]),
+])
+def test_knows(tokenizer, known, unknown):
+    assert all(map(tokenizer.knows, known)) and not any(map(tokenizer.knows, unknown))

@@ -17,24 +17,10 @@ from src.settings import amp_type, default_arguments, parse_args
 from src.utils.flickr8k_simple import epoch_batches, iterate_batches
 from src.utils.report import BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
 from src.utils.synthetic import write_synthetic
-from tests.conftest import run_script, start_script
+from tests.conftest import arguments, run_script, start_script
 
 SCRIPT = "train_flickr8k_sgd.py"
 VAL_KEYS = {"i2t_r1", "i2t_r5", "i2t_r10", "i2t_medr", "t2i_r1", "t2i_r5", "t2i_r10", "t2i_medr", "avg_r1", "pair_avg_r1"}
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    """A small synthetic dataset."""
-    root = tmp_path_factory.mktemp("data") / "synthetic"
-    write_synthetic(root, num_pictures={"train": 40, "val": 12, "test": 8})
-    return root
-
-
-def arguments(shapes, output_dir, *more, epochs=3):
-    return ["--synthetic", "--data_dir", shapes, "--output_dir", output_dir, "--epochs", epochs, "--batch_size", 10,
-            "--captions_per_image", 1,
-            "--device", "cpu", *more]
 
 
 def main(*given):
@@ -68,15 +54,6 @@ def assert_same(one, other):
     assert one[:3] == other[:3]
     assert one[3].keys() == other[3].keys()
     assert not [name for name in one[3] if not torch.equal(one[3][name], other[3][name])]
-
-
-@pytest.fixture(scope="module")
-def finished(shapes, tmp_path_factory):
-    """A run that nothing interrupted, and what it printed."""
-    output_dir = tmp_path_factory.mktemp("runs") / "finished"
-    status, out, err = run_script(SCRIPT, *arguments(shapes, output_dir))
-    assert (status, err) == (0, "")
-    return output_dir, out
 
 
 def test_files_of_a_run(finished):

@@ -40,6 +40,10 @@ class CharTokenizer:
         text = "".join(f" {self.spelled[c]} " if c in self.spelled else c if c in self.id_of else " " for c in text)
         return " ".join(text.split())
 
+    def knows(self, text):
+        """Whether anything of the text is in the vocabulary."""
+        return bool(self.normalize(text))
+
     def encode(self, text):
         """str -> list of ids. Raises ValueError when nothing of the text is left."""
         ids = [self.id_of[character] for character in self.normalize(text)]
@@ -88,6 +92,7 @@ class BPETokenizer:
             self.bytes_of.append(self.bytes_of[left] + self.bytes_of[right])
         self.rank = {pair: rank for rank, pair in enumerate(self.merges)}
         self.word_start = [token.startswith(b" ") for token in self.bytes_of]
+        self.learned = {i for pair in self.merges for i in pair} - {ord(" ") + 1} | set(range(257, self.vocab_size))
         self.cache = {}  # piece -> ids: captions have few different words
 
     @classmethod
@@ -131,6 +136,10 @@ class BPETokenizer:
                 if frequency[pair] > 0:
                     heapq.heappush(heap, (-frequency[pair], pair))
         return cls(merges)
+
+    def knows(self, text):
+        """Whether anything of the text, spaces aside, was in the texts that the merges come from."""
+        return any(i in self.learned for piece in self.split(text) for i in self._encode_piece(piece))
 
     @staticmethod
     def to_bytes(text):

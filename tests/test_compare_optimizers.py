@@ -1,0 +1,76 @@
+import json
+
+import pytest
+import torch
+
+from src import compare_optimizers
+from src.compare_optimizers import RATES, RESULTS, make_optimizers, table
+from src.model import PRESETS, MultiModalMemoryNetwork
+
+
+@pytest.mark.parametrize("name", list(RATES))
+def test_every_parameter_has_one_optimizer(name):
+    model = MultiModalMemoryNetwork(**PRESETS["tiny"])
+    optimizers = make_optimizers(name, model, 0.02, 0.3)
+    held = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    assert type(optimizers[0]) is getattr(torch.optim, name) and optimizers[0].param_groups[0]["lr"] == 0.02
+    if name == "Muon":
+        assert optimizers[1].param_groups[0]["lr"] == 0.3 and type(optimizers[1]) is torch.optim.SGD
+        assert all(parameter.ndim == 2 for parameter in optimizers[0].param_groups[0]["params"])
+
+
+def test_as_many_rates_for_all():
+    assert len({len(rates) for rates in RATES.values()}) == 1 and len(RATES) == 8
+    for rates in RATES.values():
+        assert all(2.9 < after / before < 3.5 for before, after in zip(rates, rates[1:]))
+
+
+def test_the_table_is_of_the_best_rate():
+    runs = [{"optimizer": "SGD", "lr": lr, "seed": seed, "seconds": 2.0 + seed, "losses": [3.0], "stable": stable, "avg_r1": score}
+            for lr, seed, stable, score in ((0.1, 4, True, 20.0), (0.3, 4, True, 30.0), (0.3, 5, False, 34.0))]
+    runs.append(runs[0] | {"optimizer": "Adam", "lr": 0.001, "avg_r1": 50.0})
+    lines = table({"settings": {"seeds": [4, 5]}, "runs": runs, "device": "a chip", "torch": "9", "date": "today"}).splitlines()
+    assert lines[2].startswith("| Adam | 0.001 | 50.0 | 50.0 |")
+    assert lines[3] == "| SGD | 0.3 | 32.0 ± 2.8 | 30.0, 34.0 | 6.50 | 1 of 2 |"
+    assert "SGD 0.1: 20.0, 0.3: 30.0" in lines[5] and lines[6] == "a chip, torch 9, today"
+
+
+def test_a_comparison_interrupted_and_gone_on_with(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare_optimizers, "RATES", {"SGD": (0.1, 0.3), "Muon": (0.01, 0.03)})
+    given = ["--data_dir", str(shapes), "--model", "tiny", "--epochs", "1", "--seeds", "0", "1", "--output_dir", str(tmp_path)]
+    trained, train = [], compare_optimizers.train
+
+    def stopped_in_the_third(name, lr, seed, *more):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append((name, lr, seed))
+        return train(name, lr, seed, *more)
+
+    monkeypatch.setattr(compare_optimizers, "train", stopped_in_the_third)
+    assert compare_optimizers.main([*given, "--optimizers", "SGD", "Muon"]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+    monkeypatch.setattr(compare_optimizers, "train", lambda *given: (trained.append(given[:3]), train(*given))[1])
+    assert compare_optimizers.main([*given, "--optimizers", "SGD", "Muon"]) == 0
+    assert len(trained) == len(set(trained)) == 6
+    runs = json.loads((tmp_path / RESULTS).read_text())["runs"]
+    assert [(run["optimizer"], run["lr"], run["seed"]) for run in runs] == trained
+    assert all(run["stable"] and len(run["losses"]) == 1 and 0 <= run["avg_r1"] <= 100 for run in runs)
+    printed = capsys.readouterr().out
+    assert compare_optimizers.main([*given, "--optimizers", "SGD", "Muon"]) == 0
+    assert len(trained) == 6 and capsys.readouterr().out.strip() == printed[printed.index("| optimizer"):].strip()
+    assert compare_optimizers.main([*given, "--epochs", "2"]) == 2
+    assert "holds another comparison" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_called_unstable(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare_optimizers, "RATES", {"SGD": (1e30,)})
+    assert compare_optimizers.main(["--data_dir", str(shapes), "--model", "tiny", "--epochs", "2", "--seeds", "0",
+                                    "--output_dir", str(tmp_path)]) == 0
+    (run,) = json.loads((tmp_path / RESULTS).read_text())["runs"]
+    assert not run["stable"] and run["avg_r1"] == 0 and "unstable" in capsys.readouterr().out
+
+
+def test_no_data(tmp_path, capsys):
+    assert compare_optimizers.main(["--data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "error: no Flickr8k in" in capsys.readouterr().err
