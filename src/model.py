@@ -8,7 +8,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import StochasticDepth
 
 MODALITIES = ("image", "text")
 PAD_ID = 0  # the token id that every tokenizer keeps for padding
@@ -47,6 +46,15 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+def skip_sometimes(probability):
+    """A module that in training zeroes each sample of a residual branch at this probability (Huang et al. 2016)."""
+    if not probability:
+        return nn.Identity()
+    from torchvision.ops import StochasticDepth  # here, because torchvision takes as long to load as torch itself
+
+    return StochasticDepth(probability, "row")
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: the residual path is left untouched, which plain SGD needs to train depth.
 
@@ -59,7 +67,7 @@ class Block(nn.Module):
         self.attention = Attention(dim, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.skip = StochasticDepth(stochastic_depth, "row")
+        self.skip = skip_sometimes(stochastic_depth)
         # Branches start small beside the residual path (cf. Goyal et al. 2017): at first a block passes on what it gets,
         # and plain SGD has a straight way from the loss to the embeddings.
         for branch_end in (self.attention.out, self.mlp[2]):
@@ -145,7 +153,7 @@ class ResidualConv(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight)
-        self.skip = StochasticDepth(stochastic_depth, "row")
+        self.skip = skip_sometimes(stochastic_depth)
         self.shortcut = nn.Identity()
         if stride > 1 or in_channels != channels:
             self.shortcut = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(in_channels, channels, 1, bias=False))
