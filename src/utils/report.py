@@ -58,7 +58,11 @@ def device_name(device):
     """The GPU's name, or the processor's and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    named = None
+    if Path("/proc/cpuinfo").exists():  # on Linux platform.processor() says nothing, or only the architecture
+        named = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    processor = named[1] if named else platform.processor() or platform.machine()
+    return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
 
 
 def precision_name(amp_dtype):
@@ -262,7 +266,6 @@ _COLUMNS = {
     "MedR": lambda row: f"{row['val']['i2t_medr']:g} / {row['val']['t2i_medr']:g}",
     "pair R@1": lambda row: f"{row['val']['pair_avg_r1']:.2f}",
     "test-time": lambda row: "-" if row["test_time"] is None else f"{_gain(row):+.2f}",
-    "test avg R@1": lambda row: f"{row['test']['avg_r1']:.2f}" if row["test"] else "-",
 }
 _MORE_COLUMNS = {  # where there is room
     "hardware, date": lambda row: f"{row['device']}, {row['date'] or '-'}",
