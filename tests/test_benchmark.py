@@ -33,17 +33,25 @@ def test_counts_of_arithmetic_grow_with_what_is_encoded(shapes, tmp_path, monkey
     assert flops[1] < 0.8 * flops[0]  # a photo encoded once for five captions
 
 
-def test_speedrun_stops_at_its_target(shapes, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(benchmark, "SPEEDRUN_TARGETS", (0.0, 101.0))
-    monkeypatch.setattr(benchmark, "SPEEDRUN_EPOCHS", {"tiny": {0.0: 3, 101.0: 2}})
+def test_speedrun_stops_at_its_targets(shapes, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(benchmark, "SPEEDRUN_TARGETS", (-1.0, 0.0, 101.0))
+    monkeypatch.setattr(benchmark, "SPEEDRUN_EPOCHS", {"tiny": {-1.0: 1000, 0.0: 1000, 101.0: 2}})
+    monkeypatch.setitem(benchmark.RECIPES["tiny"], "epochs", 3)
     output = tmp_path / "b.json"
     assert benchmark.main(["--model", "tiny", "--data_dir", str(shapes), "--speedrun", "--batch_size", "10", "--device", "cpu",
                            "--output", str(output)]) == 0
-    low, beyond = json.loads(output.read_text())["speedrun"]
-    assert low["reached"] and low["avg_r1"] >= 0 and low["seconds"] > 0
-    assert not beyond["reached"] and beyond["epochs"] == 2
-    printed = capfd.readouterr().out
+    lowest, low, beyond = json.loads(output.read_text())["speedrun"]
+    for found in (lowest, low):
+        assert found["reached"] and found["avg_r1"] >= found["target"] and found["epochs"] == 1000 and found["seconds"] > 0
+    assert not beyond["reached"] and beyond["epochs"] == 2 and beyond["epoch"] <= 2
+    printed, err = capfd.readouterr()
     assert "not reached" in printed and f"{low['seconds']:.1f}" in printed
+    assert printed.count("1000 epochs of") == 1  # one training for both
+
+
+def test_speedrun_of_a_training_that_fails(tmp_path, capfd):
+    assert benchmark.main(["--model", "tiny", "--data_dir", str(tmp_path / "none"), "--speedrun"]) == 2
+    assert "the training ended with exit status 2" in capfd.readouterr().err
 
 
 def test_wrong_arguments(tmp_path, capsys):
