@@ -1,7 +1,7 @@
 """Eight optimizers on the same task, each at the best of its own learning rates:  python -m src.compare_optimizers
 
-The built-in dataset and the preset `tiny`, or with --data_dir Flickr8k and `small`; the same batches, crops, schedule
-(warm-up, then cosine) and gradient clipping for all. Every optimizer trains with each of its rates and the first seed; with
+The built-in dataset and the preset `tiny`, or with --data_dir Flickr8k and `small`; an epoch is as many pairs as there are
+photos; the same batches, crops, schedule (warm-up, then cosine) and gradient clipping for all. Every optimizer trains with each of its rates and the first seed; with
 the rate that was best on validation it trains with the other seeds too. All parameters have one learning rate, and
 everything else about an optimizer is torch.optim's default, except that SGD has Nesterov momentum. What is compared is
 val avg R@1 after the last epoch. A run that is done is kept: interrupted, the same command goes on where it was.
@@ -74,9 +74,10 @@ def train(name, lr, seed, sgd_lr, arguments, splits, tokenizer):
     optimizers = make_optimizers(name, model, lr, sgd_lr)
     photos, word_start = place_photos(data.photos, device), torch.tensor(tokenizer.word_start, device=device)
 
-    def batches_of(epoch):
-        return epoch_batches(data.photo_of_caption, arguments["captions_per_image"], arguments["batch_size"],
-                             seed * 1_000_003 + epoch)
+    def batches_of(epoch):  # as many pairs as there are photos
+        batches = epoch_batches(data.photo_of_caption, arguments["captions_per_image"], arguments["batch_size"],
+                                seed * 1_000_003 + epoch)
+        return batches[:max(1, len(data.names) // len(batches[0]))]
 
     schedule = training.cosine_schedule(arguments["warmup"], len(batches_of(1)) * arguments["epochs"])
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
