@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from src.losses import LatentQueue, contrastive_backward, info_nce_loss
 from src.model import PRESETS, MultiModalMemoryNetwork
-from src.settings import MODEL_FLAGS, UsageError, amp_type, default_arguments, find_device, parse_args
+from src.settings import LOSS_FLAGS, MODEL_FLAGS, UsageError, amp_type, default_arguments, find_device, parse_args
 from src.utils import distributed, report
 from src.utils.augment import color_jitter, drop_words, normalize, random_erasing, random_resized_crop_and_flip
 from src.utils.checkpoint import CheckpointError, load_checkpoint, load_json, save_checkpoint, save_json
@@ -143,6 +143,11 @@ def build_optimizer(model, arguments):
     return torch.optim.SGD(groups, momentum=arguments["momentum"], nesterov=True, fused=fused)
 
 
+def build_loss(arguments, queue=None):
+    """`info_nce_loss` with what the recipe adds to it."""
+    return functools.partial(info_nce_loss, queue=queue, **{name: arguments[name] for name in LOSS_FLAGS})
+
+
 def cosine_schedule(warmup, total_steps):
     """-> step -> multiple of the peak learning rate: up in a line over the share `warmup` of the steps, times a cosine to 0."""
     warmup_steps = max(1, round(warmup * total_steps))
@@ -243,8 +248,7 @@ def train(arguments, output_dir, state, device, stop, log):
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments["ema"]), use_buffers=True)
     judged = model if ema is None else ema.module
     queue = LatentQueue(arguments["queue_size"], arguments["latent_dim"]).to(device) if arguments["queue_size"] else None
-    contrast = functools.partial(info_nce_loss, label_smoothing=arguments["label_smoothing"],
-                                 hard_negatives=arguments["hard_negatives"], queue=queue)
+    contrast = build_loss(arguments, queue)
 
     amp_dtype = amp_type(arguments)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import train_flickr8k_sgd as training
-from src.losses import contrastive_backward, info_nce_loss
+from src.losses import contrastive_backward
 from src.model import PRESETS
 from src.settings import RECIPES, UsageError, amp_type, default_arguments, find_device, parse_args
 from src.utils import report
@@ -124,7 +124,7 @@ def measure_training(splits, tokenizer, arguments, steps, plain):
     encode, eager = training.PairEncoder(model, amp_dtype), training.PairEncoder(model, amp_dtype)
     if arguments["compile"] and not plain:
         encode.compile()
-    optimizer = training.build_optimizer(model, arguments)
+    optimizer, contrast = training.build_optimizer(model, arguments), training.build_loss(arguments)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     word_start = torch.tensor(tokenizer.word_start, device=device)
     if device.type == "cuda":
@@ -138,11 +138,12 @@ def measure_training(splits, tokenizer, arguments, steps, plain):
     def forward(batch):
         image_latents, text_latents, logit_scale, memory_losses = encode(batch["images"], batch["text"])
         rows = batch["photo_of_pair"]
-        return info_nce_loss(image_latents[rows], text_latents, logit_scale, batch["photo_ids"][rows]), memory_losses
+        return contrast(image_latents[rows], text_latents, logit_scale, batch["photo_ids"][rows]), memory_losses
 
     def both_passes(batch, encode=encode):
         optimizer.zero_grad(set_to_none=True)
-        contrastive_backward(encode, batch, training.MEMORY_LOSS_WEIGHT, arguments["chunk_size"], scaler.scale)
+        contrastive_backward(encode, batch, training.MEMORY_LOSS_WEIGHT, arguments["chunk_size"], scaler.scale,
+                             contrast)
 
     def update():
         training.update(model, optimizer, scaler, arguments["clip_grad"])

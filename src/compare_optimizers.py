@@ -71,7 +71,7 @@ def train(name, lr, seed, sgd_lr, arguments, splits, tokenizer):
     model.to(device, memory_format=torch.channels_last).train()
     amp_dtype = amp_type(arguments)
     encode = training.PairEncoder(model, amp_dtype if amp_dtype == torch.bfloat16 else None)  # no loss is scaled here
-    optimizers = make_optimizers(name, model, lr, sgd_lr)
+    optimizers, contrast = make_optimizers(name, model, lr, sgd_lr), training.build_loss(arguments)
     photos, word_start = place_photos(data.photos, device), torch.tensor(tokenizer.word_start, device=device)
 
     def batches_of(epoch):  # as many pairs as there are photos
@@ -88,7 +88,7 @@ def train(name, lr, seed, sgd_lr, arguments, splits, tokenizer):
             training.augment(batch, arguments, word_start)
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            of_steps.append(contrastive_backward(encode, batch, training.MEMORY_LOSS_WEIGHT))
+            of_steps.append(contrastive_backward(encode, batch, training.MEMORY_LOSS_WEIGHT, contrast=contrast))
             nn.utils.clip_grad_norm_(model.parameters(), arguments["clip_grad"])
             for part in (*optimizers, *schedulers):
                 part.step()

@@ -27,8 +27,24 @@ def gather(rows):
     return torch.cat(parts)
 
 
+def caption_contrast_loss(text_latents, logit_scale, photo_ids):
+    """Supervised contrastive loss (Khosla et al. 2020) among captions, a scalar: those of one photo are each other's
+    positives, all others negatives (the within-modality constraint of Wang et al. 2016, "Learning deep structure-
+    preserving image-text embeddings", as a softmax). It teaches the text encoder which words say the same thing.
+
+    text_latents: (B, D) of unit length. logit_scale, photo_ids: as for `info_nce_loss`. A caption alone with its photo
+    adds nothing.
+    """
+    itself = torch.eye(len(text_latents), dtype=torch.bool, device=text_latents.device)
+    positive = (photo_ids[:, None] == photo_ids) & ~itself
+    with torch.autocast(text_latents.device.type, enabled=False):
+        logits = (logit_scale.float().exp() * (text_latents @ text_latents.T)).masked_fill(itself, float("-inf"))
+    surprise = -logits.log_softmax(1).masked_fill(~positive, 0.0)
+    return (surprise.sum(1) / positive.sum(1).clamp(min=1)).mean()
+
+
 def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, label_smoothing=0.0, hard_negatives=0.0,
-                  queue=None):
+                  caption_contrast=0.0, queue=None):
     """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021) over B pairs, a scalar.
 
     image_latents, text_latents: (B, D), of any length, pair i in row i. logit_scale: scalar, the logarithm of the
@@ -37,8 +53,8 @@ def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, labe
     whatever the autocast, over the pairs of all processes.
 
     label_smoothing: share of the target spread over a row's positive and negatives. hard_negatives: weight of an added
-    triplet loss on each row's nearest negative alone (VSE++, Faghri et al. 2018). queue: a LatentQueue, whose latents
-    are negatives too, and which this batch then joins.
+    triplet loss on each row's nearest negative alone (VSE++, Faghri et al. 2018). caption_contrast: weight of an added
+    `caption_contrast_loss`. queue: a LatentQueue, whose latents are negatives too, and which this batch then joins.
     """
     image_latents = gather(F.normalize(image_latents.float(), dim=-1))
     text_latents = gather(F.normalize(text_latents.float(), dim=-1))
@@ -62,6 +78,8 @@ def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, labe
         if hard_negatives:
             nearest = cosine.masked_fill(~negative, -1.0).amax(1)
             loss = loss + F.relu(MARGIN + nearest - cosine.diagonal()).mean() / 2 * hard_negatives
+    if caption_contrast:
+        loss = loss + caption_contrast * caption_contrast_loss(text_latents, logit_scale, photo_ids)
     return loss
 
 

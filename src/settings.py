@@ -11,7 +11,7 @@ from src.model import PRESETS, MultiModalMemoryNetwork
 
 # What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
 COMMON = dict(captions_per_image=5, weight_decay=5e-4, temperature=0.1, warmup=0.1, ema=0.0, label_smoothing=0.0,
-              hard_negatives=0.0, queue_size=0, min_crop=0.5, flip=0.5, color_jitter=0.0, erasing=0.0, word_dropout=0.0,
+              hard_negatives=0.0, caption_contrast=0.0, queue_size=0, min_crop=0.5, flip=0.5, color_jitter=0.0, erasing=0.0, word_dropout=0.0,
               tokenizer="bpe")
 RECIPES = {
     "tiny": COMMON | dict(epochs=7, batch_size=100, captions_per_image=2, lr=0.1, text_lr=4.0, tokenizer="char"),
@@ -23,6 +23,7 @@ RECIPES = {
 REFERENCE = COMMON | dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=0.0,
                           temperature=0.07, warmup=0.0, min_crop=1.0, flip=0.0, tokenizer="char")
 MODEL_FLAGS = ("image_size", "latent_dim", "memory_size", "qk_norm", "stochastic_depth")
+LOSS_FLAGS = ("label_smoothing", "hard_negatives", "caption_contrast")
 COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
 
 
@@ -72,6 +73,8 @@ def parse_args(description, argv=None):
              "each step; 0: none"),
             ("label_smoothing", share, "share of the loss's target that is spread over the batch"),
             ("hard_negatives", number(float, 0, 1e6), "weight of a triplet loss on the nearest negative"),
+            ("caption_contrast", number(float, 0, 1e6), "weight of a contrast among captions, those of one photo being "
+             "each other's positives"),
             ("queue_size", number(int, 0), "pairs of earlier batches that serve as negatives too"),
             ("min_crop", number(float, 0, 1, low_itself=False), "smallest share of a photo's area in a training crop"),
             ("flip", number(float, 0, 1), "probability of mirroring a training photo"),

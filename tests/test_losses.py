@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from src.losses import MARGIN, LatentQueue, contrastive_backward, info_nce_loss
+from src.losses import MARGIN, LatentQueue, caption_contrast_loss, contrastive_backward, info_nce_loss
 from src.model import PRESETS, MultiModalMemoryNetwork
 from train_flickr8k_sgd import PairEncoder
 
@@ -64,6 +64,25 @@ def test_gradient_reaches_everything():
     scale = torch.tensor(1.0, requires_grad=True)
     info_nce_loss(images, texts, scale, torch.tensor([0, 1, 1, 2, 3, 4])).backward()
     assert all(x.grad.abs().sum() > 0 and torch.isfinite(x.grad).all() for x in (images, texts, scale))
+
+
+def test_caption_contrast_equals_the_definition():
+    _, texts = latents()
+    ids, scale = [0, 1, 1, 2, 0, 0], 7.0
+    cosine, total = torch.nn.functional.cosine_similarity, 0.0
+    for i in range(6):
+        others = [j for j in range(6) if j != i]
+        positives = [j for j in others if ids[j] == ids[i]]
+        whole = sum(math.exp(scale * cosine(texts[i], texts[j], dim=0).item()) for j in others)
+        if positives:
+            total += sum(math.log(whole) - scale * cosine(texts[i], texts[j], dim=0).item() for j in positives) / len(positives)
+    unit, log_scale = torch.nn.functional.normalize(texts, dim=-1), torch.tensor(math.log(scale))
+    alone = caption_contrast_loss(unit, log_scale, torch.tensor(ids))
+    assert alone.item() == pytest.approx(total / 6, rel=1e-5)
+    assert caption_contrast_loss(unit, log_scale, torch.arange(6)) == 0  # no caption has a companion
+    images, _ = latents(seed=1)
+    plain, both = (info_nce_loss(images, texts, log_scale, torch.tensor(ids), caption_contrast=weight) for weight in (0.0, 0.5))
+    assert both.item() == pytest.approx(plain.item() + 0.5 * alone.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("ids", [None, [0, 1, 1, 2, 0, 0]])
