@@ -29,7 +29,7 @@ from src.utils.retrieval import evaluate
 
 # The rates that each is tried at: as many for all, a factor of about three apart, around the one it is usually given.
 RATES = {
-    "SGD": (0.1, 0.3, 1.0, 3.0),
+    "SGD": (0.01, 0.03, 0.1, 0.3),
     "Adam": (0.001, 0.003, 0.01, 0.03),
     "AdamW": (0.001, 0.003, 0.01, 0.03),
     "NAdam": (0.001, 0.003, 0.01, 0.03),

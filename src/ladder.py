@@ -26,6 +26,7 @@ STEPS = (
     ("a photo once with several captions, more pairs a step", ("captions_per_image", "batch_size")),
     ("byte-pair tokens", ("tokenizer",)),
     ("learning rates, warm-up, temperature, weight decay", ("lr", "text_lr", "warmup", "temperature", "weight_decay")),
+    ("a contrast among captions", ("caption_contrast",)),
     ("random crops and mirroring", ("min_crop", "flip")),
     ("the preset's own recipe", tuple(REFERENCE)),
 )
@@ -37,6 +38,8 @@ CHANGES = (
     ("hard negatives", {"hard_negatives": 1}),
     ("a queue of 2,000 pairs", {"queue_size": 2000}),
     ("stochastic depth", {"stochastic_depth": 0.1}),
+    ("queries and keys normalised", {"qk_norm": True}),
+    ("a moving average of the weights", {"ema": 0.998}),
     ("colour jitter", {"color_jitter": 0.3}),
     ("erasing", {"erasing": 0.25}),
     ("word dropout", {"word_dropout": 0.1}),
@@ -53,7 +56,8 @@ def rows(preset):
         found.append((what, given))
     found[-1] = (found[-1][0], {})  # the same thing by its short name
     found += CHANGES
-    return [(what, [part for name, value in flags.items() for part in (f"--{name}", f"{value}")]) for what, flags in found]
+    return [(what, [part for name, value in flags.items() for part in (f"--{name}", f"{value}") if part != "True"])
+            for what, flags in found]
 
 
 def run(command, output_dir, deadline):

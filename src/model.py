@@ -104,7 +104,8 @@ class TextConv(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, L) -> text latents (B, latent_dim): a transformer and the mean over real tokens.
+    """Token ids (B, L) -> text latents (B, latent_dim): a transformer and the mean over real tokens. With num_layers=0 it
+    is a bag of tokens, normalised as a whole: token by token, a rare word would weigh as much as one that was learned.
 
     Padding is masked in attention, zeroed before every convolution and left out of the mean, so a caption's latent
     does not depend on what it is batched with.
@@ -121,6 +122,9 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers, **of_blocks) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, latent_dim)
+        if not num_layers:  # for the same reason a word weighs nearly nothing before it was learned
+            with torch.no_grad():
+                self.token_embedding.weight.mul_(0.02)
 
     def forward(self, text, text_mask=None):
         mask = text != PAD_ID if text_mask is None else text_mask.bool()
@@ -134,8 +138,9 @@ class TextEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, mask=mask[:, None, None, :])
         real = mask.unsqueeze(-1)
-        x = self.norm(x) * real
-        return self.projection(x.sum(1) / real.sum(1).clamp(min=1))
+        x = (self.norm(x) if self.blocks else x) * real
+        x = x.sum(1) / real.sum(1).clamp(min=1)
+        return self.projection(x if self.blocks else self.norm(x))
 
 
 class ResidualConv(nn.Module):

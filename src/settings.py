@@ -11,8 +11,8 @@ from src.model import PRESETS, MultiModalMemoryNetwork
 
 # What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
 COMMON = dict(captions_per_image=5, weight_decay=5e-4, temperature=0.1, warmup=0.1, ema=0.0, label_smoothing=0.0,
-              hard_negatives=0.0, caption_contrast=0.0, queue_size=0, min_crop=0.5, flip=0.5, color_jitter=0.0, erasing=0.0, word_dropout=0.0,
-              tokenizer="bpe")
+              hard_negatives=0.0, caption_contrast=1.0, queue_size=0, min_crop=0.5, flip=0.5, color_jitter=0.0,
+              erasing=0.0, word_dropout=0.0, tokenizer="bpe")
 RECIPES = {
     "tiny": COMMON | dict(epochs=7, batch_size=100, captions_per_image=2, lr=0.1, text_lr=4.0, tokenizer="char"),
     "small": COMMON | dict(epochs=22, batch_size=500, lr=0.1, text_lr=10.0, min_crop=0.35),
@@ -20,8 +20,8 @@ RECIPES = {
     "large": COMMON | dict(epochs=100, batch_size=64, lr=0.03, text_lr=4.0),
 }
 # The run that this project started from, as far as its write-up says; the rest (temperature, no weight decay) is guessed.
-REFERENCE = COMMON | dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=0.0,
-                          temperature=0.07, warmup=0.0, min_crop=1.0, flip=0.0, tokenizer="char")
+REFERENCE = COMMON | dict(epochs=30, batch_size=64, captions_per_image=1, caption_contrast=0.0, lr=0.01, text_lr=1.0,
+                          weight_decay=0.0, temperature=0.07, warmup=0.0, min_crop=1.0, flip=0.0, tokenizer="char")
 MODEL_FLAGS = ("image_size", "latent_dim", "memory_size", "qk_norm", "stochastic_depth")
 LOSS_FLAGS = ("label_smoothing", "hard_negatives", "caption_contrast")
 COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
