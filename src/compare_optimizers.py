@@ -35,7 +35,7 @@ RATES = {
     "NAdam": (0.001, 0.003, 0.01, 0.03),
     "RAdam": (0.001, 0.003, 0.01, 0.03),
     "RMSprop": (0.0003, 0.001, 0.003, 0.01),
-    "Adagrad": (0.01, 0.03, 0.1, 0.3),
+    "Adagrad": (0.003, 0.01, 0.03, 0.1),
     "Muon": (0.003, 0.01, 0.03, 0.1),
 }
 RISE = 1.1  # a run is called unstable when an epoch's mean loss is so many times the one before
@@ -164,6 +164,7 @@ def main(argv=None):
         def run(name, lr, seed, sgd_lr=None):
             if (name, lr, seed) not in done:
                 results["runs"].append(train(name, lr, seed, sgd_lr, arguments, splits, tokenizer))
+                done.add((name, lr, seed))
                 save_json(results, path)
                 last = results["runs"][-1]
                 print(f"{name:<8} lr {lr:<8g} seed {seed}  val avg R@1 {last['avg_r1']:6.2f}  {last['seconds']:.2f} s an epoch"

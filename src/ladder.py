@@ -40,9 +40,9 @@ CHANGES = (
     ("stochastic depth", {"stochastic_depth": 0.1}),
     ("queries and keys normalised", {"qk_norm": True}),
     ("a moving average of the weights", {"ema": 0.998}),
-    ("colour jitter", {"color_jitter": 0.3}),
+    ("colour jitter of 0.4", {"color_jitter": 0.4}),
     ("erasing", {"erasing": 0.25}),
-    ("word dropout", {"word_dropout": 0.1}),
+    ("word dropout of 0.3", {"word_dropout": 0.3}),
     ("a vocabulary of 1,000", {"vocab_size": 1000}),
     ("a vocabulary of whole words (10,000)", {"vocab_size": 10000}),
 )

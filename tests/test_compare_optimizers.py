@@ -41,13 +41,13 @@ def test_a_comparison_interrupted_and_gone_on_with(shapes, tmp_path, monkeypatch
     given = ["--data_dir", str(shapes), "--model", "tiny", "--epochs", "1", "--seeds", "0", "1", "--output_dir", str(tmp_path)]
     trained, train = [], compare_optimizers.train
 
-    def stopped_in_the_third(name, lr, seed, *more):
-        if len(trained) == 2:
+    def stopped_in_the_second(name, lr, seed, *more):
+        if len(trained) == 1:
             raise KeyboardInterrupt
         trained.append((name, lr, seed))
         return train(name, lr, seed, *more)
 
-    monkeypatch.setattr(compare_optimizers, "train", stopped_in_the_third)
+    monkeypatch.setattr(compare_optimizers, "train", stopped_in_the_second)
     assert compare_optimizers.main([*given, "--optimizers", "SGD", "Muon"]) == 130
     assert "goes on from here" in capsys.readouterr().err
     monkeypatch.setattr(compare_optimizers, "train", lambda *given: (trained.append(given[:3]), train(*given))[1])
