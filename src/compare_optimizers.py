@@ -1,10 +1,11 @@
 """Eight optimizers on the same task, each at the best of its own learning rates:  python -m src.compare_optimizers
 
 The built-in dataset and the preset `tiny`, or with --data_dir Flickr8k and `small`; an epoch is as many pairs as there are
-photos; the same batches, crops, schedule (warm-up, then cosine) and gradient clipping for all. Every optimizer trains with each of its rates and the first seed; with
-the rate that was best on validation it trains with the other seeds too. All parameters have one learning rate, and
-everything else about an optimizer is torch.optim's default, except that SGD has Nesterov momentum. What is compared is
-val avg R@1 after the last epoch. A run that is done is kept: interrupted, the same command goes on where it was.
+photos; the same batches, crops, loss, schedule (warm-up, then cosine) and gradient clipping for all. Every optimizer trains
+with each of its rates and the first seed; with the rate that was best on validation it trains with the other seeds too. All
+parameters have one learning rate, and everything else about an optimizer is torch.optim's default, except that SGD has
+Nesterov momentum. What is compared is val avg R@1 after the last epoch. A run that is done is kept: interrupted, the same
+command goes on where it was.
 """
 import argparse
 import datetime

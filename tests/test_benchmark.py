@@ -20,7 +20,7 @@ def test_benchmark_against_the_baseline(shapes, tmp_path, monkeypatch, capsys):
         assert way["model FLOP a pair"] > 1e6 and way["share of peak (MFU)"] is None and way["peak memory bytes"] > 1e6
     assert f"{plain['epoch seconds'] / ours['epoch seconds']:.2f} x" in printed
     assert "50 photos" in printed and f"{ours['pairs a second']:.0f} pairs/s" in printed
-    assert results["presets"]["tiny"]["photos"]["photos decoded a second"]["median"] > 0
+    assert results["presets"]["tiny"]["photos"]["photos made into a store a second"]["median"] > 0
 
 
 def test_counts_of_arithmetic_grow_with_what_is_encoded(shapes, tmp_path, monkeypatch, capsys):
@@ -35,7 +35,8 @@ def test_counts_of_arithmetic_grow_with_what_is_encoded(shapes, tmp_path, monkey
 
 def test_speedrun_stops_at_its_targets(shapes, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(benchmark, "SPEEDRUN_TARGETS", (-1.0, 0.0, 101.0))
-    monkeypatch.setattr(benchmark, "SPEEDRUN_EPOCHS", {"tiny": {-1.0: 1000, 0.0: 1000, 101.0: 2}})
+    monkeypatch.setattr(benchmark, "SPEEDRUN_SETTINGS", {"tiny": {-1.0: {"epochs": 1000, "lr": 0.05},
+                                                                  0.0: {"epochs": 1000, "lr": 0.05}, 101.0: {"epochs": 2}}})
     monkeypatch.setitem(benchmark.RECIPES["tiny"], "epochs", 3)
     output = tmp_path / "b.json"
     assert benchmark.main(["--model", "tiny", "--data_dir", str(shapes), "--speedrun", "--batch_size", "10", "--device", "cpu",
@@ -43,6 +44,7 @@ def test_speedrun_stops_at_its_targets(shapes, tmp_path, monkeypatch, capfd):
     lowest, low, beyond = json.loads(output.read_text())["speedrun"]
     for found in (lowest, low):
         assert found["reached"] and found["avg_r1"] >= found["target"] and found["epochs"] == 1000 and found["seconds"] > 0
+        assert "--epochs 1000 --lr 0.05" in found["command"]
     assert not beyond["reached"] and beyond["epochs"] == 2 and beyond["epoch"] <= 2
     printed, err = capfd.readouterr()
     assert "not reached" in printed and f"{low['seconds']:.1f}" in printed

@@ -1,4 +1,5 @@
 """Two processes on this machine (gloo), against one."""
+import functools
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import time
 import pytest
 import torch
 
-from src.losses import contrastive_backward
+from src.losses import contrastive_backward, info_nce_loss
 from src.model import PRESETS, MultiModalMemoryNetwork
 from src.utils import distributed
 from src.utils.report import BEST, CONFIG, HISTORY, LAST, RUN_FILES, TEST
@@ -47,7 +48,8 @@ def results(rank, world, folder):
     found = {}
     for chunk_size in (None, 4):
         model.zero_grad()
-        found[f"loss {chunk_size}"] = contrastive_backward(encode, share, 0.1, chunk_size)
+        found[f"loss {chunk_size}"] = contrastive_backward(encode, share, 0.1, chunk_size, contrast=functools.partial(
+            info_nce_loss, caption_contrast=0.5))
         found |= {f"{name} {chunk_size}": p.grad.clone() for name, p in model.named_parameters()}
     data = Flickr8kImageTextDataset(folder / "synthetic", "val", 32, CharTokenizer())
     metrics = evaluate(model, data, batch_size=5)
