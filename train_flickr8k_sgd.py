@@ -61,6 +61,10 @@ def resolve(args):
         arguments, state = load_json(output_dir / report.CONFIG)["arguments"], None
         if (output_dir / report.LAST).exists():  # else the run was stopped before its first checkpoint: from the start
             state = load_checkpoint(output_dir / report.LAST, LAST_KEYS)
+        missing = default_arguments(args).keys() - arguments.keys()
+        if missing:
+            raise UsageError(f"the run in {output_dir} was begun by another version, which knew no --{min(missing)}; "
+                             "start a new run in another --output_dir")
         for name, value in given.items():
             if name in ("data_dir", "device", "num_workers"):  # where it runs, not what is computed
                 arguments[name] = value

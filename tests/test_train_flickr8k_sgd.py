@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -213,6 +214,15 @@ def test_settings_that_cannot_be(shapes, tmp_path, capsys, given, message):
 def test_resume_keeps_the_runs_own_settings(finished, tmp_path, capsys):
     assert main("--synthetic", "--output_dir", finished[0], "--resume", "--lr", 7) == 2
     assert "the run's own --lr" in capsys.readouterr().err
+
+
+def test_resume_refuses_a_run_of_a_version_without_a_setting(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "old")
+    config = json.loads((tmp_path / "old" / CONFIG).read_text())
+    del config["arguments"]["caption_contrast"]
+    (tmp_path / "old" / CONFIG).write_text(json.dumps(config))
+    assert main("--synthetic", "--output_dir", tmp_path / "old", "--resume") == 2
+    assert "knew no --caption_contrast" in capsys.readouterr().err
 
 
 def test_resume_refuses_another_dataset(shapes, finished, tmp_path, capsys):
