@@ -188,6 +188,15 @@ def test_photos_of_every_mode(tmp_path, mode, kind, colour, expected):
     assert np.abs(photo.mean((1, 2)) - expected).max() < 4
 
 
+@pytest.mark.parametrize("size", [32, 73, 300])
+def test_photos_are_resized_as_pillow_does(tmp_path, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 200, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    picture.save(tmp_path / "a.png")
+    expected = np.array(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.abs(load_photo(tmp_path / "a.png", size).astype(int) - expected).max() <= 1
+
+
 def test_palette_with_transparency(tmp_path):
     picture = Image.new("P", (20, 20), 1)
     picture.putpalette([0, 0, 0, 250, 120, 0])

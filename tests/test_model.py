@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from src.losses import info_nce_loss
-from src.model import MAX_LOGIT_SCALE, PRESETS, Attention, ImageEncoder, MultiModalMemoryNetwork, TestTimeMemory
+from src.model import MAX_LOGIT_SCALE, PRESETS, Attention, ImageEncoder, MultiModalMemoryNetwork, TestTimeMemory, TextEncoder
 
 # pytest would otherwise take the class for a test case.
 TestTimeMemory.__test__ = False
@@ -84,6 +84,15 @@ def test_padding_receives_no_gradient():
     model(text=text)["central_latent"].square().sum().backward()
     gradient = embedded[0].grad.abs().sum(-1)
     assert (gradient[1, 6:] == 0).all() and (gradient[1, :6] > 0).all()
+
+
+def test_a_word_that_was_not_learned_hardly_changes_a_bag_of_tokens():
+    torch.manual_seed(0)
+    encoder = TextEncoder(50, 16, 16, num_heads=2, num_layers=0)
+    with torch.no_grad():
+        encoder.token_embedding.weight[[5, 6]] = torch.randn(2, 16)  # as if learned
+        both, with_new, one = (encoder(torch.tensor([ids])) for ids in ([5, 6], [5, 6, 7], [5, 5]))
+    assert (with_new - both).norm() < 0.1 * (one - both).norm()
 
 
 def test_text_mask_says_what_is_real():
