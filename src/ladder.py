@@ -34,6 +34,8 @@ STEPS = (
 CHANGES = (
     ("no memory", {"memory_size": 0}),
     ("512 memory slots", {"memory_size": 512}),
+    ("photos of 96 px", {"image_size": 96}),
+    ("two transformer blocks over a photo's patches", {"image_layers": 2}),
     ("label smoothing", {"label_smoothing": 0.1}),
     ("hard negatives", {"hard_negatives": 1}),
     ("a queue of 2,000 pairs", {"queue_size": 2000}),

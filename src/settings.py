@@ -23,7 +23,7 @@ RECIPES = {
 # The run that this project started from, as far as its write-up says; the rest (temperature, no weight decay) is guessed.
 REFERENCE = COMMON | dict(epochs=30, batch_size=64, captions_per_image=1, caption_contrast=0.0, lr=0.01, text_lr=1.0,
                           weight_decay=0.0, temperature=0.07, warmup=0.0, min_crop=1.0, flip=0.0, tokenizer="char")
-MODEL_FLAGS = ("image_size", "latent_dim", "memory_size", "qk_norm", "stochastic_depth")
+MODEL_FLAGS = ("image_size", "image_layers", "num_layers", "latent_dim", "memory_size", "qk_norm", "stochastic_depth")
 LOSS_FLAGS = ("label_smoothing", "hard_negatives", "caption_contrast")
 COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
 
@@ -84,6 +84,8 @@ def parse_args(description, argv=None):
             ("word_dropout", share, "share of a caption's words left out at random in training"),
             ("tokenizer", str, "char: 33 characters; bpe: byte pairs learned from the training captions"),
             ("image_size", count, "side of the photos, in pixels"),
+            ("image_layers", number(int, 0), "transformer blocks over a photo's patches"),
+            ("num_layers", number(int, 0), "transformer blocks over a caption's tokens; 0: a bag of tokens"),
             ("latent_dim", count, "width of the shared space"),
             ("memory_size", number(int, 0), "slots of the memory; 0: no memory"),
             ("stochastic_depth", share, "probability of skipping a residual branch in training")):

@@ -161,6 +161,14 @@ def test_resume_carries_the_average_and_the_queue(shapes, tmp_path, monkeypatch)
     assert not torch.equal(best[name], raw[name])  # the average is what is kept
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_depth_of_the_encoders(layers, shapes, tmp_path):
+    assert main(*arguments(shapes, tmp_path, "--image_layers", layers, "--num_layers", layers, epochs=1)) == 0
+    weights = torch.load(tmp_path / BEST, weights_only=True)["model_state_dict"]
+    for encoder in ("image_encoder", "text_encoder"):
+        assert len({name.split(".")[2] for name in weights if name.startswith(f"{encoder}.blocks.")}) == layers
+
+
 def test_without_memory(shapes, tmp_path):
     assert main(*arguments(shapes, tmp_path, "--memory_size", 0, epochs=1)) == 0
 
