@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from src.losses import LatentQueue, contrastive_backward, info_nce_loss
 from src.model import PRESETS, MultiModalMemoryNetwork
@@ -152,6 +152,12 @@ def build_loss(arguments, queue=None):
     return functools.partial(info_nce_loss, queue=queue, **{name: arguments[name] for name in LOSS_FLAGS})
 
 
+def moving_average(decay):
+    """AveragedModel's avg_fn. The average begins short, over about a tenth of the steps so far: an exponential one would
+    carry the random weights of the start along for several times 1 / (1 - decay) steps."""
+    return lambda average, now, steps: average + (now - average) * (1 - ((1 + steps) / (10 + steps)).clamp(max=decay))
+
+
 def cosine_schedule(warmup, total_steps):
     """-> step -> multiple of the peak learning rate: up in a line over the share `warmup` of the steps, times a cosine to 0."""
     warmup_steps = max(1, round(warmup * total_steps))
@@ -249,7 +255,7 @@ def train(arguments, output_dir, state, device, stop, log):
 
     ema = None  # the average of the weights, which is then what is validated and kept; batch norm's buffers with them
     if arguments["ema"]:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments["ema"]), use_buffers=True)
+        ema = AveragedModel(model, avg_fn=moving_average(arguments["ema"]), use_buffers=True)
     judged = model if ema is None else ema.module
     queue = LatentQueue(arguments["queue_size"], arguments["latent_dim"]).to(device) if arguments["queue_size"] else None
     contrast = build_loss(arguments, queue)
