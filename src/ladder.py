@@ -28,6 +28,7 @@ STEPS = (
     ("learning rates, warm-up, temperature, weight decay", ("lr", "text_lr", "warmup", "temperature", "weight_decay")),
     ("a contrast among captions", ("caption_contrast",)),
     ("random crops and mirroring", ("min_crop", "flip")),
+    ("a moving average of the weights", ("ema",)),
     ("the preset's own recipe", tuple(REFERENCE)),
 )
 # On top of the preset's own recipe, each alone.
@@ -41,7 +42,6 @@ CHANGES = (
     ("a queue of 2,000 pairs", {"queue_size": 2000}),
     ("stochastic depth", {"stochastic_depth": 0.1}),
     ("queries and keys normalised", {"qk_norm": True}),
-    ("a moving average of the weights", {"ema": 0.998}),
     ("colour jitter of 0.4", {"color_jitter": 0.4}),
     ("erasing", {"erasing": 0.25}),
     ("word dropout of 0.3", {"word_dropout": 0.3}),

@@ -19,7 +19,7 @@ def test_steps_lead_from_the_reference_to_the_presets_own_recipe(preset):
 
 
 def test_rows_are_run_kept_and_gone_on_with(shapes, tmp_path, capfd):
-    given = ["--model", "tiny", "--data_dir", str(shapes), "--epochs", "2", "--output_dir", str(tmp_path), "--rows", "1", "8",
+    given = ["--model", "tiny", "--data_dir", str(shapes), "--epochs", "2", "--output_dir", str(tmp_path), "--rows", "1", "9",
              "--seeds", "0", "1"]
     assert ladder.main([*given, "--minutes", "0"]) == 0
     assert "time is up" in capfd.readouterr().err
