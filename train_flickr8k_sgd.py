@@ -152,10 +152,14 @@ def build_loss(arguments, queue=None):
     return functools.partial(info_nce_loss, queue=queue, **{name: arguments[name] for name in LOSS_FLAGS})
 
 
-def moving_average(decay):
-    """AveragedModel's avg_fn. The average begins short, over about a tenth of the steps so far: an exponential one would
-    carry the random weights of the start along for several times 1 / (1 - decay) steps."""
-    return lambda average, now, steps: average + (now - average) * (1 - ((1 + steps) / (10 + steps)).clamp(max=decay))
+def moving_average(model, decay):
+    """-> an AveragedModel, None without a decay. The average begins short, over about a tenth of the steps so far: an
+    exponential one would carry the random weights of the start along for several times 1 / (1 - decay) steps."""
+    def average(averaged, now, steps):
+        share = 1 - ((1 + steps) / (10 + steps)).clamp(max=decay)
+        return averaged.lerp(now, share) if averaged.is_floating_point() else now
+
+    return AveragedModel(model, avg_fn=average, use_buffers=True) if decay else None  # the buffers are batch norm's
 
 
 def cosine_schedule(warmup, total_steps):
@@ -205,13 +209,15 @@ def augment(batch, arguments, word_start):
         torch._dynamo.mark_dynamic(batch["text"], 1)  # one kernel for all lengths
 
 
-def update(model, optimizer, scaler, clip_grad):
-    """The optimizer's step with the gradients that are there."""
+def update(model, optimizer, scaler, clip_grad, ema=None):
+    """The optimizer's step with the gradients that are there, and the moving average's."""
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
     scaler.step(optimizer)
     scaler.update()
     model.clamp_logit_scale_()
+    if ema is not None:
+        ema.update_parameters(model)
 
 
 def train(arguments, output_dir, state, device, stop, log):
@@ -253,10 +259,8 @@ def train(arguments, output_dir, state, device, stop, log):
     total_steps = steps_an_epoch * arguments["epochs"]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(arguments["warmup"], total_steps))
 
-    ema = None  # the average of the weights, which is then what is validated and kept; batch norm's buffers with them
-    if arguments["ema"]:
-        ema = AveragedModel(model, avg_fn=moving_average(arguments["ema"]), use_buffers=True)
-    judged = model if ema is None else ema.module
+    ema = moving_average(model, arguments["ema"])
+    judged = model if ema is None else ema.module  # what is validated and kept
     queue = LatentQueue(arguments["queue_size"], arguments["latent_dim"]).to(device) if arguments["queue_size"] else None
     contrast = build_loss(arguments, queue)
 
@@ -269,7 +273,8 @@ def train(arguments, output_dir, state, device, stop, log):
         "optimizer": {"name": "SGD", "momentum": arguments["momentum"], "nesterov": True, "peak lr": arguments["lr"],
                       "text encoder's lr": arguments["lr"] * arguments["text_lr"],
                       "schedule": f"linear warm-up over {arguments['warmup']:.0%} of the steps, then cosine to 0",
-                      "weight decay": arguments["weight_decay"], "gradient clipping": arguments["clip_grad"]},
+                      "weight decay": arguments["weight_decay"], "gradient clipping": arguments["clip_grad"],
+                      "moving average": arguments["ema"]},
         "precision": report.precision_name(amp_dtype),
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": (f"{world} x " if world > 1 else "") + report.device_name(device),
@@ -337,9 +342,7 @@ def train(arguments, output_dir, state, device, stop, log):
             optimizer.zero_grad(set_to_none=True)
             losses.append(contrastive_backward(encode, batch, MEMORY_LOSS_WEIGHT, arguments["chunk_size"], scaler.scale,
                                                contrast))
-            update(model, optimizer, scaler, arguments["clip_grad"])
-            if ema is not None:
-                ema.update_parameters(model)
+            update(model, optimizer, scaler, arguments["clip_grad"], ema)
             lr = optimizer.param_groups[0]["lr"]
             scheduler.step()
             step_in_epoch += 1

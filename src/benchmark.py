@@ -127,6 +127,7 @@ def measure_training(splits, tokenizer, arguments, steps, plain):
     if arguments["compile"] and not plain:
         encode.compile()
     optimizer, contrast = training.build_optimizer(model, arguments), training.build_loss(arguments)
+    ema = training.moving_average(model, 0.0 if plain else arguments["ema"])
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     word_start = torch.tensor(tokenizer.word_start, device=device)
     if device.type == "cuda":
@@ -148,7 +149,7 @@ def measure_training(splits, tokenizer, arguments, steps, plain):
                              contrast)
 
     def update():
-        training.update(model, optimizer, scaler, arguments["clip_grad"])
+        training.update(model, optimizer, scaler, arguments["clip_grad"], ema)
 
     parts = {name: [] for name in ("data wait", "augmentation", "forward", "backward", "optimizer")}
     for step in range(WARM_UP + steps):

@@ -163,7 +163,7 @@ def test_resume_carries_the_average_and_the_queue(shapes, tmp_path, monkeypatch)
 
 def test_the_moving_average_forgets_the_random_start():
     model = torch.nn.BatchNorm1d(1)  # with an integer among its buffers
-    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=train_flickr8k_sgd.moving_average(0.9), use_buffers=True)
+    average = train_flickr8k_sgd.moving_average(model, 0.9)
     for step in range(200):
         with torch.no_grad():
             model.weight.fill_(1000.0 if step < 5 else step)
@@ -172,8 +172,9 @@ def test_the_moving_average_forgets_the_random_start():
         if step == 60:  # by now a plain exponential average is at 60 - 9; this one is shorter at first
             assert 50 < average.module.weight.item() < 60
     assert average.module.weight.item() == pytest.approx(199 - 9, abs=0.1)  # the mean age is decay / (1 - decay) steps
-    assert average.module.num_batches_tracked.dtype == torch.long
-    slow = torch.optim.swa_utils.AveragedModel(model, avg_fn=train_flickr8k_sgd.moving_average(0.999))
+    assert average.module.num_batches_tracked.item() == 199
+    assert train_flickr8k_sgd.moving_average(model, 0.0) is None
+    slow = train_flickr8k_sgd.moving_average(model, 0.999)
     for step in range(200):
         with torch.no_grad():
             model.weight.fill_(1000.0 if step < 5 else 1.0)
