@@ -28,8 +28,8 @@ STEPS = (
     ("learning rates, warm-up, temperature, weight decay", ("lr", "text_lr", "warmup", "temperature", "weight_decay")),
     ("a contrast among captions", ("caption_contrast",)),
     ("random crops and mirroring", ("min_crop", "flip")),
-    ("a moving average of the weights", ("ema",)),
-    ("the preset's own recipe", tuple(REFERENCE)),
+    ("colour jitter, word dropout", ("color_jitter", "word_dropout")),
+    ("a moving average of the weights: the preset's own recipe", tuple(REFERENCE)),
 )
 # On top of the preset's own recipe, each alone.
 CHANGES = (
@@ -54,8 +54,10 @@ def rows(preset):
     """[(what, flags)] of a preset's ladder: first the steps, then the changes."""
     own, given, found = RECIPES[preset], {"recipe": "reference"}, []
     for what, names in STEPS:
-        given = given | {name: own[name] for name in names if own[name] != REFERENCE[name] and name != "epochs"}
-        found.append((what, given))
+        changed = {name: own[name] for name in names if own[name] != given.get(name, REFERENCE[name]) and name != "epochs"}
+        if changed or not names:  # the preset may not take this step
+            given = given | changed
+            found.append((what, given))
     found[-1] = (found[-1][0], {})  # the same thing by its short name
     found += CHANGES
     return [(what, [part for name, value in flags.items() for part in (f"--{name}", f"{value}") if part != "True"])

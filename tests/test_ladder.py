@@ -12,15 +12,17 @@ from src.utils.report import BEST, CONFIG, HISTORY
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_steps_lead_from_the_reference_to_the_presets_own_recipe(preset):
     settings = [default_arguments(parse_args("", ["--model", preset, *flags])) for _, flags in ladder.rows(preset)]
-    steps, own = settings[:len(ladder.STEPS)], default_arguments(parse_args("", ["--model", preset]))
+    steps, own = settings[:-len(ladder.CHANGES)], default_arguments(parse_args("", ["--model", preset]))
     assert steps[0] == default_arguments(parse_args("", ["--model", preset, "--recipe", "reference"])) and steps[-1] == own
-    for changed in settings[len(ladder.STEPS):]:  # one change each
+    assert all(one != other for one, other in zip(steps, steps[1:]))  # a step that a preset does not take is left out
+    for changed in settings[-len(ladder.CHANGES):]:  # one change each
         assert sum(changed[name] != own[name] for name in own) <= 1
 
 
 def test_rows_are_run_kept_and_gone_on_with(shapes, tmp_path, capfd):
-    given = ["--model", "tiny", "--data_dir", str(shapes), "--epochs", "2", "--output_dir", str(tmp_path), "--rows", "1", "9",
-             "--seeds", "0", "1"]
+    no_memory = 1 + [what for what, _ in ladder.rows("tiny")].index("no memory")
+    given = ["--model", "tiny", "--data_dir", str(shapes), "--epochs", "2", "--output_dir", str(tmp_path), "--rows", "1",
+             str(no_memory), "--seeds", "0", "1"]
     assert ladder.main([*given, "--minutes", "0"]) == 0
     assert "time is up" in capfd.readouterr().err
     assert ladder.main(given) == 0
