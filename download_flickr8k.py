@@ -113,7 +113,7 @@ def unpack(archive, data_dir):
             if path.is_file() and inside.parts[0] != "__MACOSX":
                 (data_dir / inside).parent.mkdir(parents=True, exist_ok=True)
                 path.replace(data_dir / inside)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:  # the last: a compression that zipfile does not know
         raise DataError(f"{archive}: not a zip that can be unpacked ({error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -71,7 +71,7 @@ def parse_args(description, argv=None):
             ("temperature", positive, "at the start; it is learned"),
             ("warmup", share, "share of the steps over which the learning rate rises"),
             ("ema", share, "what an exponential moving average of the weights, the one validated and kept, keeps of itself "
-             "each step; 0: none"),
+             "each step, less at first; 0: none"),
             ("label_smoothing", share, "share of the loss's target that is spread over the batch"),
             ("hard_negatives", number(float, 0, 1e6), "weight of a triplet loss on the nearest negative"),
             ("caption_contrast", number(float, 0, 1e6), "weight of a contrast among captions, those of one photo being "

@@ -169,7 +169,7 @@ def test_the_moving_average_forgets_the_random_start():
             model.weight.fill_(1000.0 if step < 5 else step)
             model.num_batches_tracked.fill_(step)
         average.update_parameters(model)
-        if step == 60:  # by now a plain exponential average is at 60 - 9; this one is shorter at first
+        if step == 60:
             assert 50 < average.module.weight.item() < 60
     assert average.module.weight.item() == pytest.approx(199 - 9, abs=0.1)  # the mean age is decay / (1 - decay) steps
     assert average.module.num_batches_tracked.item() == 199
