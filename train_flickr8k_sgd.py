@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from src.losses import LatentQueue, contrastive_backward, info_nce_loss
 from src.model import PRESETS, MultiModalMemoryNetwork
-from src.settings import LOSS_FLAGS, MODEL_FLAGS, UsageError, amp_type, default_arguments, find_device, parse_args
+from src.settings import LOSS_FLAGS, MODEL_FLAGS, UsageError, amp_type, default_arguments, eval_size, find_device, parse_args
 from src.utils import distributed, report
 from src.utils.augment import color_jitter, drop_words, normalize, random_erasing, random_resized_crop_and_flip
 from src.utils.checkpoint import CheckpointError, load_checkpoint, load_json, save_checkpoint, save_json
@@ -106,7 +106,7 @@ def load_data(arguments, tokenizer, log):
     """The three splits. Training photos are kept an eighth larger than the model takes, for the crops to choose from."""
     root, line, splits = Path(arguments["data_dir"]), report.ProgressLine(), {}
     for split in ("train", "val", "test"):
-        size = arguments["image_size"] * 8 // 7 if split == "train" else arguments["image_size"]
+        size = arguments["image_size"] * 8 // 7 if split == "train" else eval_size(arguments)
         splits[split] = data = Flickr8kImageTextDataset(
             root, split, size, tokenizer, arguments["allow_incomplete"], num_workers=arguments["num_workers"] or None,
             progress=lambda done, total: done % 50 == 0 and line.update(f"reading {split}: {done} of {total} photos"))
@@ -126,6 +126,8 @@ def build_model(arguments, tokenizer):
         model = MultiModalMemoryNetwork(**model_arguments)
     except ValueError as error:
         raise UsageError(f"these sizes make no model: {error}") from None
+    if eval_size(arguments) % model.image_encoder.patch_size:
+        raise UsageError(f"--eval_size {eval_size(arguments)} is not a multiple of patch_size={model.image_encoder.patch_size}")
     with torch.no_grad():
         model.logit_scale.fill_(-math.log(arguments["temperature"]))
         model.clamp_logit_scale_()
@@ -162,10 +164,12 @@ def moving_average(model, decay):
     return AveragedModel(model, avg_fn=average, use_buffers=True) if decay else None  # the buffers are batch norm's
 
 
-def cosine_schedule(warmup, total_steps):
-    """-> step -> multiple of the peak learning rate: up in a line over the share `warmup` of the steps, times a cosine to 0."""
+def cosine_schedule(warmup, final, total_steps):
+    """-> step -> multiple of the peak learning rate: up in a line over the share `warmup` of the steps, times a cosine
+    from 1 to `final`."""
     warmup_steps = max(1, round(warmup * total_steps))
-    return lambda step: min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    return lambda step: min(1.0, (step + 1) / warmup_steps) * (
+        final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
 
 
 class StopRequest:
@@ -257,7 +261,8 @@ def train(arguments, output_dir, state, device, stop, log):
     optimizer = build_optimizer(model, arguments)
     word_start = torch.tensor(tokenizer.word_start, device=device)
     total_steps = steps_an_epoch * arguments["epochs"]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(arguments["warmup"], total_steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(
+        arguments["warmup"], arguments["final_lr"], total_steps))
 
     ema = moving_average(model, arguments["ema"])
     judged = model if ema is None else ema.module  # what is validated and kept
@@ -272,7 +277,8 @@ def train(arguments, output_dir, state, device, stop, log):
         "model": model_arguments,
         "optimizer": {"name": "SGD", "momentum": arguments["momentum"], "nesterov": True, "peak lr": arguments["lr"],
                       "text encoder's lr": arguments["lr"] * arguments["text_lr"],
-                      "schedule": f"linear warm-up over {arguments['warmup']:.0%} of the steps, then cosine to 0",
+                      "schedule": f"linear warm-up over {arguments['warmup']:.0%} of the steps, then cosine to "
+                                  f"{arguments['final_lr']:.0%} of the peak",
                       "weight decay": arguments["weight_decay"], "gradient clipping": arguments["clip_grad"],
                       "moving average": arguments["ema"]},
         "precision": report.precision_name(amp_dtype),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from src.model import MultiModalMemoryNetwork
-from src.settings import default_device
+from src.settings import default_device, eval_size
 from src.utils.augment import normalize
 from src.utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from src.utils.flickr8k_simple import (DataError, find_caption_file, find_photo_folder, load_photo, pad_texts, read_captions,
@@ -30,8 +30,8 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 def load_model(run_dir):
     """A run's best model, in eval mode on the GPU if there is one -> (model, tokenizer, transform).
 
-    tokenizer.encode(text) gives a list of ids; transform(path) gives a photo as the model takes it, (3, image_size,
-    image_size), normalised. Raises CheckpointError when there is no run, no best model yet, or a file that does not fit.
+    tokenizer.encode(text) gives a list of ids; transform(path) gives a photo as the model takes it, (3, eval_size,
+    eval_size), normalised. Raises CheckpointError when there is no run, no best model yet, or a file that does not fit.
     """
     path = Path(run_dir) / BEST
     if not path.parent.is_dir():
@@ -43,7 +43,7 @@ def load_model(run_dir):
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
         model = MultiModalMemoryNetwork(**checkpoint["config"]["model"])
         model.load_state_dict(checkpoint["model_state_dict"])
-        size = checkpoint["config"]["arguments"]["image_size"]
+        size = eval_size(checkpoint["config"]["arguments"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its weights and tokenizer are not those of the model that it describes "
                               f"({' '.join(str(error).split())[:120]})") from None

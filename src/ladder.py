@@ -29,7 +29,9 @@ STEPS = (
     ("a contrast among captions", ("caption_contrast",)),
     ("random crops and mirroring", ("min_crop", "flip")),
     ("colour jitter, word dropout", ("color_jitter", "word_dropout")),
-    ("a moving average of the weights: the preset's own recipe", tuple(REFERENCE)),
+    ("a moving average of the weights", ("ema",)),
+    ("a learning rate that stays high to the end", ("final_lr",)),
+    ("photos judged larger than the training crops: the preset's own recipe", tuple(REFERENCE)),
 )
 # On top of the preset's own recipe, each alone.
 CHANGES = (

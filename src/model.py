@@ -168,7 +168,8 @@ class ResidualConv(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Photos (B, 3, image_size, image_size), normalised floats -> image latents (B, latent_dim).
+    """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim). H and W are multiples of patch_size; where
+    they are not image_size, the position embedding is interpolated.
 
     A vision transformer (Dosovitskiy et al. 2021) with a mean over its patches. With `conv_channels`, the patches come
     from a small residual convnet instead of straight from pixels: convolution's locality need not be learned, which
@@ -182,6 +183,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
+        self.patch_size, self.grid = patch_size, image_size // patch_size
         if not conv_channels:
             self.stem = nn.Conv2d(3, dim, patch_size, patch_size)
         else:
@@ -196,13 +198,18 @@ class ImageEncoder(nn.Module):
                                                stochastic_depth=of_blocks.get("stochastic_depth", 0.0)))
                     channels = width
             self.stem = nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, dim, 1))
-        self.position = nn.Parameter(torch.randn(1, (image_size // patch_size) ** 2, dim) * 0.02)
+        self.position = nn.Parameter(torch.randn(1, self.grid**2, dim) * 0.02)
         self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers, **of_blocks) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, latent_dim)
 
     def forward(self, images):
-        x = self.stem(images).flatten(2).transpose(1, 2) + self.position  # (B, N, D)
+        x = self.stem(images)  # (B, D, H / patch_size, W / patch_size)
+        position = self.position
+        if x.shape[2:] != (self.grid, self.grid):
+            position = position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            position = F.interpolate(position, x.shape[2:], mode="bilinear").flatten(2).transpose(1, 2)
+        x = x.flatten(2).transpose(1, 2) + position  # (B, N, D)
         for block in self.blocks:
             x = block(x)
         return self.projection(self.norm(x).mean(1))
@@ -331,7 +338,7 @@ class MultiModalMemoryNetwork(nn.Module):
 
     The defaults are the `base` preset; with memory_size=0 there is no memory. `model(images=..., text=...)` takes either or both of
 
-    - images: (B, 3, image_size, image_size), normalised floats
+    - images: (B, 3, image_size, image_size), normalised floats, or of other sides that are multiples of patch_size
     - text: (B, L) token ids, 0 is padding; text_mask: (B, L) bool, True for real tokens, by default `text != 0`
 
     and returns a dict with `central_latent` (B, latent_dim), not normalised to unit length, and in training mode also

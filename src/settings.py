@@ -10,9 +10,9 @@ import torch
 from src.model import PRESETS, MultiModalMemoryNetwork
 
 # What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
-COMMON = dict(captions_per_image=5, weight_decay=5e-4, temperature=0.1, warmup=0.1, ema=0.0, label_smoothing=0.0,
+COMMON = dict(captions_per_image=5, weight_decay=5e-4, temperature=0.1, warmup=0.1, final_lr=0.0, ema=0.0, label_smoothing=0.0,
               hard_negatives=0.0, caption_contrast=1.0, queue_size=0, min_crop=0.5, flip=0.5, color_jitter=0.0,
-              erasing=0.0, word_dropout=0.0, tokenizer="bpe")
+              erasing=0.0, word_dropout=0.0, eval_size=0, tokenizer="bpe")
 RECIPES = {
     "tiny": COMMON | dict(epochs=7, batch_size=100, captions_per_image=2, lr=0.1, text_lr=4.0, tokenizer="char"),
     "small": COMMON | dict(epochs=100, batch_size=500, lr=0.1, text_lr=10.0, weight_decay=2e-3, min_crop=0.25,
@@ -37,6 +37,11 @@ def preset_defaults(preset, recipe="own"):
     signature = inspect.signature(MultiModalMemoryNetwork).parameters.values()
     return ({parameter.name: parameter.default for parameter in signature} | PRESETS[preset]
             | (REFERENCE if recipe == "reference" else RECIPES[preset]))
+
+
+def eval_size(arguments):
+    """Side of the photos in validation and in use, in pixels."""
+    return max(arguments["eval_size"], arguments["image_size"])
 
 
 def parse_args(description, argv=None):
@@ -70,6 +75,7 @@ def parse_args(description, argv=None):
             ("weight_decay", number(float, 0, 1), "of weight matrices only"),
             ("temperature", positive, "at the start; it is learned"),
             ("warmup", share, "share of the steps over which the learning rate rises"),
+            ("final_lr", number(float, 0, 1), "what the cosine ends at, as a share of --lr"),
             ("ema", share, "what an exponential moving average of the weights, the one validated and kept, keeps of itself "
              "each step, less at first; 0: none"),
             ("label_smoothing", share, "share of the loss's target that is spread over the batch"),
@@ -83,7 +89,8 @@ def parse_args(description, argv=None):
             ("erasing", number(float, 0, 1), "probability of blanking a rectangle of a training photo"),
             ("word_dropout", share, "share of a caption's words left out at random in training"),
             ("tokenizer", str, "char: 33 characters; bpe: byte pairs learned from the training captions"),
-            ("image_size", count, "side of the photos, in pixels"),
+            ("image_size", count, "side of the training photos, in pixels"),
+            ("eval_size", number(int, 0), "side of the photos in validation and in use, where that is more than --image_size"),
             ("image_layers", number(int, 0), "transformer blocks over a photo's patches"),
             ("num_layers", number(int, 0), "transformer blocks over a caption's tokens; 0: a bag of tokens"),
             ("latent_dim", count, "width of the shared space"),

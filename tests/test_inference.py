@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 
@@ -10,8 +11,9 @@ from src.inference import EmbeddingCache, embed_photos, embed_texts, load_model,
 from src.utils import checkpoint
 from src.utils.checkpoint import CheckpointError
 from src.utils.flickr8k_simple import DataError, Flickr8kImageTextDataset
-from src.utils.report import BEST
+from src.utils.report import BEST, HISTORY
 from src.utils.retrieval import evaluate, retrieval_metrics
+from tests.conftest import arguments, run_script
 
 
 @pytest.fixture
@@ -31,6 +33,18 @@ def test_embeddings_score_what_the_evaluation_scores(finished, shapes):
     assert metrics == pytest.approx(evaluate(model.cpu(), data))
     for rows in (images, texts):
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)))
+
+
+def test_photos_are_seen_at_the_size_that_they_were_judged_at(shapes, tmp_path):
+    status, _, err = run_script("train_flickr8k_sgd.py", *arguments(shapes, tmp_path, "--eval_size", 48, "--no-amp", epochs=1))
+    assert (status, err) == (0, "")
+    model, tokenizer, transform = load_model(tmp_path)
+    photos, captions = photos_of_split(shapes, "val")
+    assert transform(photos[0]).shape == (3, 48, 48)
+    metrics = retrieval_metrics(embed_photos(model, transform, photos),
+                                embed_texts(model, tokenizer, [text for own in captions for text in own]),
+                                [i for i, own in enumerate(captions) for _ in own])
+    assert metrics == pytest.approx(json.loads((tmp_path / HISTORY).read_text())[0]["val"])
 
 
 def test_every_row_is_its_own_texts(finished):

@@ -123,6 +123,31 @@ def test_image_encoder_refuses_sizes_that_do_not_fit(arguments, message):
         ImageEncoder(dim=16, latent_dim=16, num_heads=2, num_layers=1, **arguments)
 
 
+def test_photos_of_another_size_are_encoded_as_by_a_model_of_that_size():
+    """Where all patches have one position embedding, nothing else tells the two models apart."""
+    small, large = (ImageEncoder(size, 8, 16, 16, num_heads=2, num_layers=1, conv_channels=(8, 8, 8)).eval() for size in (32, 48))
+    weights = small.state_dict()
+    with torch.no_grad():
+        small.position.copy_(small.position[:, :1].expand_as(small.position))
+    large.load_state_dict(weights | {"position": small.position[:, :1].expand(1, 36, 16)})
+    photos = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(small(photos), large(photos))
+
+
+def test_position_embedding_of_another_size_keeps_what_is_where():
+    """A photo twice as large: each patch's embedding lies between those of its place in the small photo and its neighbours."""
+    encoder = ImageEncoder(32, 16, 4, 4, num_heads=2, num_layers=0)
+    seen = []
+    encoder.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].unflatten(1, (4, 4))))
+    with torch.no_grad():
+        encoder.stem.weight.zero_()
+        encoder.stem.bias.zero_()
+        encoder.position.copy_(torch.tensor([0.0, 1.0, 10.0, 11.0])[None, :, None].expand(1, 4, 4))  # column + 10 * row
+    encoder(torch.zeros(1, 3, 64, 64))
+    place = torch.tensor([0.0, 0.25, 0.75, 1.0])
+    torch.testing.assert_close(seen[0][0, :, :, 0], 10 * place[:, None] + place)
+
+
 def test_refuses_a_width_that_the_heads_do_not_divide():
     with pytest.raises(ValueError, match="does not divide"):
         tiny(latent_dim=63)

@@ -3,7 +3,8 @@ import shlex
 import pytest
 import torch
 
-from src.settings import RECIPES, UsageError, amp_type, command_of, default_arguments, find_device, parse_args
+from src.settings import (RECIPES, UsageError, amp_type, command_of, default_arguments, eval_size, find_device,
+                          parse_args)
 
 
 @pytest.mark.parametrize("given", [["--epochs", "0"], ["--batch_size", "1"], ["--lr", "-1"], ["--lr", "nan"],
@@ -29,6 +30,12 @@ def test_defaults_come_from_preset_and_recipe_and_flags_win():
     assert {name: arguments[name] for name in RECIPES["small"]} == RECIPES["small"] | {"lr": 3}
     assert default_arguments(parse_args("", ["--synthetic"]))["model"] == "tiny"
     assert not {"resume", "overwrite", "output_dir"} & arguments.keys() and not arguments["compile"]
+
+
+def test_photos_are_never_judged_smaller_than_trained():
+    sizes = [eval_size(default_arguments(parse_args("", ["--model", "tiny", *given]))) for given in (
+        [], ["--eval_size", "40"], ["--eval_size", "40", "--image_size", "48"])]
+    assert sizes == [32, 40, 48]
 
 
 @pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16"])

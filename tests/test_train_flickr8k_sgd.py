@@ -232,12 +232,22 @@ def test_without_data_both_ways_on_are_told(tmp_path):
     (["--device", "cuda:99"], "not to be had"),
     (["--device", "abacus"], "not to be had"),
     (["--image_size", 33], "not a multiple"),
+    (["--eval_size", 44], "--eval_size 44 is not a multiple"),
     (["--latent_dim", 63], "does not divide"),
 ])
 def test_settings_that_cannot_be(shapes, tmp_path, capsys, given, message):
     assert main("--synthetic", "--data_dir", shapes, "--output_dir", tmp_path / "out", *given) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("warmup, final", [(0.1, 0.0), (0.2, 0.3), (0.0, 1.0)])
+def test_learning_rate_rises_to_its_peak_and_falls_to_its_final_share(warmup, final):
+    rates = [train_flickr8k_sgd.cosine_schedule(warmup, final, 1000)(step) for step in range(1001)]
+    peak = rates.index(max(rates))
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True) and peak <= max(1, 1000 * warmup)
+    assert rates[0] <= 1 / max(1, 1000 * warmup) and rates[1000] == pytest.approx(final)
+    assert rates[500] == pytest.approx((1 + final) / 2)
 
 
 def test_resume_keeps_the_runs_own_settings(finished, tmp_path, capsys):
