@@ -49,7 +49,7 @@ RETRIEVAL_PHOTOS = (1000, 5000, 25000)
 SPEEDRUN_TARGETS = (1.7, 4.0, 8.0)  # val avg_r1 in percent, the first being that of the run this project started from
 # What a training towards a target is given besides its recipe: a short schedule gets to a low target sooner than the first
 # part of a long one, and what keeps a long training from learning its captions by heart only slows a short one.
-SHORT = {"weight_decay": 5e-4, "min_crop": 0.5, "color_jitter": 0, "word_dropout": 0}
+SHORT = {"weight_decay": 5e-4, "min_crop": 0.5, "color_jitter": 0, "word_dropout": 0, "final_lr": 0}
 SPEEDRUN_SETTINGS = {"small": {1.7: {"epochs": 4, **SHORT}, 4.0: {"epochs": 14, **SHORT}}}
 
 

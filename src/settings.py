@@ -16,7 +16,7 @@ COMMON = dict(captions_per_image=5, weight_decay=5e-4, temperature=0.1, warmup=0
 RECIPES = {
     "tiny": COMMON | dict(epochs=7, batch_size=100, captions_per_image=2, lr=0.1, text_lr=4.0, tokenizer="char"),
     "small": COMMON | dict(epochs=100, batch_size=500, lr=0.1, text_lr=10.0, weight_decay=2e-3, min_crop=0.25,
-                           color_jitter=0.2, word_dropout=0.2, ema=0.998),
+                           color_jitter=0.2, word_dropout=0.2, ema=0.998, final_lr=0.4, eval_size=80),
     "base": COMMON | dict(epochs=30, batch_size=64, lr=0.03, text_lr=4.0),
     "large": COMMON | dict(epochs=100, batch_size=64, lr=0.03, text_lr=4.0),
 }
