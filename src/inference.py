@@ -43,7 +43,7 @@ def load_model(run_dir):
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
         model = MultiModalMemoryNetwork(**checkpoint["config"]["model"])
         model.load_state_dict(checkpoint["model_state_dict"])
-        size = eval_size(checkpoint["config"]["arguments"])
+        size = eval_size({"eval_size": 0} | checkpoint["config"]["arguments"])  # runs of older versions have none
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its weights and tokenizer are not those of the model that it describes "
                               f"({' '.join(str(error).split())[:120]})") from None

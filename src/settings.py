@@ -10,9 +10,9 @@ import torch
 from src.model import PRESETS, MultiModalMemoryNetwork
 
 # What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
-COMMON = dict(captions_per_image=5, weight_decay=5e-4, temperature=0.1, warmup=0.1, final_lr=0.0, ema=0.0, label_smoothing=0.0,
-              hard_negatives=0.0, caption_contrast=1.0, queue_size=0, min_crop=0.5, flip=0.5, color_jitter=0.0,
-              erasing=0.0, word_dropout=0.0, eval_size=0, tokenizer="bpe")
+COMMON = dict(captions_per_image=5, weight_decay=5e-4, temperature=0.1, warmup=0.1, final_lr=0.0, ema=0.0,
+              label_smoothing=0.0, hard_negatives=0.0, caption_contrast=1.0, queue_size=0, min_crop=0.5, flip=0.5,
+              color_jitter=0.0, erasing=0.0, word_dropout=0.0, eval_size=0, tokenizer="bpe")
 RECIPES = {
     "tiny": COMMON | dict(epochs=7, batch_size=100, captions_per_image=2, lr=0.1, text_lr=4.0, tokenizer="char"),
     "small": COMMON | dict(epochs=100, batch_size=500, lr=0.1, text_lr=10.0, weight_decay=2e-3, min_crop=0.25,

@@ -125,7 +125,8 @@ def test_image_encoder_refuses_sizes_that_do_not_fit(arguments, message):
 
 def test_photos_of_another_size_are_encoded_as_by_a_model_of_that_size():
     """Where all patches have one position embedding, nothing else tells the two models apart."""
-    small, large = (ImageEncoder(size, 8, 16, 16, num_heads=2, num_layers=1, conv_channels=(8, 8, 8)).eval() for size in (32, 48))
+    small, large = (ImageEncoder(size, 8, 16, 16, num_heads=2, num_layers=1, conv_channels=(8, 8, 8)).eval()
+                    for size in (32, 48))
     weights = small.state_dict()
     with torch.no_grad():
         small.position.copy_(small.position[:, :1].expand_as(small.position))

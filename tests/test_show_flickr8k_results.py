@@ -31,7 +31,7 @@ def write_run(folder, avg_r1=(11, 31, 21), epochs=3, **changes):
     data = {"photos": 100, "captions": 500, "left_out": 0, "captions_per_photo": {"5": 100}}
     config = {"arguments": {"epochs": epochs, "synthetic": False, "data_dir": "some/where", "model": "small", "seed": 77,
                             "batch_size": 96, "captions_per_image": 3, "tokenizer": "char"},
-              "data": {"train": data | {"photos": 1234, "captions": 6170, "left_out": 4}, "val": data,
+              "data": {"train": data | {"photos": 1234, "captions": 6170, "left_out": 4}, "val": data | {"pixels": 91},
                        "test": data | {"photos": 50, "captions": 250, "captions_per_photo": {"5": 50}}},
               "model": {"latent_dim": 192, "memory_size": 24}, "parameters": 7654321, "device": "Some GPU 4711",
               "optimizer": {"name": "SGD", "momentum": 0.87}, "precision": "mixed, bfloat16",
@@ -56,8 +56,9 @@ def test_every_figure_is_the_runs_own(tmp_path, capsys):
     status, out, err = show(folder, capsys)
     assert (status, err) == (0, "")
     for expected in ("best (epoch 2)", "final (epoch 3)", "3 epochs in 3.2 minutes, finished", "1,234 photos, 6,170 captions",
-                     "4 photos left out", "7,654,321", "Some GPU 4711", "mixed, bfloat16", "2.99, 3.14.1", "small", "192",
-                     "0.87", "96 pairs, 3 a photo", "77", "some/where", "standard protocol", "pair protocol", "chance"):
+                     "Validation: 100 photos of 91 px, 500 captions", "4 photos left out", "7,654,321", "Some GPU 4711",
+                     "mixed, bfloat16", "2.99, 3.14.1", "small", "192", "0.87", "96 pairs, 3 a photo", "77", "some/where",
+                     "standard protocol", "pair protocol", "chance"):
         assert expected in out, expected
     chance, test_chance = chance_metrics([5] * 100), chance_metrics([5] * 50)
     rows = [line.split() for line in out.splitlines()]

@@ -73,7 +73,7 @@ def precision_name(amp_dtype):
 def data_counts(data):
     """What config.json says of a Flickr8kImageTextDataset."""
     captions = torch.bincount(data.photo_of_caption)
-    return {"photos": len(data.names), "captions": len(data), "left_out": len(data.left_out),
+    return {"photos": len(data.names), "pixels": data.photos.shape[-1], "captions": len(data), "left_out": len(data.left_out),
             "captions_per_photo": {str(count): photos for count, photos in enumerate(torch.bincount(captions).tolist())
                                    if photos}}
 
@@ -138,6 +138,12 @@ def _recall_rows(columns):
     return lines
 
 
+def _counts(data):
+    """Of one split, see `data_counts`; runs of older versions have no "pixels"."""
+    pixels = f" of {data['pixels']} px" if "pixels" in data else ""
+    return f"{data['photos']:,} photos{pixels}, {data['captions']:,} captions"
+
+
 def _change(first, last, unit=""):
     change = f", {100 * (last - first) / first:+.1f} %" if first else ""
     return f"{first:.4g}{unit} -> {last:.4g}{unit}{change}"
@@ -167,11 +173,11 @@ def _summary(run):
     lines += _facts([("run", run["dir"]),
                      ("training", f"{len(history)} epoch{'s' * (len(history) > 1)} in {seconds / 60:.1f} minutes, "
                                   + ("finished" if done else f"of {arguments['epochs']} planned: not finished"))])
-    lines += _heading(f"Validation: {data['val']['photos']:,} photos, {data['val']['captions']:,} captions")
+    lines += _heading(f"Validation: {_counts(data['val'])}")
     lines += _recall_rows({f"best (epoch {best['epoch']})": best["val"], f"final (epoch {last['epoch']})": last["val"],
                            "chance": chance["val"]})
     if run["test"]:
-        lines += _heading(f"Test, best model: {data['test']['photos']:,} photos, {data['test']['captions']:,} captions")
+        lines += _heading(f"Test, best model: {_counts(data['test'])}")
         lines += _recall_rows({"test": run["test"], "chance": chance["test"]})
 
     if run["test_time"]:
@@ -201,8 +207,7 @@ def _summary(run):
                          ("epoch", run["best"]["epoch"]), ("val Avg R@1", f"{run['best']['metrics']['avg_r1']:.2f} %")])
     lines += _heading("Dataset")
     lines += _facts([("folder", arguments["data_dir"])] + [
-        (split, f"{data[split]['photos']:,} photos, {data[split]['captions']:,} captions"
-                + (f", {data[split]['left_out']:,} photos left out" if data[split]["left_out"] else ""))
+        (split, _counts(data[split]) + (f", {data[split]['left_out']:,} photos left out" if data[split]["left_out"] else ""))
         for split in ("train", "val", "test")])
     lines += _heading("Model")
     lines += _facts([("preset", arguments["model"]), ("parameters", f"{config['parameters']:,}")]
