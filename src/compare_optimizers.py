@@ -80,7 +80,7 @@ def train(name, lr, seed, sgd_lr, arguments, splits, tokenizer):
                                 seed * 1_000_003 + epoch)
         return batches[:max(1, len(data.names) // len(batches[0]))]
 
-    schedule = training.cosine_schedule(arguments["warmup"], len(batches_of(1)) * arguments["epochs"])
+    schedule = training.cosine_schedule(arguments["warmup"], arguments["final_lr"], len(batches_of(1)) * arguments["epochs"])
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
     losses, seconds = [], []
     for epoch in range(1, arguments["epochs"] + 1):
