@@ -168,8 +168,8 @@ class ResidualConv(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim). H and W are multiples of patch_size; where
-    they are not image_size, the position embedding is interpolated.
+    """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim). Where H and W are not image_size, the
+    position embedding is interpolated. Raises ValueError where they are not multiples of patch_size.
 
     A vision transformer (Dosovitskiy et al. 2021) with a mean over its patches. With `conv_channels`, the patches come
     from a small residual convnet instead of straight from pixels: convolution's locality need not be learned, which
@@ -204,6 +204,9 @@ class ImageEncoder(nn.Module):
         self.projection = nn.Linear(dim, latent_dim)
 
     def forward(self, images):
+        if images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
+            raise ValueError(f"photos of {images.shape[2]} x {images.shape[3]} pixels, not multiples of "
+                             f"patch_size={self.patch_size}")
         x = self.stem(images)  # (B, D, H / patch_size, W / patch_size)
         position = self.position
         if x.shape[2:] != (self.grid, self.grid):

@@ -123,6 +123,14 @@ def test_image_encoder_refuses_sizes_that_do_not_fit(arguments, message):
         ImageEncoder(dim=16, latent_dim=16, num_heads=2, num_layers=1, **arguments)
 
 
+@pytest.mark.parametrize("height, width", [(40, 32), (32, 40)])
+@pytest.mark.parametrize("conv_channels", [(), (8, 8, 8, 8)])
+def test_image_encoder_refuses_photos_that_make_no_whole_patches(height, width, conv_channels):
+    encoder = ImageEncoder(32, 16, 16, 16, num_heads=2, num_layers=1, conv_channels=conv_channels)
+    with pytest.raises(ValueError, match=f"{height} x {width} pixels"):
+        encoder(torch.zeros(1, 3, height, width))
+
+
 def test_photos_of_another_size_are_encoded_as_by_a_model_of_that_size():
     """Where all patches have one position embedding, nothing else tells the two models apart."""
     small, large = (ImageEncoder(size, 8, 16, 16, num_heads=2, num_layers=1, conv_channels=(8, 8, 8)).eval()
@@ -136,7 +144,7 @@ def test_photos_of_another_size_are_encoded_as_by_a_model_of_that_size():
 
 
 def test_position_embedding_of_another_size_keeps_what_is_where():
-    """A photo twice as large: each patch's embedding lies between those of its place in the small photo and its neighbours."""
+    """A photo twice as large: each patch's embedding lies between those of the patches around its place in the small one."""
     encoder = ImageEncoder(32, 16, 4, 4, num_heads=2, num_layers=0)
     seen = []
     encoder.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].unflatten(1, (4, 4))))
