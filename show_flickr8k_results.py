@@ -19,7 +19,7 @@ from src.settings import command_of
 from src.utils.checkpoint import CheckpointError
 from src.utils.flickr8k_simple import SPLIT_FILES, DataError
 from src.utils.pictures import contact_sheet, plot_curves
-from src.utils.report import ProgressLine, agreement_table, comparison, comparison_rows, length_table, load_run, summary
+from src.utils.report import CONFIG, ProgressLine, agreement_table, comparison, comparison_rows, length_table, load_run, summary
 from src.utils.retrieval import retrieval_ranks
 
 
@@ -112,6 +112,17 @@ def show_examples(args):
     return rows
 
 
+def runs_among(paths):
+    """The paths of runs. What is none is named and left out: in outputs/, the benchmark's file and the ladder's folder lie
+    beside the runs. Where none is a run, all of them, for `load_run` to say so."""
+    others = [path for path in paths if Path(path).exists() and not (Path(path) / CONFIG).exists()]
+    if len(others) == len(paths):
+        return paths
+    for path in others:
+        print(f"left out {path}: no run", file=sys.stderr)
+    return [path for path in paths if path not in others]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      epilog="Without --plot, --query, --image, --examples or --compare: the tables of the run.")
@@ -140,7 +151,8 @@ def main(argv=None):
         parser.error("--photos needs a --query")
     try:
         if args.compare:
-            print(comparison(comparison_rows([load_run(folder) for folder in args.compare], command_of), args.format))
+            print(comparison(comparison_rows([load_run(folder) for folder in runs_among(args.compare)],
+                                             command_of), args.format))
             return 0
         if args.plot:
             out = args.out or Path(args.output_dir[0]) / "curves.png"

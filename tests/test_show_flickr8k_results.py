@@ -212,6 +212,19 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert [row["val"]["avg_r1"] for row in json.loads(out)] == [metrics(30)["avg_r1"], metrics(20)["avg_r1"]]
 
 
+def test_what_is_no_run_is_named_and_left_out_of_the_comparison(tmp_path, capsys):
+    write_run(tmp_path / "run")
+    (tmp_path / "ladder").mkdir()
+    (tmp_path / "benchmark.json").write_text("{}")
+    paths = sorted(map(str, tmp_path.iterdir()))
+    assert show_flickr8k_results.main(["--compare", *paths, "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["run"] for row in json.loads(out)] == [str(tmp_path / "run")]
+    assert err.splitlines() == [f"left out {tmp_path / name}: no run" for name in ("benchmark.json", "ladder")]
+    assert show_flickr8k_results.main(["--compare", str(tmp_path / "run"), str(tmp_path / "rum")]) == 2  # a slip of the pen
+    assert "rum: there is no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given, message", [
     (["--query", ""], "has nothing that the model"),
     (["--query", "  "], "has nothing that the model"),
