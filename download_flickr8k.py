@@ -1,11 +1,11 @@
-"""Fetch, check and unpack Flickr8k (Hodosh, Young and Hockenmaier 2013), then verify it photo by photo.
+"""Fetch, check and unpack Flickr8k (Hodosh et al. 2013), then verify it photo by photo.
 
-    python download_flickr8k.py                          1.1 GB into data/flickr8k
-    python download_flickr8k.py --text_only              2 MB: captions and splits, for Kaggle's copy of the photos
-    python download_flickr8k.py --archive_dir DIR        from zips that are already on the disk, no network
+    python download_flickr8k.py                      1.1 GB into data/flickr8k
+    python download_flickr8k.py --text_only          2 MB: captions, splits, for Kaggle's copy
+    python download_flickr8k.py --archive_dir DIR    from zips on the disk, without the network
 
-Run it again whenever in doubt: it verifies what is there, mends what is not whole, and else does nothing.
-The dataset is for non-commercial research; the photos belong to their owners on Flickr.
+Run it again whenever in doubt: it verifies what is there, mends what is not whole, and else does
+nothing. The dataset is for non-commercial research; the photos belong to their owners on Flickr.
 """
 import argparse
 import errno
@@ -19,8 +19,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from src.utils.flickr8k_simple import (CAPTION_FILES, SPLIT_FILES, DataError, Flickr8kImageTextDataset, find_text_file,
-                                       read_captions, read_split)
+from src.utils.flickr8k_simple import (
+    SPLIT_FILES,
+    DataError,
+    Flickr8kImageTextDataset,
+    find_caption_file,
+    read_captions,
+    read_split,
+)
 from src.utils.report import ProgressLine
 from src.utils.tokenizers import CharTokenizer
 
@@ -35,26 +41,27 @@ class DownloadError(Exception):
 
 
 def check_text(data_dir):
-    """What is there, in words. Raises DataError unless captions and splits parse and each split photo has captions."""
-    path = next(filter(None, (find_text_file(data_dir, name) for name in CAPTION_FILES)), None)
-    if path is None:
-        raise DataError(f"{data_dir}: no captions")
+    """What is there, in words. Raises DataError unless captions and splits parse and each split
+    photo has captions."""
+    path = find_caption_file(data_dir)
     captions = read_captions(path)
     for split in SPLIT_FILES:
         without = [name for name in read_split(data_dir, split) if name not in captions]
         if without:
-            raise DataError(f"{path}: {len(without)} photos of {split} have no captions, among them {without[0]}")
+            raise DataError(f"{path}: {len(without)} photos of {split} have no captions, among "
+                            f"them {without[0]}")
     return "captions and splits"
 
 
 def check_photos(data_dir):
-    """What is there, in words. Raises DataError unless every photo of every split opens, by training's own loader."""
+    """What is there, in words. Raises DataError unless every photo of every split opens, by
+    training's own loader."""
     line, photos, captions = ProgressLine(), 0, 0
     for split in SPLIT_FILES:
         try:
-            data = Flickr8kImageTextDataset(
-                data_dir, split, image_size=16, tokenizer=CharTokenizer(), cache=False,  # the files themselves are asked
-                progress=lambda done, total: done % 50 == 0 and line.update(f"verifying {split}: {done} of {total}"))
+            data = Flickr8kImageTextDataset(  # without a cache: the files themselves are asked
+                data_dir, split, image_size=16, tokenizer=CharTokenizer(), cache=False,
+                progress=line.counter(f"verifying {split}"))
         finally:
             line.clear()
         photos, captions = photos + len(data.names), captions + len(data)
@@ -68,7 +75,7 @@ def fetch(name, data_dir, archive_dir, url):
         if not path.is_file():
             raise DataError(f"{path}: there is no such archive")
         if not check_integrity(path, MD5[name]):
-            raise DataError(f"{path}: the MD5 is not {MD5[name]}; the file is damaged, or another one")
+            raise DataError(f"{path}: the MD5 is not {MD5[name]}; the file is damaged, or another")
         return path
     path, address = data_dir / name, f"{url.rstrip('/')}/{name}"
     print(f"fetching {address}")
@@ -89,14 +96,14 @@ def fetch(name, data_dir, archive_dir, url):
         path.unlink(missing_ok=True)
         raise
     path.unlink(missing_ok=True)  # a partial file is of no use: the next run starts afresh
-    raise DownloadError(f"{address}: {reason}.\nRun again, name a mirror with --url, or fetch the two zips by other "
-                        "means and name their folder with --archive_dir.")
+    raise DownloadError(f"{address}: {reason}.\nRun again, name a mirror with --url, or fetch the "
+                        "two zips by other means and name their folder with --archive_dir.")
 
 
 def unpack(archive, data_dir):
-    """Unpack beside the dataset, then move file by file into it, so that no file there is ever half-written.
+    """Unpack beside the dataset, then move file by file into it: no file there is half-written.
 
-    Raises DataError for an archive that is no zip, is damaged, or holds a path that leads out of its folder.
+    Raises DataError for an archive that is no zip, is damaged, or leads out of its folder.
     """
     print(f"unpacking {archive}")
     staging = data_dir / ".unpacking"
@@ -106,14 +113,16 @@ def unpack(archive, data_dir):
             for name in content.namelist():
                 if (".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name
                         or PureWindowsPath(name).drive):
-                    raise DataError(f"{archive}: refused, its entry {name!r} leads out of the folder")
+                    raise DataError(f"{archive}: refused, its entry {name!r} leads out of the "
+                                    "folder")
         extract_archive(archive, staging)
         for path in sorted(staging.rglob("*")):
             inside = path.relative_to(staging)
             if path.is_file() and inside.parts[0] != "__MACOSX":
                 (data_dir / inside).parent.mkdir(parents=True, exist_ok=True)
                 path.replace(data_dir / inside)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:  # the last: a compression that zipfile does not know
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        # NotImplementedError is zipfile's word for a compression that it does not know.
         raise DataError(f"{archive}: not a zip that can be unpacked ({error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -121,10 +130,11 @@ def unpack(archive, data_dir):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data_dir", type=Path, default="data/flickr8k", help="where to (default: %(default)s)")
-    parser.add_argument("--archive_dir", help="folder that holds the two zips already (default: fetch them)")
-    parser.add_argument("--url", default=URL, help="address of the folder that holds the two zips (default: %(default)s)")
-    parser.add_argument("--text_only", action="store_true", help="captions and splits only, 2 MB (default: photos too)")
+    add = parser.add_argument
+    add("--data_dir", type=Path, default="data/flickr8k", help="where to (default: %(default)s)")
+    add("--archive_dir", help="folder that holds the two zips already (default: fetch them)")
+    add("--url", default=URL, help="folder that holds the two zips (default: %(default)s)")
+    add("--text_only", action="store_true", help="captions and splits, 2 MB (default: photos too)")
     args = parser.parse_args(argv)
     socket.setdefaulttimeout(TIMEOUT)
 
@@ -152,9 +162,10 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        print(f"error: {args.data_dir}: " + ("the disk is full; free 2.5 GB and run again" if full else
-                                             f"{error.strerror or error}"), file=sys.stderr)
+        reason = error.strerror or error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = "the disk is full; free 2.5 GB and run again"
+        print(f"error: {args.data_dir}: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; run again to go on", file=sys.stderr)

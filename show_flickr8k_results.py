@@ -1,12 +1,9 @@
 """See what came out of training runs, finished or still going, and use them.
 
-    python show_flickr8k_results.py                                         the tables of a run
-    python show_flickr8k_results.py --plot                                  its curves, as a PNG
-    python show_flickr8k_results.py --query "two dogs run" --out sheet.png  photos for a text
-    python show_flickr8k_results.py --query "a birthday" --photos ~/Photos  among photos of your own
-    python show_flickr8k_results.py --image my_photo.jpg                    captions for a photo
-    python show_flickr8k_results.py --examples 4                            what it gets right and wrong
-    python show_flickr8k_results.py --compare outputs/*                     several runs, side by side
+    python show_flickr8k_results.py                             the tables of a run
+    python show_flickr8k_results.py --query "two dogs run"      photos for a text
+    python show_flickr8k_results.py --image my_photo.jpg        captions for a photo
+    python show_flickr8k_results.py --compare outputs/*         several runs
 """
 import argparse
 import random
@@ -14,13 +11,20 @@ import signal
 import sys
 from pathlib import Path
 
-from src.inference import EmbeddingCache, embed_photos, embed_texts, photos_of_folder, photos_of_split
-from src.settings import command_of
-from src.utils.checkpoint import CheckpointError
-from src.utils.flickr8k_simple import SPLIT_FILES, DataError
+from src.inference import (
+    EmbeddingCache,
+    embed_photos,
+    embed_texts,
+    load_model,
+    photos_of_folder,
+    photos_of_split,
+)
+from src.settings import UsageError
+from src.utils import report
+from src.utils.checkpoint import CONFIG, CheckpointError, load_run
+from src.utils.flickr8k_simple import SPLIT_FILES, DataError, Flickr8kImageTextDataset
 from src.utils.pictures import contact_sheet, plot_curves
-from src.utils.report import CONFIG, ProgressLine, agreement_table, comparison, comparison_rows, length_table, load_run, summary
-from src.utils.retrieval import retrieval_ranks
+from src.utils.retrieval import compare_test_time_training, retrieval_ranks
 
 
 def same(text):
@@ -28,22 +32,31 @@ def same(text):
     return " ".join(text.lower().replace(".", " ").split())
 
 
+def data_dir_of(args, folder):
+    return args.data_dir or load_run(folder).settings.data_dir
+
+
 def open_gallery(args):
-    """-> (cache, photos, captions of each, "1,000 photos of val"), the photos being the split's, or those of --photos."""
-    cache = EmbeddingCache(args.output_dir[0])
+    """-> (cache, photos, captions of each, "1,000 photos of val"): the split's, or --photos."""
+    folder = args.output_dir[0]
+    cache = EmbeddingCache(folder)
     if args.photos:
         photos = photos_of_folder(args.photos)
         return cache, photos, [[] for _ in photos], f"{len(photos):,} photos in {args.photos}"
-    photos, captions = photos_of_split(args.data_dir or load_run(args.output_dir[0])["config"]["arguments"]["data_dir"],
-                                       args.split)
+    photos, captions = photos_of_split(data_dir_of(args, folder), args.split)
     return cache, photos, captions, f"{len(photos):,} photos of {args.split}"
 
 
 def embed_gallery(cache, photos):
-    line = ProgressLine(stream=sys.stderr)
-    embeddings = cache.photos(photos, lambda done, total: line.update(f"embedding: {done} of {total} photos"))
+    line = report.ProgressLine(stream=sys.stderr)
+    embeddings = cache.photos(photos, line.counter("embedding"))
     line.clear()
     return embeddings
+
+
+def ranking(scores):
+    """(N,) -> [(rank, index)], best first."""
+    return list(enumerate(scores.argsort(descending=True, stable=True).tolist(), start=1))
 
 
 def show_photos(args):
@@ -51,19 +64,20 @@ def show_photos(args):
     cache, photos, captions, gallery = open_gallery(args)
     for query in args.query:
         if not cache.tokenizer.knows(query):
-            raise ValueError(f"the query {query!r} has nothing that the model has learned to read")
-    similarity = embed_texts(cache.model, cache.tokenizer, args.query) @ embed_gallery(cache, photos).T
+            raise UsageError(f"the query {query!r} has nothing that the model has learned to read")
+    texts = embed_texts(cache.model, cache.tokenizer, args.query)
     rows = []
-    for query, scores in zip(args.query, similarity):
-        right = {i for i, of_photo in enumerate(captions) if same(query) in map(same, of_photo)}
-        order = scores.argsort(descending=True, stable=True).tolist()
-        ranks = [rank for rank, i in enumerate(order, start=1) if i in right]
-        title = f'"{query}" in {gallery}' + (f"; the right one is ranked {ranks[0]:,}" if ranks else "")
+    for query, scores in zip(args.query, texts @ embed_gallery(cache, photos).T):
+        right = {i for i, own in enumerate(captions) if same(query) in map(same, own)}
+        ranked = ranking(scores)
+        first = next((f"; the right one is ranked {rank:,}" for rank, i in ranked if i in right), "")
+        title = f'"{query}" in {gallery}{first}'
         print(title)
         cells = []
-        for rank, i in enumerate(order[:args.top], start=1):
+        for rank, i in ranked[:args.top]:
             name = photos[i].relative_to(args.photos) if args.photos else photos[i].name
-            print(f"{'*' if i in right else ' '} {rank:3d}  {scores[i]:6.3f}  {name}  {captions[i][0] if captions[i] else ''}".rstrip())
+            mark, caption = "*" if i in right else " ", captions[i][0] if captions[i] else ""
+            print(f"{mark} {rank:3d}  {scores[i]:6.3f}  {name}  {caption}".rstrip())
             cells.append((photos[i], f"{rank}.  {scores[i]:.3f}  {name}", i in right))
         rows.append((title, cells))
         print()
@@ -71,50 +85,67 @@ def show_photos(args):
 
 
 def show_captions(args):
-    """--image: the captions nearest to a photo; its own are marked where it is one of the split's."""
+    """--image: the captions nearest to a photo, its own marked where it is one of the split's."""
     cache, photos, captions, _ = open_gallery(args)
-    similarity = (cache.texts([text for of_photo in captions for text in of_photo])
-                  @ embed_photos(cache.model, cache.transform, [args.image])[0])
-    of_photo = [i for i, texts in enumerate(captions) for _ in texts]
-    texts = [text for texts in captions for text in texts]
+    texts = [text for own in captions for text in own]
+    of_photo = [i for i, own in enumerate(captions) for _ in own]
+    image = embed_photos(cache.model, cache.transform, [args.image])[0]
+    scores = cache.texts(texts) @ image
     own = {i for i, photo in enumerate(photos) if photo.resolve() == Path(args.image).resolve()}
     title = f"{args.image} among {len(texts):,} captions of {args.split}"
     print(title)
     cells = [(args.image, "the photo", False)]
-    for rank, i in enumerate(similarity.argsort(descending=True, stable=True).tolist()[:args.top], start=1):
+    for rank, i in ranking(scores)[:args.top]:
         photo = of_photo[i]
-        print(f"{'*' if photo in own else ' '} {rank:3d}  {similarity[i]:6.3f}  {texts[i]}  ({photos[photo].name})")
-        cells.append((photos[photo], f"{rank}.  {similarity[i]:.3f}  {texts[i]}", photo in own))
+        mark = "*" if photo in own else " "
+        print(f"{mark} {rank:3d}  {scores[i]:6.3f}  {texts[i]}  ({photos[photo].name})")
+        cells.append((photos[photo], f"{rank}.  {scores[i]:.3f}  {texts[i]}", photo in own))
     return [(title, cells)]
 
 
 def show_examples(args):
-    """--examples: captions drawn at random among hits and among misses, and where recall is high and low."""
+    """--examples: captions drawn at random among hits and misses, and R@K by their length."""
     cache, photos, captions, gallery = open_gallery(args)
-    texts = [text for of_photo in captions for text in of_photo]
+    texts = [text for own in captions for text in own]
     of_photo = [i for i, own in enumerate(captions) for _ in own]
     image_rows, text_rows = embed_gallery(cache, photos), cache.texts(texts)
     ranks = retrieval_ranks(image_rows, text_rows, of_photo)
     nearest = (text_rows @ image_rows.T).topk(min(2, len(photos)), dim=1).indices.tolist()
     print(f"{gallery}, {len(texts):,} captions\n")
-    print(length_table(texts, ranks["t2i"]))
-    print()
-    print(agreement_table(captions, ranks["i2t"], ranks["t2i"]))
+    print(report.length_table(texts, ranks["t2i"]))
     rows = []
-    for what, wanted in (("hit", ranks["t2i"] == 1), ("miss", ranks["t2i"] > 1)):
+    for what, other, wanted in (("hit", "ranked 2", ranks["t2i"] == 1),
+                                ("miss", "ranked first", ranks["t2i"] > 1)):
         drawn = wanted.nonzero().flatten().tolist()
         for i in random.Random(0).sample(drawn, min(args.examples, len(drawn))):
-            right, rank = of_photo[i], int(ranks["t2i"][i])
-            others = [photo for photo in nearest[i] if photo != right][:1]
-            label = "ranked 2" if what == "hit" else "ranked first"
-            rows.append((f"{what}: {texts[i]}", [(photos[right], f"right, ranked {rank:,}: {photos[right].name}", True)]
-                         + [(photos[photo], f"{label}: {captions[photo][0]}", False) for photo in others]))
+            right = of_photo[i]
+            label = f"right, ranked {int(ranks['t2i'][i]):,}: {photos[right].name}"
+            cells = [(photos[right], label, True)]
+            cells += [(photos[photo], f"{other}: {captions[photo][0]}", False)
+                      for photo in nearest[i] if photo != right][:1]
+            rows.append((f"{what}: {texts[i]}", cells))
     return rows
 
 
+def show_test_time(args):
+    """--test_time: avg R@1 with and without the memory's test-time training, for each run."""
+    results = {}
+    for folder in args.output_dir:
+        model, tokenizer, _ = load_model(folder)
+        if model.memory is None:
+            raise UsageError(f"{folder}: the model has no memory that could adapt")
+        settings = load_run(folder).settings
+        data = Flickr8kImageTextDataset(args.data_dir or settings.data_dir, args.split,
+                                        settings.eval_pixels, tokenizer, settings.allow_incomplete)
+        results[Path(folder).name] = compare_test_time_training(model, data)
+    title = (f"Test-time training of the memory: avg R@1 in percent, {len(data.names):,} photos of "
+             f"{args.split}")
+    print(report.adaptation_table(title, results))
+
+
 def runs_among(paths):
-    """The paths of runs. What is none is named and left out: in outputs/, the benchmark's file and the ladder's folder lie
-    beside the runs. Where none is a run, all of them, for `load_run` to say so."""
+    """The paths of runs; what else lies beside them in outputs/ is named and left out. Where none
+    is a run, all of them, for `load_run` to say so."""
     others = [path for path in paths if Path(path).exists() and not (Path(path) / CONFIG).exists()]
     if len(others) == len(paths):
         return paths
@@ -123,25 +154,34 @@ def runs_among(paths):
     return [path for path in paths if path not in others]
 
 
-def main(argv=None):
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     epilog="Without --plot, --query, --image, --examples or --compare: the tables of the run.")
+                                     epilog="Without one of these: the tables of the run.")
     add, what = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--output_dir", nargs="+", default=["outputs/flickr8k_sgd"], help="folder of the run; several for --plot and the "
-        "tables (default: outputs/flickr8k_sgd)")
-    what.add_argument("--plot", action="store_true", help="draw loss, R@K and learning rate over the epochs")
-    what.add_argument("--query", nargs="+", metavar="TEXT", help="rank photos by how well they fit a text, or several")
+    add("--output_dir", nargs="+", default=["outputs/flickr8k_sgd"], help="folder of the run; "
+        "several for --plot, --test_time and the tables (default: outputs/flickr8k_sgd)")
+    what.add_argument("--plot", action="store_true", help="draw loss, R@K and learning rate")
+    what.add_argument("--query", nargs="+", metavar="TEXT",
+                      help="rank photos by how well they fit a text, or several")
     what.add_argument("--image", help="rank a split's captions by how well they fit this photo")
-    what.add_argument("--examples", type=int, metavar="N", help="show N hits and N misses, and R@K by kinds of captions")
-    what.add_argument("--compare", nargs="+", metavar="DIR", help="folders of runs: one row a run, best on validation first")
+    what.add_argument("--examples", type=int, metavar="N",
+                      help="show N hits and N misses, and R@K by the captions' length")
+    what.add_argument("--test_time", action="store_true",
+                      help="measure what the memory's test-time training adds")
+    what.add_argument("--compare", nargs="+", metavar="DIR",
+                      help="folders of runs: one row a run, best on validation first")
     add("--photos", metavar="DIR", help="with --query: rank the photos in this folder and below it")
-    add("--split", choices=list(SPLIT_FILES), default="test", help="whose photos and captions are ranked (default: test)")
+    add("--split", choices=list(SPLIT_FILES), help="whose photos and captions are ranked "
+        "(default: test; val with --test_time)")
     add("--data_dir", help="Flickr8k's folder (default: the one that the run was trained on)")
     add("--top", type=int, default=5, metavar="K", help="results to show (default: 5)")
-    add("--out", metavar="FILE", help="picture to write: contact sheet of --query or --image, of --examples (default: "
-        "examples.png in --output_dir), curves of --plot (default: curves.png in the first --output_dir)")
-    add("--format", choices=["terminal", "markdown", "json"], default="terminal", help="of --compare (default: terminal)")
+    add("--out", metavar="FILE", help="picture to write: contact sheet of --query, --image or "
+        "--examples (default for this: examples.png in --output_dir), or curves of --plot "
+        "(default: curves.png in the first --output_dir)")
+    add("--format", choices=["terminal", "markdown", "json"], default="terminal",
+        help="of --compare (default: terminal)")
     args = parser.parse_args(argv)
+    args.split = args.split or ("val" if args.test_time else "test")
     for name in ("top", "examples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -149,25 +189,44 @@ def main(argv=None):
         parser.error("--query, --image and --examples take one --output_dir")
     if args.photos and not args.query:
         parser.error("--photos needs a --query")
-    try:
-        if args.compare:
-            print(comparison(comparison_rows([load_run(folder) for folder in runs_among(args.compare)],
-                                             command_of), args.format))
-            return 0
-        if args.plot:
-            out = args.out or Path(args.output_dir[0]) / "curves.png"
-            plot_curves([load_run(folder) for folder in args.output_dir], out)
-        elif args.query or args.image or args.examples:
-            show = show_photos if args.query else show_captions if args.image else show_examples
-            out, rows = args.out or (args.examples and Path(args.output_dir[0]) / "examples.png"), show(args)
-            if out:
-                contact_sheet(rows, out)
+    return args
+
+
+def show(args):
+    """Print what was asked for -> path of the picture that was written, None for none."""
+    folder, out = Path(args.output_dir[0]), args.out
+    if args.compare:
+        runs = [load_run(path) for path in runs_among(args.compare)]
+        print(report.comparison(report.comparison_rows(runs), args.format))
+        return None
+    if args.test_time:
+        show_test_time(args)
+        return None
+    if args.plot:
+        out = out or folder / "curves.png"
+        plot_curves([load_run(path) for path in args.output_dir], out)
+        return out
+    if args.query or args.image or args.examples:
+        if args.query:
+            rows = show_photos(args)
+        elif args.image:
+            rows = show_captions(args)
         else:
-            out = None
-            print("\n\n".join(summary(load_run(folder)) for folder in args.output_dir))
+            rows, out = show_examples(args), out or folder / "examples.png"
+        if out:
+            contact_sheet(rows, out)
+        return out
+    print("\n\n".join(report.summary(load_run(path)) for path in args.output_dir))
+    return None
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        out = show(args)
         if out:
             print(f"wrote {out}")
-    except (CheckpointError, DataError, ValueError) as error:  # ValueError: a text without tokens
+    except (CheckpointError, DataError, UsageError, ValueError) as error:  # a text of no tokens
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,442 +1,409 @@
 """Train the multimodal memory network on Flickr8k with SGD and a cosine schedule.
 
-    python train_flickr8k_sgd.py --synthetic            the built-in dataset, about a minute on any machine
-    python train_flickr8k_sgd.py                        Flickr8k in data/flickr8k (see download_flickr8k.py)
+    python train_flickr8k_sgd.py --synthetic            the built-in shapes, about a minute
+    python train_flickr8k_sgd.py                        Flickr8k (see download_flickr8k.py)
     python train_flickr8k_sgd.py --model small          the preset for a laptop
-    torchrun --nproc_per_node=4 train_flickr8k_sgd.py   one process a GPU, the batch shared out among them
+    torchrun --nproc_per_node=4 train_flickr8k_sgd.py   one process a GPU, which share the batch
 
-Read it from the top: settings, data, model, the loop, the files it leaves. After any interruption, --resume goes on
-from the last checkpoint as if nothing had happened: the order of the pairs, the crops and the learning rate follow
-from the seed and the step alone, so there is no other random state to restore.
+Read it from the top: the run's settings, data, model and optimizer, the step, the state that is
+saved, and the loop, `fit`. After any interruption, --resume goes on as if nothing had happened: the
+order of the pairs, the crops and the learning rate follow from the seed and the step alone.
 """
-import datetime
 import functools
 import logging
 import math
-import platform
-import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
-from src.losses import LatentQueue, contrastive_backward, info_nce_loss
-from src.model import PRESETS, MultiModalMemoryNetwork
-from src.settings import LOSS_FLAGS, MODEL_FLAGS, UsageError, amp_type, default_arguments, eval_size, find_device, parse_args
+from src.losses import LatentQueue, PairEncoder, contrastive_backward, info_nce_loss
+from src.model import MovingAverage, MultiModalMemoryNetwork
+from src.settings import (
+    UsageError,
+    allow_fast_kernels,
+    amp_type,
+    default_model,
+    describe,
+    find_device,
+    parse_args,
+)
+from src.utils import checkpoint as files
 from src.utils import distributed, report
-from src.utils.augment import color_jitter, drop_words, normalize, random_erasing, random_resized_crop_and_flip
-from src.utils.checkpoint import CheckpointError, load_checkpoint, load_json, save_checkpoint, save_json
-from src.utils.flickr8k_simple import (DataError, Flickr8kImageTextDataset, epoch_batches, find_caption_file,
-                                       iterate_batches, place_photos, read_captions, read_split)
-from src.utils.retrieval import compare_test_time_training, evaluate
+from src.utils.augment import color_jitter, drop_words, normalize, random_resized_crop_and_flip
+from src.utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_json
+from src.utils.flickr8k_simple import (
+    DataError,
+    Flickr8kImageTextDataset,
+    epoch_batches,
+    iterate_batches,
+    place_photos,
+)
+from src.utils.retrieval import evaluate
 from src.utils.synthetic import write_synthetic
-from src.utils.tokenizers import BPETokenizer, CharTokenizer, tokenizer_from_state
+from src.utils.tokenizers import build_tokenizer, tokenizer_from_state
 
+log = logging.getLogger("flickr8k_sgd")
 MEMORY_LOSS_WEIGHT = 0.1
-STEPS_A_LOOK = 10  # the loss is brought from the device, checked and shown every so many steps: a sync point
-SECONDS_A_CHECKPOINT = 300  # inside a long epoch, so that a power cut costs minutes
-LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "model_state_dict", "ema_state_dict", "queue_state_dict",
-             "optimizer_state_dict", "scaler_state_dict", "scheduler_state_dict", "history", "config", "tokenizer")
+CLIP_GRAD = 1.0  # largest norm of the gradient
+LOG_INTERVAL = 10  # steps between two looks at the loss: sync points
+CHECKPOINT_INTERVAL = 300  # seconds inside a long epoch, so that a power cut costs minutes
 
 
 class TrainingError(Exception):
     """The run failed while running; exit status 1."""
 
 
-def resolve(args):
-    """Parsed flags -> (arguments, output_dir, state): every setting of the run, and the checkpoint to go on from.
-
-    Raises UsageError for a folder that holds a run already, for nothing to resume, and for a flag that contradicts
-    the run being resumed.
-    """
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    resume, overwrite = given.pop("resume"), given.pop("overwrite")
-    default_dir = "outputs/synthetic_sgd" if args.synthetic else "outputs/flickr8k_sgd"
-    output_dir = Path(given.pop("output_dir", default_dir))
-    if resume:
-        if not (output_dir / report.CONFIG).exists():
-            raise UsageError(f"nothing to resume in {output_dir}: it holds no {report.CONFIG}")
-        arguments, state = load_json(output_dir / report.CONFIG)["arguments"], None
-        if (output_dir / report.LAST).exists():  # else the run was stopped before its first checkpoint: from the start
-            state = load_checkpoint(output_dir / report.LAST, LAST_KEYS)
-        missing = default_arguments(args).keys() - arguments.keys()
-        if missing:
-            raise UsageError(f"the run in {output_dir} was begun by another version, which knew no --{min(missing)}; "
-                             "start a new run in another --output_dir")
-        for name, value in given.items():
-            if name in ("data_dir", "device", "num_workers"):  # where it runs, not what is computed
-                arguments[name] = value
-            elif arguments[name] != value:
-                raise UsageError(f"--resume goes on with the run's own --{name} {arguments[name]}, not {value}; "
-                                 "leave the flag out, or start a new run in another --output_dir")
-        return arguments, output_dir, state
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UsageError(f"--output_dir {output_dir} is a file, not a folder")
-    found = [name for name in report.RUN_FILES if name != report.LOG and (output_dir / name).exists()]
-    if found and not overwrite:
-        raise UsageError(f"{output_dir} holds a run already ({found[0]}); "
-                         "--resume goes on with it, --overwrite deletes it, or name another --output_dir")
-    return default_arguments(args), output_dir, None
+def find_tokenizer(settings, state=None):
+    """That of the checkpoint's state, or one made for the dataset; the built-in data is made where
+    it is wanted and absent."""
+    if settings.synthetic and write_synthetic(settings.data_dir):
+        log.info(f"made the built-in dataset in {settings.data_dir}")
+    return build_tokenizer(settings) if state is None else tokenizer_from_state(state)
 
 
-def find_data(arguments, log):
-    """Make the built-in dataset where it is wanted and absent. Raises DataError where there is no data."""
-    root = Path(arguments["data_dir"])
-    if arguments["synthetic"]:
-        if write_synthetic(root):
-            log.info(f"made the built-in dataset in {root}")
-    elif not root.is_dir():
-        raise DataError(f"no Flickr8k in {root}. Either fetch it: python download_flickr8k.py --data_dir {root}\n"
-                        "or train on the built-in dataset, no download: python train_flickr8k_sgd.py --synthetic")
-
-
-def build_tokenizer(arguments):
-    """Characters, or byte pairs learned from the captions of the training split."""
-    if arguments["tokenizer"] == CharTokenizer.name:
-        return CharTokenizer()
-    root = Path(arguments["data_dir"])
-    captions = read_captions(find_caption_file(root))
-    return BPETokenizer.learn((text for name in read_split(root, "train") for text in captions.get(name, [])),
-                              arguments["vocab_size"])
-
-
-def load_data(arguments, tokenizer, log):
-    """The three splits. Training photos are kept an eighth larger than the model takes, for the crops to choose from."""
-    root, line, splits = Path(arguments["data_dir"]), report.ProgressLine(), {}
+def load_data(settings, tokenizer):
+    """{split: dataset}. Training photos are an eighth larger than the model takes, for the crops to
+    choose from."""
+    line, splits = report.ProgressLine(), {}
     for split in ("train", "val", "test"):
-        size = arguments["image_size"] * 8 // 7 if split == "train" else eval_size(arguments)
+        size = settings.image_size * 8 // 7 if split == "train" else settings.eval_pixels
         splits[split] = data = Flickr8kImageTextDataset(
-            root, split, size, tokenizer, arguments["allow_incomplete"], num_workers=arguments["num_workers"] or None,
-            progress=lambda done, total: done % 50 == 0 and line.update(f"reading {split}: {done} of {total} photos"))
+            settings.data_dir, split, size, tokenizer, settings.allow_incomplete,
+            num_workers=settings.num_workers,
+            progress=line.counter(f"reading the photos of {split}"))
         line.clear()
         if data.left_out:
-            log.info(f"{split}: {len(data.left_out)} photos left out, among them {data.left_out[0]}")
+            log.info(f"{split}: {len(data.left_out)} photos left out, among them "
+                     f"{data.left_out[0]}")
     if len(splits["train"]) < 2:
-        raise DataError(f"{root}: training needs at least two pairs")
+        raise DataError(f"{settings.data_dir}: training needs at least two pairs")
     return splits
 
 
-def build_model(arguments, tokenizer):
-    """-> the model, on the CPU, and what it was made with. Raises UsageError for sizes that do not fit."""
-    model_arguments = dict(PRESETS[arguments["model"]], vocab_size=tokenizer.vocab_size, **{
-        name: arguments[name] for name in MODEL_FLAGS})
+def share_of_epoch(data, settings, epoch):
+    """An epoch's batches, of each the pairs that are this process's."""
+    rank, world = distributed.rank_and_world()
+    batches = epoch_batches(data.photo_of_caption, settings.captions_per_image,
+                            settings.batch_size, settings.seed * 1_000_003 + epoch)
+    share = len(batches[0]) // world
+    return [batch[rank * share:(rank + 1) * share] for batch in batches]
+
+
+def build_model(settings, tokenizer):
+    """The model, on the CPU. Raises UsageError for sizes that do not fit."""
     try:
-        model = MultiModalMemoryNetwork(**model_arguments)
+        model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments())
     except ValueError as error:
         raise UsageError(f"these sizes make no model: {error}") from None
-    if eval_size(arguments) % model.image_encoder.patch_size:
-        raise UsageError(f"--eval_size {eval_size(arguments)} is not a multiple of patch_size={model.image_encoder.patch_size}")
+    if settings.eval_pixels % settings.patch_size:
+        raise UsageError(f"--eval_size {settings.eval_pixels} is not a multiple of "
+                         f"patch_size={settings.patch_size}")
     with torch.no_grad():
-        model.logit_scale.fill_(-math.log(arguments["temperature"]))
+        model.logit_scale.fill_(-math.log(settings.temperature))
         model.clamp_logit_scale_()
-    return model, model_arguments
+    return model
 
 
-def build_optimizer(model, arguments):
-    """SGD with Nesterov momentum. Weight decay shrinks matrices; norms, biases and other vectors are left alone."""
+def build_optimizer(model, settings, fused):
+    """SGD with Nesterov momentum. Weight decay shrinks matrices, not norms, biases and the like."""
     groups = []
     for text in (False, True):
-        factor = arguments["text_lr"] if text else 1.0
+        factor = settings.text_lr if text else 1.0
         for decays in (False, True):
-            groups.append({
-                "params": [parameter for name, parameter in model.named_parameters()
-                           if name.startswith("text_encoder.") == text and (parameter.ndim > 1) == decays],
-                "lr": arguments["lr"] * factor,
-                "weight_decay": arguments["weight_decay"] / factor if decays else 0.0})  # a step shrinks by lr * decay
-    fused = torch.device(arguments["device"]).type in ("cpu", "cuda")
-    return torch.optim.SGD(groups, momentum=arguments["momentum"], nesterov=True, fused=fused)
-
-
-def build_loss(arguments, queue=None):
-    """`info_nce_loss` with what the recipe adds to it."""
-    return functools.partial(info_nce_loss, queue=queue, **{name: arguments[name] for name in LOSS_FLAGS})
-
-
-def moving_average(model, decay):
-    """-> an AveragedModel, None without a decay. The average begins short, over about a tenth of the steps so far: an
-    exponential one would carry the random weights of the start along for several times 1 / (1 - decay) steps."""
-    def average(averaged, now, steps):
-        share = 1 - ((1 + steps) / (10 + steps)).clamp(max=decay)
-        return averaged.lerp(now, share) if averaged.is_floating_point() else now
-
-    return AveragedModel(model, avg_fn=average, use_buffers=True) if decay else None  # the buffers are batch norm's
+            parameters = [p for name, p in model.named_parameters()
+                          if name.startswith("text_encoder.") == text and (p.ndim > 1) == decays]
+            weight_decay = settings.weight_decay / factor if decays else 0.0  # lr multiplies it
+            groups.append({"params": parameters, "lr": settings.lr * factor,
+                           "weight_decay": weight_decay})
+    return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=True, fused=fused)
 
 
 def cosine_schedule(warmup, final, total_steps):
-    """-> step -> multiple of the peak learning rate: up in a line over the share `warmup` of the steps, times a cosine
-    from 1 to `final`."""
+    """-> step -> multiple of the peak learning rate: up in a line over the share `warmup` of the
+    steps, times a cosine from 1 to `final`."""
     warmup_steps = max(1, round(warmup * total_steps))
-    return lambda step: min(1.0, (step + 1) / warmup_steps) * (
-        final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
+
+    def schedule(step):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / total_steps))
+        return min(1.0, (step + 1) / warmup_steps) * (final + (1 - final) * cosine)
+
+    return schedule
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM while the loop runs: finish the step, save, stop. A second one, or one outside the loop,
-    stops at once; but not under torchrun, which sends SIGTERM after Ctrl-C of its own accord."""
+class RunState:
+    """A model and what trains it, and how far the run has come; it saves and restores itself.
 
-    def __init__(self):
-        self.in_loop = self.requested = self.patient = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+    total_steps: of the schedule. optimizer: `build_optimizer`'s by default.
+    """
 
-    def handle(self, number, frame):
-        if not self.in_loop or (self.requested and not self.patient):
-            raise KeyboardInterrupt
-        self.requested = True
+    def __init__(self, settings, model, tokenizer, device, total_steps, optimizer=None):
+        self.settings, self.model, self.tokenizer, self.device = settings, model, tokenizer, device
+        self.word_start = torch.tensor(tokenizer.word_start, device=device)
+        self.amp_dtype = amp_type(settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        # A first step that the scaler skips for overflow would leave fused momentum uninitialised.
+        fused = device.type in ("cpu", "cuda") and not self.scaler.is_enabled()
+        self.optimizer = optimizer or build_optimizer(model, settings, fused)
+        schedule = cosine_schedule(settings.warmup, settings.final_lr, total_steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        self.ema = MovingAverage(model, settings.ema) if settings.ema else None
+        self.queue = None
+        if settings.queue_size:
+            self.queue = LatentQueue(settings.queue_size, settings.latent_dim).to(device)
+        self.criterion = functools.partial(
+            info_nce_loss, queue=self.queue, hard_negatives=settings.hard_negatives,
+            caption_contrast=settings.caption_contrast)
+        self.encode = PairEncoder(model, self.amp_dtype)
+        if settings.compile:
+            self.encode.compile()
+        self.encode = distributed.parallel(self.encode, device)
+        self.epoch, self.step, self.loss_sum, self.seconds, self.history = 1, 0, 0.0, 0.0, []
+
+    @property
+    def kept(self):
+        """The model that is validated and kept: the moving average, where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def parts(self):
+        """{name: what has a state_dict of its own}"""
+        names = ("model", "ema", "queue", "optimizer", "scaler", "scheduler")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def state_dict(self):
+        """What --resume needs. Raises TrainingError for weights that are not finite."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise TrainingError("the weights are no longer finite in epoch "
+                                f"{self.epoch}, step {self.step}")
+        state = {f"{name}_state_dict": part.state_dict() for name, part in self.parts().items()}
+        return state | {"epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum,
+                        "seconds": self.seconds, "history": self.history,
+                        "tokenizer": self.tokenizer.state_dict()}
+
+    def load_state_dict(self, state):
+        """Raises UsageError for the state of another model."""
+        fused = self.optimizer.param_groups[0]["fused"]
+        try:
+            for name, part in self.parts().items():
+                saved = state[f"{name}_state_dict"]
+                if name != "scaler" or saved:  # empty where the device before needed none
+                    part.load_state_dict(saved)
+        except (KeyError, RuntimeError, ValueError):
+            raise UsageError("the checkpoint is of another model than the config beside it; train "
+                             "anew into another --output_dir") from None
+        for group in self.optimizer.param_groups:  # as it suits this device
+            group["fused"] = fused
+        for name in ("epoch", "step", "loss_sum", "seconds", "history"):
+            setattr(self, name, state[name])
 
 
-class PairEncoder(torch.nn.Module):
-    """What a step computes of the model, in one call, as DistributedDataParallel wants it."""
-
-    def __init__(self, model, amp_dtype):
-        super().__init__()
-        self.model, self.amp_dtype = model, amp_dtype
-
-    def forward(self, images, text):
-        with torch.autocast(images.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            of_images, of_text = self.model(images=images), self.model(text=text)
-        return (of_images["central_latent"], of_text["central_latent"], self.model.logit_scale,
-                torch.stack([of_images["memory_loss"], of_text["memory_loss"]]))
-
-
-def augment(batch, arguments, word_start):
-    """Crop, mirror, colour and blank the photos of a batch, drop words of its captions; in place of what was there."""
-    images = random_resized_crop_and_flip(batch["images"] / 255.0, arguments["image_size"], arguments["min_crop"],
-                                          arguments["flip"])
-    images = normalize(color_jitter(images, arguments["color_jitter"]))
-    images = random_erasing(images, arguments["erasing"])
+def augment(run, batch):
+    """Crop, mirror and colour the photos of a batch, drop words of its captions; in its place."""
+    settings = run.settings
+    images = random_resized_crop_and_flip(batch["images"] / 255.0, settings.image_size,
+                                          settings.min_crop, settings.flip)
+    images = normalize(color_jitter(images, settings.color_jitter))
     batch["images"] = images.contiguous(memory_format=torch.channels_last)
-    batch["text"] = drop_words(batch["text"], arguments["word_dropout"], word_start)
-    if arguments["compile"]:
-        torch._dynamo.mark_dynamic(batch["text"], 1)  # one kernel for all lengths
+    batch["text"] = drop_words(batch["text"], settings.word_dropout, run.word_start)
 
 
-def update(model, optimizer, scaler, clip_grad, ema=None):
-    """The optimizer's step with the gradients that are there, and the moving average's."""
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-    scaler.step(optimizer)
-    scaler.update()
-    model.clamp_logit_scale_()
-    if ema is not None:
-        ema.update_parameters(model)
+def forward_backward(run, batch):
+    """New gradients -> the loss, a detached scalar on the device."""
+    run.optimizer.zero_grad(set_to_none=True)
+    return contrastive_backward(run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size,
+                                run.scaler.scale, run.criterion)
 
 
-def train(arguments, output_dir, state, device, stop, log):
-    """One run, from its settings to its files. `state` is the checkpoint to go on from, None for a run from the start."""
+def update(run):
+    """The optimizer's step with the gradients that are there, the schedule's and the average's."""
+    run.scaler.unscale_(run.optimizer)
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP_GRAD)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.scheduler.step()
+    run.model.clamp_logit_scale_()
+    if run.ema is not None:
+        run.ema.update(run.model)
+
+
+def training_step(run, batch):
+    """One step on a batch of `iterate_batches` -> the loss, a detached scalar on the device."""
+    augment(run, batch)
+    loss = forward_backward(run, batch)
+    update(run)
+    return loss
+
+
+def set_up(settings, output_dir, checkpoint, device):
+    """-> (run, splits), ready for the loop, and the run's folder with its config."""
     rank, world = distributed.rank_and_world()
-    with distributed.main_process_first():
-        find_data(arguments, log)
-    tokenizer = build_tokenizer(arguments) if state is None else tokenizer_from_state(state["tokenizer"])
-
-    torch.manual_seed(arguments["seed"])
-    model, model_arguments = build_model(arguments, tokenizer)
-    model.to(device, memory_format=torch.channels_last)
-
     with distributed.main_process_first():  # which makes the photo store
-        splits = load_data(arguments, tokenizer, log)
-    data, photos = splits["train"], place_photos(splits["train"].photos, device)
-
-    def batches_of(epoch):
-        batches = epoch_batches(data.photo_of_caption, arguments["captions_per_image"], arguments["batch_size"],
-                                arguments["seed"] * 1_000_003 + epoch)
-        share = len(batches[0]) // world  # this process's pairs of every batch
-        return [batch[rank * share:(rank + 1) * share] for batch in batches]
-
-    steps_an_epoch, pairs_a_step = len(batches_of(1)), len(batches_of(1)[0]) * world
-    if not pairs_a_step:
+        tokenizer = find_tokenizer(settings, checkpoint and checkpoint["tokenizer"])
+        torch.manual_seed(settings.seed)
+        model = build_model(settings, tokenizer).to(device, memory_format=torch.channels_last)
+        splits = load_data(settings, tokenizer)
+    batches = share_of_epoch(splits["train"], settings, 1)
+    if not batches[0]:
         raise UsageError(f"a batch has fewer pairs than there are processes ({world})")
 
-    if rank == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if state is None:  # what --overwrite deletes, now that nothing else can be wrong
-            for name in report.RUN_FILES:
-                (output_dir / name).unlink(missing_ok=True)
-        to_file = logging.FileHandler(output_dir / report.LOG, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
-        log.addHandler(to_file)
+    run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
+    run.dir, run.is_main = output_dir, rank == 0
+    run.config = describe(settings, device, world) | {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "data": {name: split.counts() for name, split in splits.items()}}
+    if checkpoint is not None:
+        run.config["date"] = checkpoint["config"]["date"]
+        if checkpoint["config"]["data"] != run.config["data"]:
+            raise UsageError(f"{settings.data_dir} is not the dataset that the run in {output_dir} "
+                             "began with")
+        run.load_state_dict(checkpoint)
+    if run.is_main:
+        files.open_output_dir(output_dir, run.config, run.history, checkpoint is None, log)
+    log.info(f"{settings.model}: {run.config['parameters']:,} parameters, "
+             f"{run.config['precision']}, on {run.config['device']}")
+    log.info(f"{len(splits['train']):,} pairs of {len(splits['train'].names):,} photos in "
+             f"{settings.data_dir}: {settings.epochs} epochs of {len(batches)} steps of "
+             f"{len(batches[0]) * world} pairs")
+    if checkpoint is not None:
+        log.info(f"resumed at epoch {run.epoch}, step {run.step}")
+    return run, splits
 
-    optimizer = build_optimizer(model, arguments)
-    word_start = torch.tensor(tokenizer.word_start, device=device)
-    total_steps = steps_an_epoch * arguments["epochs"]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(
-        arguments["warmup"], arguments["final_lr"], total_steps))
 
-    ema = moving_average(model, arguments["ema"])
-    judged = model if ema is None else ema.module  # what is validated and kept
-    queue = LatentQueue(arguments["queue_size"], arguments["latent_dim"]).to(device) if arguments["queue_size"] else None
-    contrast = build_loss(arguments, queue)
+def fit(run, splits, stop):
+    """The loop, from where the run stands to its last epoch. Raises TrainingError where a loss or a
+    weight is not finite, KeyboardInterrupt where a stop was requested, the state saved."""
+    settings, data, device = run.settings, splits["train"], run.device
+    photos = place_photos(data.photos, device)
+    rank, world = distributed.rank_and_world()
+    line, steps_done = report.ProgressLine(run.is_main), 0
+    run.model.train()
+    while run.epoch <= settings.epochs:
+        batches = share_of_epoch(data, settings, run.epoch)
+        steps, pairs = len(batches), len(batches[0]) * world
+        began, saved, losses = time.time() - run.seconds, time.time(), []
+        for batch in iterate_batches(data, photos, batches[run.step:], device):
+            step = (run.epoch - 1) * steps + run.step
+            torch.manual_seed((settings.seed * 1_000_003 + step) * world + rank)
+            lr = run.optimizer.param_groups[0]["lr"]
+            losses.append(training_step(run, batch))
+            run.step += 1
+            steps_done += 1
 
-    amp_dtype = amp_type(arguments)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-
-    config = {
-        "arguments": arguments,
-        "model": model_arguments,
-        "optimizer": {"name": "SGD", "momentum": arguments["momentum"], "nesterov": True, "peak lr": arguments["lr"],
-                      "text encoder's lr": arguments["lr"] * arguments["text_lr"],
-                      "schedule": f"linear warm-up over {arguments['warmup']:.0%} of the steps, then cosine to "
-                                  f"{arguments['final_lr']:.0%} of the peak",
-                      "weight decay": arguments["weight_decay"], "gradient clipping": arguments["clip_grad"],
-                      "moving average": arguments["ema"]},
-        "precision": report.precision_name(amp_dtype),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": (f"{world} x " if world > 1 else "") + report.device_name(device),
-        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
-        "date": datetime.date.today().isoformat() if state is None else state["config"]["date"],
-        "data": {name: report.data_counts(split) for name, split in splits.items()},
-    }
-    epoch, step_in_epoch, loss_sum, seconds_before, history = 1, 0, 0.0, 0.0, []
-    if state is not None:
-        try:
-            model.load_state_dict(state["model_state_dict"])
-            for part, name in ((ema, "ema_state_dict"), (queue, "queue_state_dict")):
-                if part is not None:
-                    part.load_state_dict(state[name])
-            optimizer.load_state_dict(state["optimizer_state_dict"])
-        except (RuntimeError, ValueError):
-            raise UsageError(f"{output_dir / report.LAST} is of another model than {report.CONFIG} beside it") from None
-        scheduler.load_state_dict(state["scheduler_state_dict"])
-        scaler.load_state_dict(state["scaler_state_dict"])
-        if state["config"]["data"] != config["data"]:
-            raise UsageError(f"{arguments['data_dir']} is not the dataset that the run in {output_dir} began with")
-        epoch, step_in_epoch, loss_sum = state["epoch"], state["step"], state["loss_sum"]
-        seconds_before, history = state["seconds"], state["history"]
-        log.info(f"resumed at epoch {epoch}, step {step_in_epoch}")
-    encode = PairEncoder(model, amp_dtype)
-    if arguments["compile"]:
-        encode.compile()
-    if world > 1:
-        if device.type == "cuda":  # on a CPU there is none: each process normalises its own photos
-            encode = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encode)
-        # No broadcast of buffers at every call: with chunks, processes may make different numbers of calls.
-        encode = torch.nn.parallel.DistributedDataParallel(encode, broadcast_buffers=False)
-
-    def save(write, value, name):
-        if rank == 0:
-            write(value, output_dir / name)
-
-    def save_last():
-        if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
-            raise TrainingError(f"the weights are no longer finite in epoch {epoch}, step {step_in_epoch}; {advice}")
-        save(save_checkpoint, {
-            "epoch": epoch, "step": step_in_epoch, "loss_sum": loss_sum, "seconds": seconds_before + time.time() - began,
-            "model_state_dict": model.state_dict(), "ema_state_dict": ema and ema.state_dict(),
-            "queue_state_dict": queue and queue.state_dict(), "optimizer_state_dict": optimizer.state_dict(),
-            "scaler_state_dict": scaler.state_dict(), "scheduler_state_dict": scheduler.state_dict(),
-            "history": history, "config": config, "tokenizer": tokenizer.state_dict()}, report.LAST)
-
-    if history:
-        save(save_json, history, report.HISTORY)  # a kill may have come between this file and the checkpoint
-    save(save_json, config, report.CONFIG)
-    log.info(f"{arguments['model']}: {config['parameters']:,} parameters, {config['precision']}, on {config['device']}")
-    log.info(f"{len(data):,} pairs of {len(data.names):,} photos in {arguments['data_dir']}: {arguments['epochs']} "
-             f"epochs of {steps_an_epoch} steps of {pairs_a_step} pairs")
-    advice = f"the last good checkpoint is kept in {output_dir}. A smaller --lr may help."
-    line, run_began, first_step = report.ProgressLine(rank == 0), time.time(), (epoch - 1) * steps_an_epoch + step_in_epoch
-    model.train()
-    stop.patient, stop.in_loop = world > 1, True
-    while epoch <= arguments["epochs"]:
-        began = saved = time.time()
-        losses = []  # on the device, since the last look
-        for batch in iterate_batches(data, photos, batches_of(epoch)[step_in_epoch:], device):
-            step = (epoch - 1) * steps_an_epoch + step_in_epoch
-            torch.manual_seed((arguments["seed"] * 1_000_003 + step) * world + rank)  # whatever came before this step
-            augment(batch, arguments, word_start)
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(contrastive_backward(encode, batch, MEMORY_LOSS_WEIGHT, arguments["chunk_size"], scaler.scale,
-                                               contrast))
-            update(model, optimizer, scaler, arguments["clip_grad"], ema)
-            lr = optimizer.param_groups[0]["lr"]
-            scheduler.step()
-            step_in_epoch += 1
-
-            due = time.time() - saved > SECONDS_A_CHECKPOINT
-            at_once = world == 1 and (stop.requested or due)  # several processes must agree, which they do at a look
-            if len(losses) == STEPS_A_LOOK or step_in_epoch == steps_an_epoch or at_once:
-                for i, loss in enumerate(torch.stack(losses).tolist(), start=step_in_epoch - len(losses) + 1):  # a sync
+            over, due = run.step == steps, time.time() - saved > CHECKPOINT_INTERVAL
+            # Several processes must agree to save or stop, which they do when they log.
+            at_once = world == 1 and (stop.requested or due)
+            if len(losses) == LOG_INTERVAL or over or at_once:
+                for i, loss in enumerate(torch.stack(losses).tolist(), 1 - len(losses)):  # a sync
                     if not math.isfinite(loss):
-                        raise TrainingError(f"the loss became {loss} in epoch {epoch}, step {i}; {advice}")
-                    loss_sum += loss
-                losses = []
-                done = step + 1 - first_step
-                left = (total_steps - step - 1) * (time.time() - run_began) / done
-                line.update(f"epoch {epoch}/{arguments['epochs']}  step {step_in_epoch}/{steps_an_epoch}  loss {loss:.3f}  "
-                            f"{done * pairs_a_step / (time.time() - run_began):.0f} pairs/s  {report.duration(left)} left")
-                stopping, due = distributed.anyone(stop.requested, device), distributed.anyone(due, device)
-                if (stopping or due) and step_in_epoch < steps_an_epoch:
-                    save_last()
+                        raise TrainingError(f"the loss became {loss} in epoch {run.epoch}, "
+                                            f"step {run.step + i}")
+                    run.loss_sum += loss
+                losses, run.seconds = [], time.time() - began
+                speed = line.speed(steps_done, settings.epochs * steps - step - 1, pairs)
+                line.update(f"epoch {run.epoch}/{settings.epochs}  step {run.step}/{steps}  "
+                            f"loss {loss:.3f}  {speed}")
+                stopping = distributed.anyone(stop.requested, device)
+                due = distributed.anyone(due, device)
+                if (stopping or due) and not over:
+                    save_last(run)
                     saved = time.time()
                     if stopping:
                         raise KeyboardInterrupt
 
-        line.update(f"epoch {epoch}/{arguments['epochs']}  validating")
-        distributed.same_buffers(judged)
-        try:
-            metrics = evaluate(judged, splits["val"], amp_dtype)
-        except ValueError as error:  # embeddings that are not finite
-            raise TrainingError(f"validation after epoch {epoch}: {error}; {advice}") from None
-        row = {"epoch": epoch, "train": {"loss": loss_sum / steps_an_epoch}, "val": metrics,
-               "lr": lr, "seconds": seconds_before + time.time() - began}
-        # In this order a kill between any two files costs nothing: the checkpoint decides where --resume starts.
-        if metrics["avg_r1"] > max((other["val"]["avg_r1"] for other in history), default=-1.0):
-            save(save_checkpoint, {"epoch": epoch, "model_state_dict": judged.state_dict(), "metrics": metrics,
-                                   "config": config, "tokenizer": tokenizer.state_dict()}, report.BEST)
-        history.append(row)
-        epoch, step_in_epoch, loss_sum, seconds_before, began = epoch + 1, 0, 0.0, 0.0, time.time()
-        save_last()
-        save(save_json, history, report.HISTORY)
+        line.update(f"epoch {run.epoch}/{settings.epochs}  validating")
+        metrics = validate(run, splits["val"])
+        row = {"epoch": run.epoch, "train": {"loss": run.loss_sum / steps}, "val": metrics,
+               "lr": lr, "seconds": time.time() - began}
+        end_epoch(run, row)
         line.clear()
         log.info(report.epoch_line(row))
         if distributed.anyone(stop.requested, device):
             raise KeyboardInterrupt
-    stop.in_loop = False
 
+
+def validate(run, val):
+    """Metrics of the model that is kept. Raises TrainingError for latents that are not finite."""
+    distributed.same_buffers(run.kept)
+    try:
+        return evaluate(run.kept, val, run.amp_dtype)
+    except ValueError as error:
+        raise TrainingError(f"validation after epoch {run.epoch}: {error}") from None
+
+
+def end_epoch(run, row):
+    """Add the epoch to the history and write the files, in an order in which a kill between any two
+    costs nothing: the checkpoint decides where --resume starts."""
+    if row["val"]["avg_r1"] > max((old["val"]["avg_r1"] for old in run.history), default=-1.0):
+        if run.is_main:
+            save_checkpoint({"epoch": run.epoch, "model_state_dict": run.kept.state_dict(),
+                             "metrics": row["val"], "config": run.config,
+                             "tokenizer": run.tokenizer.state_dict()}, run.dir / files.BEST)
+    run.history.append(row)
+    run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
+    save_last(run)
+    if run.is_main:
+        save_json(run.history, run.dir / files.HISTORY)
+
+
+def save_last(run):
+    """The checkpoint that --resume goes on from."""
+    state = run.state_dict() | {"config": run.config}
+    if run.is_main:
+        save_checkpoint(state, run.dir / files.LAST)
+
+
+def evaluate_best(run, data):
+    """Score the best model on the test split; its results are the run's last file."""
     distributed.barrier()  # until rank 0 has written the best model
-    model.load_state_dict(load_checkpoint(output_dir / report.BEST, report.BEST_KEYS)["model_state_dict"])
-    if model.memory is not None:
-        save(save_json, {split: compare_test_time_training(model, splits[split], amp_dtype) for split in ("val", "test")},
-             report.TEST_TIME)
-    save(save_json, evaluate(model, splits["test"], amp_dtype), report.TEST)
+    best = load_checkpoint(run.dir / files.BEST, files.BEST_KEYS)
+    run.model.load_state_dict(best["model_state_dict"])
+    metrics = evaluate(run.model, data, run.amp_dtype)
+    if run.is_main:
+        save_json(metrics, run.dir / files.TEST)
 
 
 def main(argv=None):
     args = parse_args(__doc__.split("\n")[0], argv)
-    stop = StopRequest()
-    log = logging.getLogger("flickr8k_sgd")
-    log.setLevel(logging.INFO)
-    to_stdout, to_stderr = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-    to_stdout.addFilter(lambda record: record.levelno < logging.ERROR and distributed.rank_and_world()[0] == 0)
-    to_stderr.setLevel(logging.ERROR)
-    log.addHandler(to_stdout)
-    log.addHandler(to_stderr)
+    stop = distributed.StopRequest()
+    report.log_to_console(log)
     output_dir = None
     try:
-        arguments, output_dir, state = resolve(args)
-        device = distributed.start(find_device(arguments["device"]))
-        train(arguments, output_dir, state, device, stop, log)
-        if distributed.rank_and_world()[0] == 0:
-            log.info(report.summary(report.load_run(output_dir)))
+        settings, output_dir, checkpoint = files.resolve(args)
+        device = find_device(settings.device)
+        distributed.start(device)
+        allow_fast_kernels(device)
+        if "model" not in args and not args.resume:
+            _, reason = default_model(settings.synthetic, settings.device)
+            log.info(f"preset {settings.model}: {reason}")
+        run, splits = set_up(settings, output_dir, checkpoint, device)
+        with stop.watch():
+            fit(run, splits, stop)
+        evaluate_best(run, splits["test"])
+        if run.is_main:
+            log.info(report.summary(files.load_run(output_dir)))
         return 0
     except (UsageError, DataError) as error:
         status, message = 2, f"error: {error}"
+    except TrainingError as error:
+        status, message = 1, (f"error: {error}; the last good checkpoint is kept in {output_dir}. "
+                              "A smaller --lr may help.")
     except torch.OutOfMemoryError:
-        status, message = 1, ("error: the device is out of memory; a smaller --chunk_size, --batch_size or --model "
-                              "needs less")
-    except (TrainingError, CheckpointError, OSError) as error:
+        status, message = 1, ("error: the device is out of memory; a smaller --chunk_size, "
+                              "--batch_size or --model needs less")
+    except (CheckpointError, OSError) as error:
         status, message = 1, f"error: {error}"
     except RuntimeError as error:
         rank, world = distributed.rank_and_world()
         if world == 1:
             raise
-        status, message = 1, (f"error: process {rank} of {world} lost the others ({str(error).splitlines()[0]}); "
-                              "go on from the last checkpoint with --resume")
+        status, message = 1, (f"error: process {rank} of {world} lost the others "
+                              f"({str(error).splitlines()[0]}); go on from the last checkpoint "
+                              "with --resume")
     except KeyboardInterrupt:
-        begun = output_dir is not None and (output_dir / report.CONFIG).exists()
-        status, message = 130, "interrupted; " + (
-            f"go on with: python train_flickr8k_sgd.py --resume --output_dir {output_dir}" if begun else "nothing was begun")
+        status, message = 130, "interrupted; nothing was begun"
+        if output_dir is not None and (output_dir / files.CONFIG).exists():
+            message = ("interrupted; go on with: python train_flickr8k_sgd.py --resume "
+                       f"--output_dir {output_dir}")
     finally:
         distributed.stop()
     report.ProgressLine().clear()

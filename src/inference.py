@@ -1,7 +1,9 @@
-"""A trained model put to use: photos and captions -> embeddings of unit length, whose dot products rank them.
+"""A trained model put to use: photos and captions -> embeddings of unit length, whose dot products
+rank them.
 
     model, tokenizer, transform = load_model("outputs/flickr8k_sgd")
-    photos, texts = embed_photos(model, transform, ["my_dog.jpg"]), embed_texts(model, tokenizer, ["a dog", "a red car"])
+    photos = embed_photos(model, transform, ["my_dog.jpg"])
+    texts = embed_texts(model, tokenizer, ["a dog", "a red car"])
     print(texts @ photos.T)
 
 Everything is computed in float32, whatever the model was trained in.
@@ -15,12 +17,24 @@ import torch
 import torch.nn.functional as F
 
 from src.model import MultiModalMemoryNetwork
-from src.settings import default_device, eval_size
+from src.settings import default_device, settings_of
 from src.utils.augment import normalize
-from src.utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from src.utils.flickr8k_simple import (DataError, find_caption_file, find_photo_folder, load_photo, pad_texts, read_captions,
-                                       read_split)
-from src.utils.report import BEST, BEST_KEYS
+from src.utils.checkpoint import (
+    BEST,
+    BEST_KEYS,
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+)
+from src.utils.flickr8k_simple import (
+    DataError,
+    find_caption_file,
+    find_photo_folder,
+    load_photo,
+    pad_texts,
+    read_captions,
+    read_split,
+)
 from src.utils.tokenizers import tokenizer_from_state
 
 CACHE = "embeddings_flickr8k.pt"
@@ -30,36 +44,37 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 def load_model(run_dir):
     """A run's best model, in eval mode on the GPU if there is one -> (model, tokenizer, transform).
 
-    tokenizer.encode(text) gives a list of ids; transform(path) gives a photo as the model takes it, (3, eval_size,
-    eval_size), normalised. Raises CheckpointError when there is no run, no best model yet, or a file that does not fit.
+    tokenizer.encode(text) gives a list of ids; transform(path) gives a photo as the model takes it,
+    (3, eval_pixels, eval_pixels), normalised. Raises CheckpointError when there is no run, no best
+    model yet, or a file that does not fit, UsageError for a run of another version.
     """
     path = Path(run_dir) / BEST
     if not path.parent.is_dir():
-        raise CheckpointError(f"{path.parent}: there is no such folder; train first: python train_flickr8k_sgd.py")
+        raise CheckpointError(f"{path.parent}: there is no such folder; train first: "
+                              "python train_flickr8k_sgd.py")
     if not path.exists():
-        raise CheckpointError(f"{path.parent}: has no best model yet ({BEST}), which the first epoch leaves")
+        raise CheckpointError(f"{path.parent}: has no best model yet ({BEST}), which the first "
+                              "epoch leaves")
     checkpoint = load_checkpoint(path, BEST_KEYS)
+    settings = settings_of(checkpoint["config"], run_dir)
     try:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-        model = MultiModalMemoryNetwork(**checkpoint["config"]["model"])
+        model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments())
         model.load_state_dict(checkpoint["model_state_dict"])
-        size = eval_size({"eval_size": 0} | checkpoint["config"]["arguments"])  # runs of older versions have none
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its weights and tokenizer are not those of the model that it describes "
-                              f"({' '.join(str(error).split())[:120]})") from None
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its weights and tokenizer are not those of the model that "
+                              f"it describes ({' '.join(str(error).split())[:120]})") from None
 
     def transform(photo):
-        return normalize(torch.from_numpy(load_photo(photo, size))[None])[0]
+        return normalize(torch.from_numpy(load_photo(photo, settings.eval_pixels))[None])[0]
 
     return model.eval().to(default_device()), tokenizer, transform
 
 
 @torch.no_grad()
 def embed_photos(model, transform, paths, batch_size=100, progress=None):
-    """Photo files -> (N, latent_dim) on the CPU, of unit length. `progress(done, total)` is called after each batch.
-
-    Raises DataError, with the file's name, for a photo that cannot be read.
-    """
+    """Photo files -> (N, latent_dim) on the CPU, of unit length. `progress(done, total)` is called
+    after each batch. Raises DataError, with the file's name, for a photo that cannot be read."""
     device, parts = next(model.parameters()).device, []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
         for start in range(0, len(paths), batch_size):
@@ -72,18 +87,22 @@ def embed_photos(model, transform, paths, batch_size=100, progress=None):
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, batch_size=256):
-    """Captions, or any texts -> (N, latent_dim) on the CPU, of unit length. Raises ValueError for a text of no tokens."""
+    """Captions, or any texts -> (N, latent_dim) on the CPU, of unit length. Raises ValueError for a
+    text of no tokens."""
     device = next(model.parameters()).device
     ids = [torch.tensor(tokenizer.encode(text)) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding in every batch
-    parts = [model(text=pad_texts([ids[i] for i in order[start:start + batch_size]]).to(device))["central_latent"].cpu()
-             for start in range(0, len(ids), batch_size)]
-    embeddings = torch.cat(parts)
-    return F.normalize(torch.empty_like(embeddings).index_copy_(0, torch.tensor(order), embeddings), dim=-1)
+    parts = []
+    for start in range(0, len(ids), batch_size):
+        text = pad_texts([ids[i] for i in order[start:start + batch_size]])
+        parts.append(model(text=text.to(device))["central_latent"].cpu())
+    sorted_rows = F.normalize(torch.cat(parts), dim=-1)
+    return torch.empty_like(sorted_rows).index_copy_(0, torch.tensor(order), sorted_rows)
 
 
 class EmbeddingCache:
-    """Embeddings of photo files and texts, kept beside the run: what was embedded once by these weights is not again.
+    """Embeddings of photo files and texts, kept beside the run: what was embedded once by these
+    weights is not again.
 
     A photo is known by its path, size and modification time, the weights by their file's content.
     """
@@ -93,7 +112,8 @@ class EmbeddingCache:
         self.model, self.tokenizer, self.transform = load_model(run_dir)
         with open(Path(run_dir) / BEST, "rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
-        self.state = {"weights": weights, "photos": {}, "texts": {}, "photo_rows": None, "text_rows": None}
+        self.state = {"weights": weights, "photos": {}, "texts": {}, "photo_rows": None,
+                      "text_rows": None}
         try:
             state = load_checkpoint(self.path, self.state)
             if state["weights"] == weights:
@@ -127,13 +147,14 @@ class EmbeddingCache:
             self.state[f"{kind}_rows"] = rows
             try:
                 save_checkpoint(self.state, self.path)
-            except CheckpointError:  # the folder cannot be written: then the next call computes it again
+            except CheckpointError:  # the folder cannot be written: the next call computes again
                 pass
         return rows[[row_of[key] for key in keys]]
 
 
 def photos_of_split(data_dir, split):
-    """-> ([path of each photo of "train", "val" or "test"], [its captions]). Raises DataError where something is missing."""
+    """-> ([path of each photo of "train", "val" or "test"], [its captions]). Raises DataError where
+    something is missing."""
     data_dir = Path(data_dir)
     names, folder = read_split(data_dir, split), find_photo_folder(data_dir)
     captions = read_captions(find_caption_file(data_dir))
@@ -146,11 +167,12 @@ def photos_of_split(data_dir, split):
 
 
 def photos_of_folder(folder):
-    """Paths of the photos in a folder and those below it, in order. Raises DataError where there are none."""
+    """Paths of the photos in a folder and below it, in order. Raises DataError where are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*")
+                   if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
     if not paths:
         raise DataError(f"{folder}: holds no photos ({', '.join(PHOTO_SUFFIXES)})")
     return paths

@@ -1,5 +1,7 @@
-"""The contrastive loss between photos and captions, and its backward pass in chunks and over several processes."""
+"""The contrastive loss between photos and captions, and its backward pass, at once or in chunks,
+in one process or several."""
 import contextlib
+import math
 
 import torch
 import torch.distributed as dist
@@ -8,12 +10,22 @@ import torch.nn.functional as F
 MARGIN = 0.2  # between a positive and the nearest negative, in cosine: VSE++'s
 
 
-def gather(rows):
-    """(B, ...) of this process -> (B x processes, ...) of all, in order of rank; the same B everywhere.
+@contextlib.contextmanager
+def full_float32():
+    """Float32 matrices are multiplied in float32 inside, where TF32 may be on outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
-    Every process computes the same loss from the same rows, but gradients reach its own rows only. They are multiplied
-    by the number of processes, because DistributedDataParallel then takes the mean over processes: what comes out is
-    the gradient of the loss over the whole batch.
+
+def gather(rows):
+    """(B, ...) of this process -> (B x processes, ...) of all, by rank; the same B everywhere.
+
+    Every process computes the same loss from the same rows, but gradients reach its own rows only,
+    multiplied by the number of processes, of which DistributedDataParallel then takes the mean.
     """
     if not dist.is_initialized():
         return rows
@@ -28,64 +40,69 @@ def gather(rows):
 
 
 def caption_contrast_loss(text_latents, logit_scale, photo_ids):
-    """Supervised contrastive loss (Khosla et al. 2020) among captions, a scalar: those of one photo are each other's
-    positives, all others negatives (the within-modality constraint of Wang et al. 2016, "Learning deep structure-
-    preserving image-text embeddings", as a softmax). It teaches the text encoder which words say the same thing.
+    """Supervised contrastive loss (Khosla et al. 2020) among captions, a scalar: those of one photo
+    are each other's positives, all others negatives (cf. Wang et al. 2016, "Learning deep
+    structure-preserving image-text embeddings"). It teaches which words say the same thing.
 
-    text_latents: (B, D) of unit length. logit_scale, photo_ids: as for `info_nce_loss`. A caption alone with its photo
-    adds nothing.
+    text_latents: (B, D) of unit length. logit_scale, photo_ids: as for `info_nce_loss`.
     """
     itself = torch.eye(len(text_latents), dtype=torch.bool, device=text_latents.device)
     positive = (photo_ids[:, None] == photo_ids) & ~itself
     with torch.autocast(text_latents.device.type, enabled=False):
-        logits = (logit_scale.float().exp() * (text_latents @ text_latents.T)).masked_fill(itself, float("-inf"))
-    surprise = -logits.log_softmax(1).masked_fill(~positive, 0.0)
-    return (surprise.sum(1) / positive.sum(1).clamp(min=1)).mean()
+        logits = logit_scale.float().exp() * (text_latents @ text_latents.T)
+    logits = logits.masked_fill(itself, float("-inf"))
+    nll = -logits.log_softmax(1).masked_fill(~positive, 0.0)
+    return (nll.sum(1) / positive.sum(1).clamp(min=1)).mean()
 
 
-def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, label_smoothing=0.0, hard_negatives=0.0,
+def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, hard_negatives=0.0,
                   caption_contrast=0.0, queue=None):
-    """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021) over B pairs, a scalar.
+    """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021), a scalar.
 
-    image_latents, text_latents: (B, D), of any length, pair i in row i. logit_scale: scalar, the logarithm of the
-    inverse temperature. photo_ids: (B,) integers; two pairs with the same id hold the same photo, so their captions
-    are taken out of each other's negatives (and so are the photos): each is a positive of its own. Computed in float32
-    whatever the autocast, over the pairs of all processes.
+    image_latents, text_latents: (B, D), of any length, pair i in row i. logit_scale: scalar, the
+    logarithm of the inverse temperature. photo_ids: (B,) integers; pairs with the same id hold the
+    same photo and are not each other's negatives. Computed in float32 whatever the autocast, over
+    the pairs of all processes.
 
-    label_smoothing: share of the target spread over a row's positive and negatives. hard_negatives: weight of an added
-    triplet loss on each row's nearest negative alone (VSE++, Faghri et al. 2018). caption_contrast: weight of an added
-    `caption_contrast_loss`. queue: a LatentQueue, whose latents are negatives too, and which this batch then joins.
+    hard_negatives: weight of an added triplet loss on each row's nearest negative alone (VSE++,
+    Faghri et al. 2018). caption_contrast: weight of an added `caption_contrast_loss`. queue: a
+    LatentQueue, whose latents are negatives too, and which this batch then joins.
     """
     image_latents = gather(F.normalize(image_latents.float(), dim=-1))
     text_latents = gather(F.normalize(text_latents.float(), dim=-1))
-    photo_ids = torch.arange(len(text_latents), device=text_latents.device) if photo_ids is None else gather(photo_ids)
+    if photo_ids is None:
+        photo_ids = torch.arange(len(text_latents), device=text_latents.device)
+    else:
+        photo_ids = gather(photo_ids)
     all_images, all_texts, all_ids = image_latents, text_latents, photo_ids
     if queue is not None:
-        all_images, all_texts = torch.cat([image_latents, queue.images]), torch.cat([text_latents, queue.texts])
+        all_images = torch.cat([image_latents, queue.images])
+        all_texts = torch.cat([text_latents, queue.texts])
         all_ids = torch.cat([photo_ids, queue.photo_ids])
         queue.push(image_latents, text_latents, photo_ids)
     negative = (photo_ids[:, None] != all_ids[None, :]) & (all_ids != LatentQueue.EMPTY)
-    allowed = negative.clone().fill_diagonal_(True)
-    labels, loss = torch.arange(len(negative), device=negative.device), 0.0
+    left_out = ~negative.clone().fill_diagonal_(True)
+    labels = torch.arange(len(negative), device=negative.device)
+    loss = 0.0
     for rows, columns in ((image_latents, all_texts), (text_latents, all_images)):
         with torch.autocast(rows.device.type, enabled=False):
             cosine = rows @ columns.T
-            logits = (logit_scale.float().exp() * cosine).masked_fill(~allowed, float("-inf"))
-        loss = loss + F.cross_entropy(logits, labels) / 2 * (1 - label_smoothing)
-        if label_smoothing:  # cross_entropy's own would spread it over what is left out as well
-            surprise = -logits.log_softmax(1).masked_fill(~allowed, 0.0)
-            loss = loss + (surprise.sum(1) / allowed.sum(1)).mean() / 2 * label_smoothing
+            logits = logit_scale.float().exp() * cosine
+        logits = logits.masked_fill(left_out, float("-inf"))
+        loss = loss + F.cross_entropy(logits, labels) / 2
         if hard_negatives:
             nearest = cosine.masked_fill(~negative, -1.0).amax(1)
-            loss = loss + F.relu(MARGIN + nearest - cosine.diagonal()).mean() / 2 * hard_negatives
+            triplet = F.relu(MARGIN + nearest - cosine.diagonal()).mean()
+            loss = loss + triplet / 2 * hard_negatives
     if caption_contrast:
-        loss = loss + caption_contrast * caption_contrast_loss(text_latents, logit_scale, photo_ids)
+        contrast = caption_contrast_loss(text_latents, logit_scale, photo_ids)
+        loss = loss + caption_contrast * contrast
     return loss
 
 
 class LatentQueue(torch.nn.Module):
-    """The latents of the last `size` pairs, of unit length: negatives from earlier batches, as good as those of this
-    one while the weights change slowly (cross-batch memory, Wang et al. 2020). Empty places are never negatives."""
+    """The unit latents of the last `size` pairs, negatives from earlier batches (cross-batch memory,
+    Wang et al. 2020). Empty places are never negatives."""
 
     EMPTY = -1
 
@@ -99,56 +116,119 @@ class LatentQueue(torch.nn.Module):
     def push(self, images, texts, photo_ids):
         """(B, D), (B, D), (B,) go in, the B oldest go out."""
         for name, new in (("images", images), ("texts", texts), ("photo_ids", photo_ids)):
-            setattr(self, name, torch.cat([new.detach(), getattr(self, name)])[:len(self.photo_ids)])
+            rows = torch.cat([new.detach(), getattr(self, name)])
+            setattr(self, name, rows[:len(self.photo_ids)])
 
 
-def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=None, scale=lambda loss: loss,
-                         contrast=info_nce_loss):
+class PairEncoder(torch.nn.Module):
+    """What a step computes of the model, in one call, as DistributedDataParallel wants it: photos
+    (P, ...) and text (B, L) -> image latents (P, D), text latents (B, D), logit_scale, and memory
+    losses (2,) of photos and of captions.
+    """
+
+    def __init__(self, model, amp_dtype):
+        super().__init__()
+        self.model, self.amp_dtype, self.compiled = model, amp_dtype, None
+
+    def compile(self, **options):
+        """From now on run by torch.compile, with its options; one graph for all lengths of text."""
+        self.compiled = torch.compile(self.encode, **options)
+
+    def forward(self, images, text):
+        if self.compiled is None:
+            return self.encode(images, text)
+        torch._dynamo.mark_dynamic(text, 1)
+        return self.compiled(images, text)
+
+    def encode(self, images, text):
+        enabled = self.amp_dtype is not None
+        with torch.autocast(images.device.type, dtype=self.amp_dtype, enabled=enabled):
+            of_images, of_text = self.model(images=images), self.model(text=text)
+        memory_losses = torch.stack([of_images["memory_loss"], of_text["memory_loss"]])
+        return (of_images["central_latent"], of_text["central_latent"], self.model.logit_scale,
+                memory_losses)
+
+
+def split_in_chunks(batch, chunk_size):
+    """-> [(slice of photos, slice of captions)] of a batch, about chunk_size pairs each, 0 for all.
+
+    A chunk is some photos with all of their captions, which stand side by side. All processes have
+    as many chunks, whatever their photos, as they wait for each other in synchronised batch norm.
+    """
+    num_photos, num_pairs = len(batch["images"]), len(batch["text"])
+    if not chunk_size or chunk_size >= num_pairs:
+        return [(slice(0, num_photos), slice(0, num_pairs))]
+    device = batch["text"].device
+    fewest = torch.tensor(num_photos, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(fewest, dist.ReduceOp.MIN)
+    num_chunks = min(math.ceil(num_pairs / chunk_size), int(fewest))  # a sync
+    photos = [num_photos * i // num_chunks for i in range(num_chunks + 1)]
+    edges = torch.tensor(photos, device=device)
+    captions = torch.searchsorted(batch["photo_of_pair"], edges).tolist()  # a sync
+    return [(slice(*photos[i:i + 2]), slice(*captions[i:i + 2])) for i in range(num_chunks)]
+
+
+@contextlib.contextmanager
+def frozen_statistics(module):
+    """Batch norm goes on normalising by its batch, but takes no running statistics from it."""
+    norms = [part for part in module.modules() if getattr(part, "track_running_stats", False)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=lambda loss: loss,
+                         criterion=info_nce_loss):
     """One training step's forward and backward pass -> the contrastive loss, a detached scalar.
 
-    encode(images, text) -> image latents (P, D), text latents (B, D), logit_scale, memory losses (2,) of photos and of
-    captions; a module, perhaps wrapped in DistributedDataParallel. batch: a dict of "images" (P, ...), "text" (B, L),
-    "photo_ids" (P,), "photo_of_pair" (B,), rising. scale: GradScaler.scale. contrast: `info_nce_loss`, with its options.
+    encode: a PairEncoder, perhaps wrapped in DistributedDataParallel. batch: a dict of "images"
+    (P, ...), "text" (B, L), "photo_ids" (P,), "photo_of_pair" (B,), rising. scale:
+    GradScaler.scale. criterion: `info_nce_loss`, with its options.
 
-    With a chunk_size, photos and captions are encoded that many pairs at a time, and memory is that of one chunk
-    (GradCache, Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"): first
-    without a graph; then the loss of the whole batch gives the gradient of each latent; then chunk by chunk, each latent
-    passing on its own. Loss and gradients are those of the whole batch at once, except that batch norm sees a chunk.
+    The loss is taken from the latents of the whole batch, and its gradient of each latent is then
+    passed on to the encoders. With a chunk_size these see that many pairs at a time, and memory is
+    that of one chunk (GradCache, Gao et al. 2021): first without a graph, for the loss, then once
+    more. Loss and gradients are those of the whole batch, except that batch norm sees a chunk; the
+    encoders must leave nothing to chance.
     """
     images, text, photo_of_pair = batch["images"], batch["text"], batch["photo_of_pair"]
-    photo_ids = batch["photo_ids"][photo_of_pair]
-    if chunk_size is None or chunk_size >= len(text):
-        image_latents, text_latents, logit_scale, memory_losses = encode(images, text)
-        loss = contrast(image_latents[photo_of_pair], text_latents, logit_scale, photo_ids)
-        scale(loss + memory_loss_weight * memory_losses.sum()).backward()
-        return loss.detach()
+    chunks = split_in_chunks(batch, chunk_size)
+    whole = len(chunks) == 1
+    if whole:
+        outputs = [encode(images, text)]
+    else:
+        with torch.no_grad(), frozen_statistics(encode):
+            outputs = [encode(images[photos], text[captions]) for photos, captions in chunks]
 
-    # A chunk is so many photos with all of their captions, which stand side by side.
-    num_photos = max(1, chunk_size * len(images) // len(text))
-    starts = range(0, len(images), num_photos)
-    edges = torch.searchsorted(photo_of_pair, torch.tensor([*starts[1:]], device=text.device)).tolist()  # a sync
-    captions = [slice(a, b) for a, b in zip([0, *edges], [*edges, len(text)])]
-    chunks = [(slice(start, start + num_photos), rows) for start, rows in zip(starts, captions)]
-    seed = torch.initial_seed()  # what chance there is in encoding (stochastic depth) must fall alike both times
+    image_latents = torch.cat([output[0].detach() for output in outputs]).requires_grad_()
+    text_latents = torch.cat([output[1].detach() for output in outputs]).requires_grad_()
+    logit_scale = outputs[0][2].detach().requires_grad_()
+    with full_float32():
+        loss = criterion(image_latents[photo_of_pair], text_latents, logit_scale,
+                         batch["photo_ids"][photo_of_pair])
+        scale(loss).backward()
 
-    def encode_chunk(i):
-        torch.manual_seed(seed + i)
-        return encode(*(part[rows] for part, rows in zip((images, text), chunks[i])))
-
-    with torch.no_grad():
-        encoded = [encode_chunk(i) for i in range(len(chunks))]
-    image_latents, text_latents = (torch.cat([chunk[i] for chunk in encoded]).requires_grad_() for i in range(2))
-    logit_scale = encoded[0][2].detach().requires_grad_()
-    loss = contrast(image_latents[photo_of_pair], text_latents, logit_scale, photo_ids)
-    scale(loss).backward()
-    for i, (photos, rows) in enumerate(chunks):
-        # Gradients of all chunks but the last stay with this process; the last one's backward exchanges the sum.
-        last = rows.stop == len(text)
-        with contextlib.nullcontext() if last or not hasattr(encode, "no_sync") else encode.no_sync():
-            chunk_images, chunk_text, chunk_scale, memory_losses = encode_chunk(i)
-            surrogate = (chunk_images.float() * image_latents.grad[photos]).sum() + (
-                chunk_text.float() * text_latents.grad[rows]).sum() + chunk_scale * logit_scale.grad * last
-            share = torch.stack([memory_losses[0] * len(chunk_images) / len(images),
-                                 memory_losses[1] * len(chunk_text) / len(text)])
-            (surrogate + scale(memory_loss_weight * share.sum())).backward()
+    for i, (photos, captions) in enumerate(chunks):
+        # Gradients of all chunks but the last stay here; the last one's backward exchanges the sum.
+        last = i == len(chunks) - 1
+        stay = hasattr(encode, "no_sync") and not last
+        with encode.no_sync() if stay else contextlib.nullcontext():
+            output = outputs[0] if whole else encode(images[photos], text[captions])
+            chunk_images, chunk_text, chunk_scale, memory_losses = output
+            memory_loss = (memory_losses[0] * (len(chunk_images) / len(images))
+                           + memory_losses[1] * (len(chunk_text) / len(text)))
+            tensors = [chunk_images, chunk_text]
+            gradients = [image_latents.grad[photos], text_latents.grad[captions]]
+            if memory_loss.requires_grad:  # there is a memory
+                tensors.append(scale(memory_loss_weight * memory_loss))
+                gradients.append(None)
+            if last:
+                tensors.append(chunk_scale)
+                gradients.append(logit_scale.grad)
+            torch.autograd.backward(tensors, gradients)
     return loss.detach()

@@ -3,6 +3,7 @@
 Nothing here knows about datasets, training or devices. Shapes in comments and docstrings use
 B batch, L text tokens, N image tokens, M modalities present, D width.
 """
+import copy
 import math
 
 import torch
@@ -11,18 +12,17 @@ from torch import nn
 
 MODALITIES = ("image", "text")
 PAD_ID = 0  # the token id that every tokenizer keeps for padding
-MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound (Radford et al. 2021): similarities are never scaled by more than 100
+MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound on the inverse temperature (Radford et al. 2021)
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017) of x (B, N, D) over context (B, M, D), itself by default.
+    """Multi-head attention (Vaswani et al. 2017) of x (B, N, D) over context (B, M, D) or itself.
 
-    mask: bool, broadcastable to (B, heads, N, M), True where attention is allowed. A row that may attend to
-    nothing gives zeros, not NaN (scaled_dot_product_attention's own rule). qk_norm: queries and keys of unit mean
-    square before they meet, so that no weight can make attention one-hot (Henry et al. 2020; Dehghani et al. 2023).
+    mask: bool, broadcastable to (B, heads, N, M), True where attention is allowed. A row that may
+    attend to nothing gives zeros, not NaN (scaled_dot_product_attention's own rule).
     """
 
-    def __init__(self, dim, num_heads, qk_norm=False):
+    def __init__(self, dim, num_heads):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the width {dim}")
@@ -30,15 +30,13 @@ class Attention(nn.Module):
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
-        self.qk_norms = nn.ModuleList(nn.RMSNorm(dim // num_heads) for _ in range(2 * qk_norm))
 
     def forward(self, x, context=None, mask=None):
         context = x if context is None else context
-        q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
+        # q, k, v: (B, heads, N or M, D / heads)
+        q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.key_value(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.qk_norms:
-            q, k = (norm(x.float()).to(v.dtype) for norm, x in zip(self.qk_norms, (q, k)))
-        if q.device.type == "cpu":  # there PyTorch's bfloat16 attention is several times slower than its float32 one
+        if q.device.type == "cpu":  # where attention in bfloat16 is several times slower
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
         else:
@@ -46,50 +44,38 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def skip_sometimes(probability):
-    """A module that in training zeroes each sample of a residual branch at this probability (Huang et al. 2016)."""
-    if not probability:
-        return nn.Identity()
-    from torchvision.ops import StochasticDepth  # here, because torchvision takes as long to load as torch itself
-
-    return StochasticDepth(probability, "row")
-
-
 class Block(nn.Module):
-    """Pre-norm transformer block: the residual path is left untouched, which plain SGD needs to train depth.
+    """Pre-norm transformer block: plain SGD needs the untouched residual path to train depth."""
 
-    stochastic_depth: in training, each sample skips each branch at this probability (Huang et al. 2016).
-    """
-
-    def __init__(self, dim, num_heads, num_layers, qk_norm=False, stochastic_depth=0.0):
+    def __init__(self, dim, num_heads, num_layers):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads, qk_norm)
+        self.attention = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.skip = skip_sometimes(stochastic_depth)
-        # Branches start small beside the residual path (cf. Goyal et al. 2017): at first a block passes on what it gets,
-        # and plain SGD has a straight way from the loss to the embeddings.
+        # Branches start small beside the residual path (cf. Goyal et al. 2017): at first a block
+        # passes on what it gets, and plain SGD has a straight way from the loss to the embeddings.
         for branch_end in (self.attention.out, self.mlp[2]):
             nn.init.normal_(branch_end.weight, std=0.3 * dim**-0.5 / math.sqrt(2 * num_layers))
 
     def forward(self, x, mask=None):
-        x = x + self.skip(self.attention(self.norm1(x), mask=mask))
-        return x + self.skip(self.mlp(self.norm2(x)))
+        x = x + self.attention(self.norm1(x), mask=mask)
+        return x + self.mlp(self.norm2(x))
 
 
 def sinusoidal_positions(length, dim, device):
-    """Fixed position code (length, D) of Vaswani et al. 2017: any length, nothing to learn, nothing left untrained."""
+    """Fixed position code (length, D) of Vaswani et al. 2017: any length, nothing to learn."""
     position = torch.arange(length, device=device, dtype=torch.float32)[:, None]
-    frequency = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10000.0) / dim))
+    exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
+    frequency = torch.exp(exponent * (-math.log(10000.0) / dim))
     return torch.cat([torch.sin(position * frequency), torch.cos(position * frequency)], dim=1)
 
 
 class TextConv(nn.Module):
-    """Residual convolution of width 5 over tokens that halves their number: (B, L, D) and mask (B, L) -> L / 2.
+    """Residual convolution of width 5 over tokens that halves their number: (B, L, D) and mask
+    (B, L) -> (B, L / 2, D) and its mask.
 
-    L must be even. Padding is zeroed on the way in, so that it makes no difference how much of it there is.
-    """
+    L must be even. Padding is zeroed on the way in, so that its length makes no difference."""
 
     def __init__(self, dim):
         super().__init__()
@@ -104,22 +90,21 @@ class TextConv(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, L) -> text latents (B, latent_dim): a transformer and the mean over real tokens. With num_layers=0 it
-    is a bag of tokens, normalised as a whole: token by token, a rare word would weigh as much as one that was learned.
+    """Token ids (B, L) -> text latents (B, latent_dim): a transformer and the mean over real
+    tokens. With num_layers=0 it is a bag of tokens, normalised as a whole: token by token, a rare
+    word would weigh as much as one that was learned.
 
-    Padding is masked in attention, zeroed before every convolution and left out of the mean, so a caption's latent
-    does not depend on what it is batched with.
-
-    conv_layers: convolutions before the transformer, each halving the length. They make word pieces of characters
-    within a few thousand SGD steps, which attention over single characters does not (cf. Kim et al. 2016, "Character-
-    aware neural language models"), and two of them leave a sixteenth of the attention to compute.
+    Padding is masked in attention, zeroed before every convolution and left out of the mean, so a
+    caption's latent does not depend on what it is batched with. conv_layers: convolutions before
+    the transformer, each halving the length; they make word pieces of characters within a few
+    thousand SGD steps (cf. Kim et al. 2016, "Character-aware neural language models").
     """
 
-    def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers, conv_layers=0, **of_blocks):
+    def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers, conv_layers=0):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, dim, padding_idx=PAD_ID)
         self.convs = nn.ModuleList(TextConv(dim) for _ in range(conv_layers))
-        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers, **of_blocks) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, latent_dim)
         if not num_layers:  # for the same reason a word weighs nearly nothing before it was learned
@@ -144,13 +129,11 @@ class TextEncoder(nn.Module):
 
 
 class ResidualConv(nn.Module):
-    """Pre-activation residual unit (He et al. 2016), (B, in_channels, H, W) -> (B, channels, H / stride, W / stride).
+    """Pre-activation residual unit (He et al. 2016): (B, in_channels, H, W) -> (B, channels,
+    H / stride, W / stride).
+    In training, batch norm makes a photo's latent depend a little on the others of its batch."""
 
-    In training, batch norm makes a photo's latent depend a little on the photos encoded with it; in eval mode it does
-    not.
-    """
-
-    def __init__(self, in_channels, channels, stride, stochastic_depth=0.0):
+    def __init__(self, in_channels, channels, stride):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
@@ -158,60 +141,63 @@ class ResidualConv(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight)
-        self.skip = skip_sometimes(stochastic_depth)
         self.shortcut = nn.Identity()
         if stride > 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(in_channels, channels, 1, bias=False))
+            projection = nn.Conv2d(in_channels, channels, 1, bias=False)
+            self.shortcut = nn.Sequential(nn.AvgPool2d(stride), projection)
 
     def forward(self, x):
-        return self.shortcut(x) + self.skip(self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x)))))))
+        y = self.conv1(F.relu(self.norm1(x)))
+        y = self.conv2(F.relu(self.norm2(y)))
+        return self.shortcut(x) + y
 
 
 class ImageEncoder(nn.Module):
-    """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim). Where H and W are not image_size, the
-    position embedding is interpolated. Raises ValueError where they are not multiples of patch_size.
+    """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim). Where H and W are
+    not image_size, the position embedding is interpolated. Raises ValueError where they are not
+    multiples of patch_size.
 
-    A vision transformer (Dosovitskiy et al. 2021) with a mean over its patches. With `conv_channels`, the patches come
-    from a small residual convnet instead of straight from pixels: convolution's locality need not be learned, which
-    matters when there are 6,000 photos and plain SGD (cf. Xiao et al. 2021, "Early convolutions help transformers
-    see better"). It halves the resolution at its start and after every stage but the last, so that patch_size must be
-    2 ** number of stages.
+    A vision transformer (Dosovitskiy et al. 2021) with a mean over its patches. With
+    `conv_channels`, these come from a residual convnet instead of straight from pixels: locality
+    need not be learned (cf. Xiao et al. 2021, "Early convolutions help transformers see better").
+    It halves the resolution at its start and after every stage but the last, so that patch_size
+    must be 2 ** number of stages.
     """
 
-    def __init__(self, image_size, patch_size, dim, latent_dim, num_heads, num_layers, conv_channels=(), conv_blocks=1,
-                 **of_blocks):
+    def __init__(self, image_size, patch_size, dim, latent_dim, num_heads, num_layers,
+                 conv_channels=None):
         super().__init__()
         if image_size % patch_size:
-            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
+            raise ValueError(f"image_size={image_size} is no multiple of patch_size={patch_size}")
         self.patch_size, self.grid = patch_size, image_size // patch_size
         if not conv_channels:
             self.stem = nn.Conv2d(3, dim, patch_size, patch_size)
         else:
             if patch_size != 2 ** len(conv_channels):
-                raise ValueError(f"conv_channels={conv_channels} makes patches of {2 ** len(conv_channels)} "
-                                 f"pixels, not patch_size={patch_size}")
+                raise ValueError(f"conv_channels={conv_channels} makes patches of "
+                                 f"{2 ** len(conv_channels)} pixels, not patch_size={patch_size}")
             channels = conv_channels[0]
             layers = [nn.Conv2d(3, channels, 3, 2, 1, bias=False)]
             for stage, width in enumerate(conv_channels):
-                for i in range(conv_blocks):
-                    layers.append(ResidualConv(channels, width, stride=2 if stage > 0 and i == 0 else 1,
-                                               stochastic_depth=of_blocks.get("stochastic_depth", 0.0)))
-                    channels = width
-            self.stem = nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, dim, 1))
+                layers.append(ResidualConv(channels, width, stride=2 if stage > 0 else 1))
+                channels = width
+            layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, dim, 1)]
+            self.stem = nn.Sequential(*layers)
         self.position = nn.Parameter(torch.randn(1, self.grid**2, dim) * 0.02)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers, **of_blocks) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, latent_dim)
 
     def forward(self, images):
         if images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
-            raise ValueError(f"photos of {images.shape[2]} x {images.shape[3]} pixels, not multiples of "
-                             f"patch_size={self.patch_size}")
+            raise ValueError(f"photos of {images.shape[2]} x {images.shape[3]} pixels, which are "
+                             f"no multiples of patch_size={self.patch_size}")
         x = self.stem(images)  # (B, D, H / patch_size, W / patch_size)
         position = self.position
         if x.shape[2:] != (self.grid, self.grid):
             position = position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-            position = F.interpolate(position, x.shape[2:], mode="bilinear").flatten(2).transpose(1, 2)
+            position = F.interpolate(position, x.shape[2:], mode="bilinear")
+            position = position.flatten(2).transpose(1, 2)
         x = x.flatten(2).transpose(1, 2) + position  # (B, N, D)
         for block in self.blocks:
             x = block(x)
@@ -219,31 +205,33 @@ class ImageEncoder(nn.Module):
 
 
 class TestTimeMemory(nn.Module):
-    """Learned slots (memory_size, dim) that every latent reads by attention, and that can adapt at test time.
+    """Learned slots (memory_size, dim) that every latent reads by attention and that can adapt at
+    test time.
 
     Read: latents (B, M, D) -> norm(latents + attention over the slots).
 
-    Test-time training (Sun et al. 2020): the self-supervised loss is associative recall. Half of a latent's features
-    are hidden, the memory is asked with the rest, and what it gives back is compared with the whole latent. The loss
-    is part of training, so that the slots and the attention are made for it; it never reaches the encoders. With
-    `enable_test_time_updates`, in eval mode, each call first takes a few gradient steps on that loss for its own
-    unlabelled batch. Only the copy `adapted_slots` moves: the parameter `slots` and the state dict do not, the copy
-    is carried from call to call, and `reset` drops it.
+    Test-time training (Sun et al. 2020): the self-supervised loss is associative recall. Half of a
+    latent's features are hidden, and what the memory makes of the rest is compared with the whole.
+    The loss is part of training but never reaches the encoders. With `enable_test_time_updates`, in
+    eval mode, each call first takes a few gradient steps on that loss for its own unlabelled batch.
+    Only the copy `adapted_slots` moves, from call to call; `reset` drops it.
     """
 
-    def __init__(self, dim, memory_size, num_heads, qk_norm=False):
+    def __init__(self, dim, memory_size, num_heads):
         super().__init__()
         self.slots = nn.Parameter(torch.randn(memory_size, dim))
         self.norm_in = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads, qk_norm)
+        self.attention = Attention(dim, num_heads)
         self.norm_out = nn.LayerNorm(dim)
         self.adapted_slots = None
         self.test_time_steps = 0
 
     def enable_test_time_updates(self, steps=3, lr=1.0):
-        """From now on every forward in eval mode takes `steps` gradient steps of size `lr` on the slots' copy."""
+        """From now on every forward in eval mode first takes `steps` gradient steps of size `lr` on
+        a copy of the slots."""
         if steps < 1 or lr <= 0:
-            raise ValueError(f"test-time updates need steps >= 1 and lr > 0, got steps={steps}, lr={lr}")
+            raise ValueError("test-time updates need steps >= 1 and lr > 0, "
+                             f"got steps={steps}, lr={lr}")
         self.test_time_steps, self.test_time_lr = steps, lr
 
     def disable_test_time_updates(self):
@@ -255,12 +243,13 @@ class TestTimeMemory(nn.Module):
         self.adapted_slots = None
 
     def read(self, latents, slots):
-        queries = self.norm_in(latents).flatten(0, -2)  # all latents share the slots: keys and values are made once
+        queries = self.norm_in(latents).flatten(0, -2)  # so that keys and values are made once
         return self.attention(queries[None], slots[None]).view_as(latents)
 
     def self_supervised_loss(self, latents, slots=None):
-        """Associative recall, a scalar in [0, 2]: one minus the cosine between latents (B, M, D) and what the memory
-        recalls from each half of their features. `slots`: those in use by default."""
+        """Associative recall, a scalar in [0, 2]: one minus the cosine between latents (B, M, D)
+        and what the memory recalls from each half of their features. `slots`: those in use by
+        default."""
         slots = self.current_slots() if slots is None else slots
         latents = latents.detach()  # the encoders must not learn to be easy to recall
         target = self.norm_in(latents).detach()
@@ -269,23 +258,24 @@ class TestTimeMemory(nn.Module):
         return (1 - F.cosine_similarity(recalled.float(), target.float(), dim=-1)).mean()
 
     def current_slots(self):
-        return self.slots if self.adapted_slots is None else self.adapted_slots
+        """Training, which knows nothing of adapted ones, always uses the trained slots."""
+        return self.slots if self.training or self.adapted_slots is None else self.adapted_slots
 
     def adapt(self, latents):
-        """Take the gradient steps on `adapted_slots`. A step that does not lower the loss is halved, at most ten
-        times, and then left out: the loss on this batch never rises.
+        """Take the gradient steps on `adapted_slots`. A step that does not lower the loss is
+        halved, at most ten times, and then left out: the loss on this batch never rises.
 
-        Raises ValueError for latents that are empty or not finite: they would spoil every later read.
+        Raises ValueError for latents that are empty or not finite: they would spoil later reads.
         """
         if latents.numel() == 0:
             raise ValueError("test-time update: the batch is empty")
-        # Also under the caller's no_grad or inference_mode, and in float32 whatever the caller's autocast.
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(latents.device.type, enabled=False):
+        # Also under the caller's no_grad or inference_mode, and in float32 whatever its autocast.
+        full_precision = torch.autocast(latents.device.type, enabled=False)
+        with torch.inference_mode(False), torch.enable_grad(), full_precision:
             latents = latents.detach().clone().float()
             if not torch.isfinite(latents).all():
                 raise ValueError("test-time update: the batch holds NaN or infinity")
             slots = self.current_slots().detach().float()
-            loss = self.self_supervised_loss(latents, slots)
             for _ in range(self.test_time_steps):
                 slots = slots.requires_grad_()
                 loss = self.self_supervised_loss(latents, slots)
@@ -303,22 +293,21 @@ class TestTimeMemory(nn.Module):
     def forward(self, latents):
         if self.test_time_steps and not self.training:
             self.adapt(latents)
-        slots = self.slots if self.training else self.current_slots()
-        return self.norm_out(latents + self.read(latents, slots))
+        return self.norm_out(latents + self.read(latents, self.current_slots()))
 
 
 class Fusion(nn.Module):
     """Latents of the modalities present (B, M, D) -> one latent (B, latent_dim).
 
-    Presence signals: each modality's latent carries a learned type embedding, and the central token, which starts as
-    their mean, carries a learned code of the presence bits. A transformer lets the central token read the others.
+    Presence signals: each modality's latent carries a learned type embedding, and the central
+    token, which begins as their mean and reads them, a learned code of the presence bits.
     """
 
-    def __init__(self, dim, num_heads, num_layers, **of_blocks):
+    def __init__(self, dim, num_heads, num_layers):
         super().__init__()
         self.type_embedding = nn.Embedding(len(MODALITIES), dim)
         self.presence = nn.Linear(len(MODALITIES), dim)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers, **of_blocks) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, dim)
         nn.init.normal_(self.type_embedding.weight, std=0.02)
@@ -326,7 +315,7 @@ class Fusion(nn.Module):
 
     def forward(self, latents, present):
         """present: the indices into MODALITIES of the M latents, in order."""
-        # Rows are picked one by one: an index tensor would be copied to the device at every call, a sync.
+        # Rows are picked one by one: an index tensor would be copied to the device, a sync.
         bits = sum(self.one_hot[i] for i in present)
         types = torch.stack([self.type_embedding.weight[i] for i in present])  # (M, D)
         central = latents.mean(1, keepdim=True) + self.presence(bits)
@@ -339,27 +328,26 @@ class Fusion(nn.Module):
 class MultiModalMemoryNetwork(nn.Module):
     """Photos, captions or both -> one central latent in a shared space.
 
-    The defaults are the `base` preset; with memory_size=0 there is no memory. `model(images=..., text=...)` takes either or both of
+    The defaults are the preset `base`; with memory_size=0 there is no memory. `model` takes images
+    (B, 3, H, W), normalised floats, sides being multiples of patch_size, or text (B, L), token ids
+    with 0 for padding, or both; text_mask: (B, L) bool, True for real tokens, by default text != 0.
+    It returns a dict with `central_latent` (B, latent_dim), not of unit length, and in training
+    mode `memory_loss`, a scalar to be added to the loss. Raises ValueError when neither is given.
+    `logit_scale` is the logarithm of the inverse temperature of the contrastive loss.
 
-    - images: (B, 3, image_size, image_size), normalised floats, or of other sides that are multiples of patch_size
-    - text: (B, L) token ids, 0 is padding; text_mask: (B, L) bool, True for real tokens, by default `text != 0`
-
-    and returns a dict with `central_latent` (B, latent_dim), not normalised to unit length, and in training mode also
-    `memory_loss`, the memory's self-supervised loss, a scalar to be added to the loss. Raises ValueError when neither
-    is given. `logit_scale` is the logarithm of the inverse temperature of the contrastive loss.
+    Training shows the fusion one modality at a time: what it makes of both together is untrained.
     """
 
-    def __init__(self, vocab_size=34, text_embed_dim=512, latent_dim=512, memory_size=128, num_heads=8, num_layers=4,
-                 image_layers=4, fusion_layers=4, image_size=224, patch_size=16, conv_channels=(), conv_blocks=1,
-                 text_conv_layers=0, qk_norm=False, stochastic_depth=0.0):
+    def __init__(self, vocab_size=34, text_embed_dim=512, latent_dim=512, memory_size=128,
+                 num_heads=8, num_layers=4, image_layers=4, fusion_layers=4, image_size=224,
+                 patch_size=16, conv_channels=None, text_conv_layers=0):
         super().__init__()
-        of_blocks = {"qk_norm": qk_norm, "stochastic_depth": stochastic_depth}
-        self.text_encoder = TextEncoder(vocab_size, text_embed_dim, latent_dim, num_heads, num_layers, text_conv_layers,
-                                        **of_blocks)
-        self.image_encoder = ImageEncoder(image_size, patch_size, latent_dim, latent_dim, num_heads, image_layers,
-                                          conv_channels, conv_blocks, **of_blocks)
-        self.memory = TestTimeMemory(latent_dim, memory_size, num_heads, qk_norm) if memory_size else None
-        self.fusion = Fusion(latent_dim, num_heads, fusion_layers, **of_blocks)
+        self.text_encoder = TextEncoder(vocab_size, text_embed_dim, latent_dim, num_heads,
+                                        num_layers, text_conv_layers)
+        self.image_encoder = ImageEncoder(image_size, patch_size, latent_dim, latent_dim, num_heads,
+                                          image_layers, conv_channels)
+        self.memory = TestTimeMemory(latent_dim, memory_size, num_heads) if memory_size else None
+        self.fusion = Fusion(latent_dim, num_heads, fusion_layers)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
 
     def forward(self, text=None, images=None, text_mask=None):
@@ -386,12 +374,31 @@ class MultiModalMemoryNetwork(nn.Module):
         self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
 
-# What each preset trains on is chosen in the training script; here is only its architecture.
-PRESETS = {
-    "tiny": dict(text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1, image_layers=1,
-                 fusion_layers=1, image_size=32, patch_size=8, conv_channels=[16, 32, 64], text_conv_layers=1),
-    "small": dict(text_embed_dim=256, latent_dim=256, memory_size=128, num_heads=4, num_layers=0, image_layers=0,
-                  fusion_layers=1, image_size=64, patch_size=16, conv_channels=[32, 64, 128, 256]),
-    "base": dict(),
-    "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12, image_layers=12),
-}
+class MovingAverage:
+    """Exponential moving average of a model's weights and of batch norm's statistics, in `module`.
+
+    It begins short, over about a tenth of the steps so far: with a constant decay it would carry
+    the random weights of the start along for several times 1 / (1 - decay) steps.
+    """
+
+    def __init__(self, model, decay):
+        self.module, self.decay, self.steps = copy.deepcopy(model), decay, 0
+
+    def update(self, model):
+        """Take in the model's weights of now; nothing is copied between host and device."""
+        averaged, now = self.module.state_dict(), model.state_dict()
+        floats = [name for name, value in now.items() if value.is_floating_point()]
+        steps = torch.tensor(self.steps)  # on the host
+        share = 1 - ((1 + steps) / (10 + steps)).clamp(max=self.decay).item()
+        torch._foreach_lerp_([averaged[name] for name in floats], [now[name] for name in floats],
+                             share if self.steps else 1.0)
+        for name in now.keys() - set(floats):  # batch norm's counts
+            averaged[name].copy_(now[name])
+        self.steps += 1
+
+    def state_dict(self):
+        return {"steps": self.steps, "module": self.module.state_dict()}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+        self.module.load_state_dict(state["module"])

@@ -1,30 +1,23 @@
-"""What a run is trained with: the recipes of the presets, the flags, and what follows from the machine."""
+"""Every setting of a run, once: type, default, meaning, unit, bounds. The flags are made of it.
+
+The settings of a run are the defaults of `Settings`, changed by its preset, then by the reference
+recipe where that is asked for, then by the flags that the user gave: `make_settings`.
+"""
 import argparse
-import inspect
-import math
+import dataclasses
+import datetime
+import os
+import platform
+import re
 import shlex
-import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from src.model import PRESETS, MultiModalMemoryNetwork
-
-# What each preset trains with unless a flag says otherwise. `text_lr` multiplies the learning rate of the text encoder.
-COMMON = dict(captions_per_image=5, weight_decay=5e-4, temperature=0.1, warmup=0.1, final_lr=0.0, ema=0.0,
-              label_smoothing=0.0, hard_negatives=0.0, caption_contrast=1.0, queue_size=0, min_crop=0.5, flip=0.5,
-              color_jitter=0.0, erasing=0.0, word_dropout=0.0, eval_size=0, tokenizer="bpe")
-RECIPES = {
-    "tiny": COMMON | dict(epochs=7, batch_size=100, captions_per_image=2, lr=0.1, text_lr=4.0, tokenizer="char"),
-    "small": COMMON | dict(epochs=100, batch_size=500, lr=0.1, text_lr=10.0, weight_decay=2e-3, min_crop=0.25,
-                           color_jitter=0.2, word_dropout=0.2, ema=0.998, final_lr=0.4, eval_size=80),
-    "base": COMMON | dict(epochs=30, batch_size=64, lr=0.03, text_lr=4.0),
-    "large": COMMON | dict(epochs=100, batch_size=64, lr=0.03, text_lr=4.0),
-}
-# The run that this project started from, as far as its write-up says; the rest (temperature, no weight decay) is guessed.
-REFERENCE = COMMON | dict(epochs=30, batch_size=64, captions_per_image=1, caption_contrast=0.0, lr=0.01, text_lr=1.0,
-                          weight_decay=0.0, temperature=0.07, warmup=0.0, min_crop=1.0, flip=0.0, tokenizer="char")
-MODEL_FLAGS = ("image_size", "image_layers", "num_layers", "latent_dim", "memory_size", "qk_norm", "stochastic_depth")
-LOSS_FLAGS = ("label_smoothing", "hard_negatives", "caption_contrast")
+# The groups of flags in --help, each by the setting that it begins with.
+GROUPS = {"data_dir": "data", "model": "model", "recipe": "training", "min_crop": "augmentation",
+          "device": "machine"}
 COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
 
 
@@ -32,162 +25,317 @@ class UsageError(Exception):
     """What the user asked for cannot be done; exit status 2."""
 
 
-def preset_defaults(preset, recipe="own"):
-    """Everything that a preset sets: the model's arguments and the recipe's, its own or the "reference"."""
-    signature = inspect.signature(MultiModalMemoryNetwork).parameters.values()
-    return ({parameter.name: parameter.default for parameter in signature} | PRESETS[preset]
-            | (REFERENCE if recipe == "reference" else RECIPES[preset]))
+def setting(default, meaning=None, bounds=None, choices=None, auto=None, architecture=False):
+    """A field of Settings. meaning: the flag's help; without it there is no flag. bounds: an
+    interval such as "[0, 1)". auto: in words, a default that depends on the machine. architecture:
+    whether it is an argument of the model."""
+    return dataclasses.field(default=default, metadata=dict(
+        meaning=meaning, bounds=bounds, choices=choices, auto=auto, architecture=architecture))
 
 
-def eval_size(arguments):
-    """Side of the photos in validation and in use, in pixels."""
-    return max(arguments["eval_size"], arguments["image_size"])
+def architecture(default, meaning=None, bounds=None):
+    return setting(default, meaning, bounds, architecture=True)
+
+
+@dataclass
+class Settings:
+    """All settings of a run. The defaults are those of the preset `base`."""
+
+    data_dir: str = setting(
+        "data/flickr8k", "folder of the dataset",
+        auto="data/flickr8k, or data/synthetic with --synthetic")
+    synthetic: bool = setting(False, "train on the built-in shapes, made where absent")
+    allow_incomplete: bool = setting(
+        False, "leave out photos that are missing or unreadable, where else the run is refused")
+    tokenizer: str = setting(
+        "bpe", "char: 33 characters; bpe: byte pairs learned from the training captions",
+        choices=("char", "bpe"))
+    eval_size: int = setting(
+        0, "side of the photos in validation and in use, in pixels, where that is more than "
+        "--image_size", "[0, inf)")
+
+    model: str = setting(
+        None, "preset", choices=("tiny", "small", "base", "large"),
+        auto="base on CUDA, small elsewhere, tiny with --synthetic")
+    image_size: int = architecture(224, "side of the training photos, in pixels", "[1, inf)")
+    latent_dim: int = architecture(512, "width of the shared space", "[1, inf)")
+    memory_size: int = architecture(128, "slots of the memory; 0: no memory", "[0, inf)")
+    text_embed_dim: int = architecture(512)
+    num_heads: int = architecture(8)
+    num_layers: int = architecture(4)
+    image_layers: int = architecture(4)
+    fusion_layers: int = architecture(4)
+    patch_size: int = architecture(16)
+    conv_channels: list | None = architecture(None)
+    text_conv_layers: int = architecture(0)
+
+    recipe: str = setting(
+        "own", "what the preset trains with: its own recipe, or that of the run which this project "
+        "started from", choices=("own", "reference"))
+    epochs: int = setting(30, "passes over all pairs", "[1, inf)")
+    batch_size: int = setting(
+        320, "pairs a step, of all processes together; a pair's negatives are the others of its "
+        "batch", "[2, inf)")
+    captions_per_image: int = setting(
+        5, "captions of a photo that a step takes together, the photo encoded once", "[1, inf)")
+    lr: float = setting(0.03, "peak learning rate", "(0, inf)")
+    text_lr: float = setting(4.0, "the text encoder's, as a multiple of --lr", "(0, inf)")
+    momentum: float = setting(0.9, "Nesterov momentum", "(0, 1)")
+    weight_decay: float = setting(5e-4, "of weight matrices only", "[0, 1]")
+    warmup: float = setting(0.1, "share of the steps in which the learning rate rises", "[0, 1)")
+    final_lr: float = setting(0.0, "what the cosine ends at, as a share of --lr", "[0, 1]")
+    temperature: float = setting(0.1, "of the loss at the start; it is learned", "(0, inf)")
+    ema: float = setting(
+        0.0, "decay of the exponential moving average of the weights, which is what is validated "
+        "and kept; shorter at first; 0: none", "[0, 1)")
+    caption_contrast: float = setting(
+        1.0, "weight of a contrast among captions, those of one photo being each other's positives",
+        "[0, 1e6]")
+    hard_negatives: float = setting(
+        0.0, "weight of a triplet loss on the nearest negative", "[0, 1e6]")
+    queue_size: int = setting(0, "pairs of earlier batches that are negatives too", "[0, inf)")
+    seed: int = setting(0, "of weights, order and augmentation", "[0, 4294967295]")
+
+    min_crop: float = setting(0.5, "smallest share of a photo's area in a crop", "(0, 1]")
+    flip: float = setting(0.5, "probability of mirroring a photo", "[0, 1]")
+    color_jitter: float = setting(
+        0.0, "largest change of brightness, contrast and saturation", "[0, 1)")
+    word_dropout: float = setting(0.0, "share of a caption's words left out at random", "[0, 1)")
+
+    device: str = setting(
+        None, "cuda, cuda:1, mps or cpu", auto="the first of these that is there")
+    amp: bool = setting(
+        None, "mixed precision",
+        auto="on where it is faster: CUDA, and CPUs that multiply bfloat16 matrices")
+    compile: bool = setting(
+        None, "torch.compile",
+        auto=f"on for base and large on CUDA from {COMPILE_FROM_EPOCHS} epochs")
+    chunk_size: int = setting(
+        0, "pairs encoded at a time, for batches larger than memory; 0: all", "[0, inf)")
+    num_workers: int = setting(
+        0, "threads that decode photos before the first run; 0: one a core", "[0, inf)")
+
+    @property
+    def eval_pixels(self):
+        """Side of the photos in validation and in use, in pixels."""
+        return max(self.eval_size, self.image_size)
+
+    def model_arguments(self):
+        """Those of the model, less the tokenizer's vocab_size."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                if f.metadata["architecture"]}
+
+
+PRESETS = {
+    "tiny": dict(
+        text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1, image_layers=1,
+        fusion_layers=1, image_size=32, patch_size=8, conv_channels=[16, 32, 64],
+        text_conv_layers=1, tokenizer="char", epochs=7, batch_size=100, captions_per_image=2,
+        lr=0.1),
+    "small": dict(
+        text_embed_dim=256, latent_dim=256, memory_size=128, num_heads=4, num_layers=0,
+        image_layers=0, fusion_layers=1, image_size=64, conv_channels=[32, 64, 128, 256],
+        epochs=100, batch_size=500, lr=0.1, text_lr=10.0, weight_decay=2e-3, min_crop=0.25,
+        color_jitter=0.2, word_dropout=0.2, ema=0.998, final_lr=0.4, eval_size=80),
+    "base": dict(),
+    "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12, image_layers=12,
+                  epochs=100),
+}
+# The run that this project started from, as far as its write-up says; temperature and weight decay
+# are guessed.
+REFERENCE = dict(
+    epochs=30, batch_size=64, captions_per_image=1, caption_contrast=0.0, lr=0.01, text_lr=1.0,
+    weight_decay=0.0, temperature=0.07, warmup=0.0, final_lr=0.0, ema=0.0, min_crop=1.0, flip=0.0,
+    color_jitter=0.0, word_dropout=0.0, eval_size=0, tokenizer="char")
+
+
+def default_model(synthetic, device):
+    """-> the preset that a run without --model takes, and why."""
+    if synthetic:
+        return "tiny", "made for the built-in shapes"
+    if device.startswith("cuda"):
+        return "base", "the default on a CUDA GPU"
+    return "small", "the default where there is no CUDA GPU, as base takes half a day there"
+
+
+def make_settings(**given):
+    """What is given, the rest by preset, recipe and machine -> Settings. None counts as not given."""
+    given = {name: value for name, value in given.items() if value is not None}
+    synthetic, device = given.get("synthetic", False), given.get("device", default_device())
+    chosen = {"device": device, "model": default_model(synthetic, device)[0],
+              "data_dir": "data/synthetic" if synthetic else Settings.data_dir} | given
+    recipe = REFERENCE if given.get("recipe") == "reference" else {}
+    settings = Settings(**PRESETS[chosen["model"]] | recipe | chosen)
+    if settings.amp is None:
+        settings.amp = amp_pays(device)
+    if settings.compile is None:
+        settings.compile = (device.startswith("cuda") and settings.model in ("base", "large")
+                            and settings.epochs >= COMPILE_FROM_EPOCHS)
+    return settings
+
+
+def settings_of(config, run_dir):
+    """The Settings in a run's config. Raises UsageError for one of another version."""
+    found = config.get("settings") if isinstance(config, dict) else None
+    names = {f.name for f in dataclasses.fields(Settings)}
+    if not isinstance(found, dict) or found.keys() != names:
+        raise UsageError(f"{run_dir}: the run is of another version of this project, with other "
+                         "settings; train anew into another --output_dir")
+    return Settings(**found)
+
+
+def number(kind, bounds):
+    """argparse's type for a number of that kind within bounds such as "[0, 1)"."""
+    low, high = map(float, bounds[1:-1].split(","))
+
+    def parse(text):
+        value = kind(text)
+        above = value >= low if bounds[0] == "[" else value > low
+        below = value <= high if bounds[-1] == "]" else value < high
+        if not (above and below):  # NaN is neither
+            raise argparse.ArgumentTypeError(f"{value} is not in {bounds}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls a text that is no number
+    return parse
+
+
+def add_flag(group, setting):
+    """The flag of a field of Settings, its help with the default."""
+    about, default = setting.metadata, setting.metadata["auto"]
+    values = {name: changes.get(setting.name, setting.default) for name, changes in PRESETS.items()}
+    if default is None and len(set(values.values())) > 1:
+        default = ", ".join(f"{preset} {value}" for preset, value in values.items())
+    elif default is None:
+        default = "off" if setting.default is False else setting.default
+    options = {"help": f"{about['meaning']} (default: {default})"}
+    if setting.type is bool:
+        negatable = setting.default is None
+        options["action"] = argparse.BooleanOptionalAction if negatable else "store_true"
+    elif about["choices"]:
+        options["choices"] = about["choices"]
+    elif about["bounds"]:
+        options["type"] = number(setting.type, about["bounds"])
+    group.add_argument(f"--{setting.name}", **options)
+
+
+def add_flags(parser):
+    """All flags of Settings, in their groups. What is not given is not in the parsed namespace."""
+    for f in dataclasses.fields(Settings):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        if f.metadata["meaning"]:
+            add_flag(group, f)
 
 
 def parse_args(description, argv=None):
-    """The training script's flags, None where the user gave none: `default_arguments` fills in the rest."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    add = parser.add_argument
-
-    def number(kind, low, high=math.inf, low_itself=True):
-        def parse(text):
-            value = kind(text)
-            if not (low <= value <= high) or (value == low and not low_itself):
-                raise argparse.ArgumentTypeError(f"{value} is not {'at least' if low_itself else 'above'} {low}"
-                                                 + (f" and at most {high}" if high < math.inf else ""))
-            return value
-        parse.__name__ = kind.__name__  # what argparse calls a text that is no number
-        return parse
-
-    count, positive = number(int, 1), number(float, 0, sys.float_info.max, low_itself=False)
-    share = number(float, 0, 1 - 1e-9)
-    add("--data_dir", help="folder of the dataset (default: data/flickr8k, or data/synthetic with --synthetic)")
-    add("--output_dir", help="folder that the run writes (default: outputs/flickr8k_sgd, or outputs/synthetic_sgd)")
-    add("--model", choices=list(PRESETS), help="preset (default: base, or tiny with --synthetic)")
-    add("--recipe", choices=["own", "reference"], help="what the preset trains with: its own, or what the run that this "
-        "project started from trained with (default: own)")
-    for name, kind, meaning in (
-            ("epochs", count, "passes over all pairs"),
-            ("batch_size", number(int, 2), "pairs a step, of all processes together; the others of a batch are the negatives"),
-            ("captions_per_image", count, "captions of a photo that a step takes together, the photo encoded once"),
-            ("lr", positive, "peak learning rate"),
-            ("text_lr", positive, "the text encoder's, as a multiple of --lr"),
-            ("weight_decay", number(float, 0, 1), "of weight matrices only"),
-            ("temperature", positive, "at the start; it is learned"),
-            ("warmup", share, "share of the steps over which the learning rate rises"),
-            ("final_lr", number(float, 0, 1), "what the cosine ends at, as a share of --lr"),
-            ("ema", share, "what an exponential moving average of the weights, the one validated and kept, keeps of itself "
-             "each step, less at first; 0: none"),
-            ("label_smoothing", share, "share of the loss's target that is spread over the batch"),
-            ("hard_negatives", number(float, 0, 1e6), "weight of a triplet loss on the nearest negative"),
-            ("caption_contrast", number(float, 0, 1e6), "weight of a contrast among captions, those of one photo being "
-             "each other's positives"),
-            ("queue_size", number(int, 0), "pairs of earlier batches that serve as negatives too"),
-            ("min_crop", number(float, 0, 1, low_itself=False), "smallest share of a photo's area in a training crop"),
-            ("flip", number(float, 0, 1), "probability of mirroring a training photo"),
-            ("color_jitter", share, "largest change of brightness, contrast and saturation in training"),
-            ("erasing", number(float, 0, 1), "probability of blanking a rectangle of a training photo"),
-            ("word_dropout", share, "share of a caption's words left out at random in training"),
-            ("tokenizer", str, "char: 33 characters; bpe: byte pairs learned from the training captions"),
-            ("image_size", count, "side of the training photos, in pixels"),
-            ("eval_size", number(int, 0), "side of the photos in validation and in use, where that is more than --image_size"),
-            ("image_layers", number(int, 0), "transformer blocks over a photo's patches"),
-            ("num_layers", number(int, 0), "transformer blocks over a caption's tokens; 0: a bag of tokens"),
-            ("latent_dim", count, "width of the shared space"),
-            ("memory_size", number(int, 0), "slots of the memory; 0: no memory"),
-            ("stochastic_depth", share, "probability of skipping a residual branch in training")):
-        values = {preset: preset_defaults(preset)[name] for preset in PRESETS}
-        defaults = ", ".join(f"{preset} {v if isinstance(v, str) else format(v, 'g')}" for preset, v in values.items())
-        add(f"--{name}", type=kind, choices=["char", "bpe"] if name == "tokenizer" else None,
-            help=f"{meaning} (default: {defaults})")
-    add("--qk_norm", action=argparse.BooleanOptionalAction, help="normalise queries and keys (default: off)")
-    add("--vocab_size", type=number(int, 257), help="ids of the bpe tokenizer, padding and 256 bytes included (default: 4000)")
-    add("--momentum", type=number(float, 0, 1 - 1e-9, low_itself=False), help="Nesterov momentum (default: 0.9)")
-    add("--clip_grad", type=positive, help="largest norm of the gradient (default: 1.0)")
-    add("--chunk_size", type=count, help="pairs encoded at a time, for batches larger than memory (default: all)")
-    add("--num_workers", type=number(int, 0), help="threads that decode photos, before the first run only "
-        "(default: 0, one a core)")
-    add("--seed", type=number(int, 0, 2**32 - 1), help="of weights, order and augmentation (default: 0)")
-    add("--device", help="cuda, cuda:1, mps, cpu (default: the first of these that is there)")
-    add("--amp", action=argparse.BooleanOptionalAction,
-        help="mixed precision (default: on where it is faster: CUDA, and CPUs that multiply bfloat16 matrices)")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help=f"torch.compile (default: on for base and large on CUDA from {COMPILE_FROM_EPOCHS} epochs)")
-    add("--synthetic", action="store_true", default=None,
-        help="train on the built-in dataset, made where it is absent (default: Flickr8k)")
-    add("--allow_incomplete", action="store_true", default=None,
-        help="leave out photos that are missing or unreadable (default: refuse to start)")
-    add("--resume", action="store_true", help="go on with the run in --output_dir, with its own settings")
-    add("--overwrite", action="store_true", help="delete the run in --output_dir first")
+    """The training script's flags -> a namespace of those that were given, for `make_settings`,
+    and of output_dir, resume and overwrite."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    add_flags(parser)
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default=None, help="folder that the run writes (default: "
+        "outputs/flickr8k_sgd, or outputs/synthetic_sgd with --synthetic)")
+    add("--resume", action="store_true", default=False,
+        help="go on with the run in --output_dir, with its own settings")
+    add("--overwrite", action="store_true", default=False,
+        help="delete the run in --output_dir first")
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
 
 
-def default_arguments(args):
-    """Parsed flags -> every setting of a run, a dict."""
-    given = {name: value for name, value in vars(args).items()
-             if value is not None and name not in ("resume", "overwrite", "output_dir")}
-    defaults = {"synthetic": False, "allow_incomplete": False, "num_workers": 0, "seed": 0, "momentum": 0.9, "vocab_size": 4000,
-                "clip_grad": 1.0, "recipe": "own", "chunk_size": None, "model": "tiny" if args.synthetic else "base",
-                "data_dir": "data/synthetic" if args.synthetic else "data/flickr8k"}
-    arguments = defaults | {"device": default_device()} | given
-    own = preset_defaults(arguments["model"], arguments["recipe"])
-    arguments |= {name: own[name] for name in (*MODEL_FLAGS, *COMMON, "epochs", "batch_size", "lr", "text_lr")
-                  if name not in given}
-    arguments.setdefault("amp", amp_pays(arguments["device"]))
-    arguments.setdefault("compile", arguments["device"].startswith("cuda") and arguments["model"] in ("base", "large")
-                         and arguments["epochs"] >= COMPILE_FROM_EPOCHS)
-    return arguments
-
-
-def command_of(arguments):
-    """Every setting of a run -> the short command that trains so: what the flags' defaults say by themselves is left out.
-
-    Where a run was trained on another kind of device, its --device, --amp and --compile are left out as well.
-    """
-    flags = ["--synthetic"] * arguments["synthetic"]
-    for name in ("model", "recipe"):
-        if arguments.get(name, "own") != default_arguments(parse_args("", flags))[name]:
-            flags += [f"--{name}", arguments[name]]
-    defaults = default_arguments(parse_args("", flags))
-    for name, value in arguments.items():
-        if value != defaults.get(name, value) and not (name in ("device", "amp", "compile") and arguments["device"] != defaults["device"]):
-            flags += ([f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", shlex.quote(f"{value}")])
+def command_of(settings):
+    """The short command that trains so. Where that was on another kind of device, its --device,
+    --amp and --compile are left out."""
+    chosen = {"synthetic": settings.synthetic, "model": settings.model, "recipe": settings.recipe}
+    defaults = make_settings(**chosen)
+    flags = ["--synthetic"] if settings.synthetic else []
+    if not (settings.synthetic and settings.model == "tiny"):
+        flags += ["--model", settings.model]
+    if settings.recipe != "own":
+        flags += ["--recipe", settings.recipe]
+    left_out = set(chosen)
+    if settings.device != defaults.device:
+        left_out |= {"device", "amp", "compile"}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if f.name not in left_out and value != getattr(defaults, f.name):
+            if f.type is bool:
+                flags.append(f"--{f.name}" if value else f"--no-{f.name}")
+            else:
+                flags += [f"--{f.name}", shlex.quote(str(value))]
     return " ".join(["python train_flickr8k_sgd.py", *flags])
 
 
 def default_device():
     """The name of the first of CUDA, MPS and CPU that is there."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def amp_pays(device):
-    """Whether mixed precision is the faster choice: on CUDA, and on CPUs that multiply bfloat16 matrices."""
+    """Whether mixed precision is faster: on CUDA, and on CPUs that multiply bfloat16 matrices."""
     if device == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
     return device.startswith("cuda")
 
 
-def amp_type(arguments):
-    """The autocast type, None for float32. bfloat16 has float32's range and needs no loss scaling."""
-    if not arguments["amp"]:
+def amp_type(settings):
+    """The autocast type, None for float32. bfloat16 has float32's range: no loss scaling."""
+    if not settings.amp:
         return None
-    on_cuda = arguments["device"].startswith("cuda")
-    return torch.bfloat16 if arguments["device"] == "cpu" or (
-        on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)) else torch.float16
+    if settings.device.startswith("cuda"):
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bfloat16 = settings.device == "cpu"
+    return torch.bfloat16 if bfloat16 else torch.float16
 
 
 def find_device(name):
-    """torch.device of that name. Raises UsageError where there is none."""
+    """torch.device of that name, which CUDA takes from then on; under torchrun each process has the
+    GPU of its own number, and touches no other. Raises UsageError where there is none."""
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            if "LOCAL_RANK" in os.environ:
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {name} is not to be had on this machine") from None
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where no autocast is
-        torch.backends.cudnn.benchmark = True
+        raise UsageError(f"--device {name} is not available on this machine") from None
     return device
+
+
+def allow_fast_kernels(device):
+    """On CUDA: TF32 for float32 matrices (losses and rankings keep it off, see `full_float32`), and
+    the fastest convolutions for the shapes at hand."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+
+
+def device_name(device):
+    """The GPU's name, or the processor's and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():  # on Linux platform.processor() says nothing of use
+        named = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        processor = named[1] if named else processor
+    return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
+
+
+def describe(settings, device, processes=1):
+    """What a result follows from: settings, precision, hardware, versions and date."""
+    precision = "float32"
+    if settings.amp:
+        precision = f"mixed, {str(amp_type(settings)).removeprefix('torch.')}"
+    return {"settings": dataclasses.asdict(settings), "precision": precision,
+            "device": (f"{processes} x " if processes > 1 else "") + device_name(device),
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+            "date": datetime.date.today().isoformat()}

@@ -7,22 +7,42 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from src.settings import make_settings
 from src.utils.flickr8k_simple import SPLIT_FILES
 from src.utils.synthetic import write_synthetic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Deprecations that a script of ours causes; pytest's own filter does not reach into another process.
-OUR_DEPRECATIONS = re.compile(rf"^{re.escape(str(REPOSITORY))}.*(Deprecation|Future)Warning", re.MULTILINE)
+# Deprecations that a script of ours causes; pytest's own filter does not reach into another
+# process.
+OUR_DEPRECATIONS = re.compile(
+    rf"^{re.escape(str(REPOSITORY))}.*(Deprecation|Future)Warning", re.MULTILINE
+)
 
 
 def start_script(*arguments, **options):
     """Start a script as a user would, from the repository's root; -> subprocess.Popen."""
-    command = [sys.executable, "-W", "always::DeprecationWarning", "-W", "always::FutureWarning", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    command = [
+        sys.executable,
+        "-W",
+        "always::DeprecationWarning",
+        "-W",
+        "always::FutureWarning",
+        *map(str, arguments),
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def run_script(*arguments, **options):
-    """-> (exit status, what it printed, what it printed as errors); never a traceback, never a deprecation of ours."""
+    """-> (exit status, what it printed, what it printed as errors); never a traceback, never a
+    deprecation of ours.
+    """
     process = start_script(*arguments, **options)
     out, err = process.communicate(timeout=240)
     assert "Traceback" not in err, err
@@ -31,7 +51,9 @@ def run_script(*arguments, **options):
 
 
 def write_dataset(root, counts=None, captions=5):
-    """A small dataset in the official layout; photo i of the dataset is a plain colour that says which it is."""
+    """A small dataset in the official layout; photo i of the dataset is a plain colour that says
+    which it is.
+    """
     root = Path(root)
     (root / "Flicker8k_Dataset").mkdir(parents=True)
     lines, index = [], 0
@@ -40,18 +62,41 @@ def write_dataset(root, counts=None, captions=5):
         for _ in range(count):
             names.append(f"{1000 + index}_abc.jpg")
             colour = (index * 20 % 256, 255 - index * 20 % 256, index * 7 % 256)
-            Image.new("RGB", (50, 40), colour).save(root / "Flicker8k_Dataset" / names[-1], quality=95)
-            lines += [f"{names[-1]}#{i}\tCaption {i} of photo {index} , a dog ." for i in range(captions)]
+            Image.new("RGB", (50, 40), colour).save(
+                root / "Flicker8k_Dataset" / names[-1], quality=95
+            )
+            lines += [
+                f"{names[-1]}#{i}\tCaption {i} of photo {index} , a dog ." for i in range(captions)
+            ]
             index += 1
         (root / SPLIT_FILES[split]).write_text("".join(f"{name}\n" for name in names))
     (root / "Flickr8k.token.txt").write_text("".join(f"{line}\n" for line in lines))
     return root
 
 
+def model_arguments(preset, **changes):
+    """What the model of a preset is made with."""
+    return make_settings(model=preset).model_arguments() | changes
+
+
 def arguments(shapes, output_dir, *more, epochs=3):
     """Flags of a short training on a small synthetic dataset."""
-    return ["--synthetic", "--data_dir", shapes, "--output_dir", output_dir, "--epochs", epochs, "--batch_size", 10,
-            "--captions_per_image", 1, "--device", "cpu", *more]
+    return [
+        "--synthetic",
+        "--data_dir",
+        shapes,
+        "--output_dir",
+        output_dir,
+        "--epochs",
+        epochs,
+        "--batch_size",
+        10,
+        "--captions_per_image",
+        1,
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="session")

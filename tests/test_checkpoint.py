@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import sys
@@ -5,8 +6,20 @@ import sys
 import pytest
 import torch
 
+from src.settings import make_settings
 from src.utils import checkpoint
-from src.utils.checkpoint import CheckpointError, load_checkpoint, load_json, save_checkpoint, save_json
+from src.utils.checkpoint import (
+    BEST,
+    CONFIG,
+    HISTORY,
+    TEST,
+    CheckpointError,
+    load_checkpoint,
+    load_json,
+    load_run,
+    save_checkpoint,
+    save_json,
+)
 
 
 def test_round_trips(tmp_path):
@@ -40,7 +53,8 @@ def test_torch_save_onto_a_full_disk_keeps_the_old_file(tmp_path):
     save_checkpoint({"epoch": 1}, path)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # writing past it fails as a full disk does
+    # writing past it fails as a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match="could not be written"):
             save_checkpoint({"weights": torch.zeros(1_000_000)}, path)
@@ -91,3 +105,17 @@ def test_damaged_json(tmp_path, content):
         load_json(tmp_path / "a.json")
     (tmp_path / "a.json").write_text(json.dumps({"a": 1}))
     assert load_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_a_run_is_loaded_without_its_weights(tmp_path):
+    settings = make_settings(model="tiny", seed=3)
+    history = [{"epoch": i, "val": {"avg_r1": score}, "seconds": 30.0} for i, score in
+               enumerate((1.0, 3.0, 3.0), start=1)]
+    save_json({"settings": dataclasses.asdict(settings)}, tmp_path / CONFIG)
+    save_json(history, tmp_path / HISTORY)
+    (tmp_path / BEST).write_bytes(b"not read")
+    run = load_run(tmp_path)
+    assert run.settings == settings and run.history == history and run.test is None
+    assert run.best == history[1] and run.minutes == 1.5  # the first of equals, as in training
+    save_json({"avg_r1": 2.0}, tmp_path / TEST)
+    assert load_run(tmp_path).test == {"avg_r1": 2.0}

@@ -4,20 +4,36 @@ import pytest
 import torch
 
 from src import compare_optimizers
-from src.compare_optimizers import RATES, RESULTS, make_optimizers, table
-from src.model import PRESETS, MultiModalMemoryNetwork
+from src.compare_optimizers import RATES, RESULTS, Together, make_optimizer, table
+from src.model import MultiModalMemoryNetwork
+from tests.conftest import model_arguments
 
 
 @pytest.mark.parametrize("name", list(RATES))
 def test_every_parameter_has_one_optimizer(name):
-    model = MultiModalMemoryNetwork(**PRESETS["tiny"])
-    optimizers = make_optimizers(name, model, 0.02, 0.3)
-    held = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    model = MultiModalMemoryNetwork(**model_arguments("tiny"))
+    optimizer = make_optimizer(name, model, 0.02, 0.3)
+    parts = optimizer.parts if name == "Muon" else [optimizer]
+    held = [p for part in parts for group in part.param_groups for p in group["params"]]
     assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
-    assert type(optimizers[0]) is getattr(torch.optim, name) and optimizers[0].param_groups[0]["lr"] == 0.02
+    assert type(parts[0]) is getattr(torch.optim, name)
+    assert parts[0].param_groups[0]["lr"] == 0.02
     if name == "Muon":
-        assert optimizers[1].param_groups[0]["lr"] == 0.3 and type(optimizers[1]) is torch.optim.SGD
-        assert all(parameter.ndim == 2 for parameter in optimizers[0].param_groups[0]["params"])
+        assert type(parts[1]) is torch.optim.SGD and parts[1].param_groups[0]["lr"] == 0.3
+        assert all(p.ndim == 2 for p in parts[0].param_groups[0]["params"])
+
+
+def test_several_optimizers_step_as_one():
+    one, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    both = Together(torch.optim.SGD([one], 0.1), torch.optim.SGD([other], 1.0))
+    schedule = torch.optim.lr_scheduler.LambdaLR(both, lambda step: 1.0 if step == 0 else 0.5)
+    for expected in ((0.9, 0.0), (0.85, -0.5)):  # each with its own rate, halved after a step
+        one.grad, other.grad = torch.ones(2), torch.ones(2)
+        both.step()
+        schedule.step()
+        assert (one[0].item(), other[0].item()) == pytest.approx(expected)
+    both.zero_grad()
+    assert one.grad is None and other.grad is None
 
 
 def test_as_many_rates_for_all():
@@ -27,10 +43,32 @@ def test_as_many_rates_for_all():
 
 
 def test_the_table_is_of_the_best_rate():
-    runs = [{"optimizer": "SGD", "lr": lr, "seed": seed, "seconds": 2.0 + seed, "losses": [3.0], "stable": stable, "avg_r1": score}
-            for lr, seed, stable, score in ((0.1, 4, True, 20.0), (0.3, 4, True, 30.0), (0.3, 5, False, 34.0))]
+    runs = [
+        {
+            "optimizer": "SGD",
+            "lr": lr,
+            "seed": seed,
+            "seconds": 2.0 + seed,
+            "losses": [3.0],
+            "stable": stable,
+            "avg_r1": score,
+        }
+        for lr, seed, stable, score in (
+            (0.1, 4, True, 20.0),
+            (0.3, 4, True, 30.0),
+            (0.3, 5, False, 34.0),
+        )
+    ]
     runs.append(runs[0] | {"optimizer": "Adam", "lr": 0.001, "avg_r1": 50.0})
-    lines = table({"settings": {"seeds": [4, 5]}, "runs": runs, "device": "a chip", "torch": "9", "date": "today"}).splitlines()
+    lines = table(
+        {
+            "settings": {"seeds": [4, 5]},
+            "runs": runs,
+            "device": "a chip",
+            "versions": {"torch": "9"},
+            "date": "today",
+        }
+    ).splitlines()
     assert lines[2].startswith("| Adam | 0.001 | 50.0 | 50.0 |")
     assert lines[3] == "| SGD | 0.3 | 32.0 ± 2.8 | 30.0, 34.0 | 6.50 | 1 of 2 |"
     assert "SGD 0.1: 20.0, 0.3: 30.0" in lines[5] and lines[6] == "a chip, torch 9, today"
@@ -38,7 +76,19 @@ def test_the_table_is_of_the_best_rate():
 
 def test_a_comparison_interrupted_and_gone_on_with(shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare_optimizers, "RATES", {"SGD": (0.1, 0.3), "Muon": (0.01, 0.03)})
-    given = ["--data_dir", str(shapes), "--model", "tiny", "--epochs", "1", "--seeds", "0", "1", "--output_dir", str(tmp_path)]
+    given = [
+        "--data_dir",
+        str(shapes),
+        "--model",
+        "tiny",
+        "--epochs",
+        "1",
+        "--seeds",
+        "0",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
     trained, train = [], compare_optimizers.train
 
     def stopped_in_the_second(name, lr, seed, *more):
@@ -50,27 +100,54 @@ def test_a_comparison_interrupted_and_gone_on_with(shapes, tmp_path, monkeypatch
     monkeypatch.setattr(compare_optimizers, "train", stopped_in_the_second)
     assert compare_optimizers.main([*given, "--optimizers", "SGD", "Muon"]) == 130
     assert "goes on from here" in capsys.readouterr().err
-    monkeypatch.setattr(compare_optimizers, "train", lambda *given: (trained.append(given[:3]), train(*given))[1])
+    monkeypatch.setattr(
+        compare_optimizers, "train", lambda *given: (trained.append(given[:3]), train(*given))[1]
+    )
     assert compare_optimizers.main([*given, "--optimizers", "SGD", "Muon"]) == 0
     assert len(trained) == len(set(trained)) == 6
     runs = json.loads((tmp_path / RESULTS).read_text())["runs"]
     assert [(run["optimizer"], run["lr"], run["seed"]) for run in runs] == trained
-    assert all(run["stable"] and len(run["losses"]) == 1 and 0 <= run["avg_r1"] <= 100 for run in runs)
+    assert all(
+        run["stable"] and len(run["losses"]) == 1 and 0 <= run["avg_r1"] <= 100 for run in runs
+    )
     printed = capsys.readouterr().out
     assert compare_optimizers.main([*given, "--optimizers", "SGD", "Muon"]) == 0
-    assert len(trained) == 6 and capsys.readouterr().out.strip() == printed[printed.index("| optimizer"):].strip()
+    assert (
+        len(trained) == 6
+        and capsys.readouterr().out.strip() == printed[printed.index("| optimizer") :].strip()
+    )
     assert compare_optimizers.main([*given, "--epochs", "2"]) == 2
     assert "holds another comparison" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_is_called_unstable(shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare_optimizers, "RATES", {"SGD": (1e30,)})
-    assert compare_optimizers.main(["--data_dir", str(shapes), "--model", "tiny", "--epochs", "2", "--seeds", "0",
-                                    "--output_dir", str(tmp_path)]) == 0
+    assert (
+        compare_optimizers.main(
+            [
+                "--data_dir",
+                str(shapes),
+                "--model",
+                "tiny",
+                "--epochs",
+                "2",
+                "--seeds",
+                "0",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     (run,) = json.loads((tmp_path / RESULTS).read_text())["runs"]
     assert not run["stable"] and run["avg_r1"] == 0 and "unstable" in capsys.readouterr().out
 
 
 def test_no_data(tmp_path, capsys):
-    assert compare_optimizers.main(["--data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert (
+        compare_optimizers.main(
+            ["--data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path / "out")]
+        )
+        == 2
+    )
     assert "error: no Flickr8k in" in capsys.readouterr().err

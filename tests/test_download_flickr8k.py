@@ -76,17 +76,29 @@ def serve(folder, fault=None):
 
 
 def download(*arguments, md5_of=None, own_process=False, **options):
-    """Run the script -> (status, output, errors); the small archives' MD5 stand in for the official ones'.
+    """Run the script -> (status, output, errors); the small archives' MD5 stand in for the official
+    ones'.
 
-    In a process of its own as a user does, or inside this one, which saves importing torch once more.
+    In a process of its own as a user does, or inside this one, which saves importing torch once
+    more.
     """
-    md5 = {name: hashlib.md5((md5_of / name).read_bytes()).hexdigest() for name in (TEXT, PHOTOS)} if md5_of else {}
+    md5 = (
+        {name: hashlib.md5((md5_of / name).read_bytes()).hexdigest() for name in (TEXT, PHOTOS)}
+        if md5_of
+        else {}
+    )
     if own_process:
-        code = ("import json, sys, download_flickr8k as script; script.MD5.update(json.loads(sys.argv[1])); "
-                "sys.exit(script.main(sys.argv[2:]))")
+        code = (
+            "import json, sys, download_flickr8k as script; script.MD5.update(json.loads(sys.argv[1])); "
+            "sys.exit(script.main(sys.argv[2:]))"
+        )
         return run_script("-c", code, json.dumps(md5), *arguments, **options)
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.dict(download_flickr8k.MD5, md5), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        mock.patch.dict(download_flickr8k.MD5, md5),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             status = download_flickr8k.main([str(argument) for argument in arguments])
         finally:
@@ -95,17 +107,29 @@ def download(*arguments, md5_of=None, own_process=False, **options):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_fetch_verify_and_nothing_to_do(tmp_path, archives):
     target = tmp_path / "data"
     with serve(archives) as (server, url):
-        status, out, err = download("--data_dir", target, "--url", url, md5_of=archives, own_process=True)
-        assert status == 0 and "11 photos, 55 captions, complete" in out and "nothing to do" not in out
+        status, out, err = download(
+            "--data_dir", target, "--url", url, md5_of=archives, own_process=True
+        )
+        assert (
+            status == 0 and "11 photos, 55 captions, complete" in out and "nothing to do" not in out
+        )
         before, asked = files(target), len(server.requests)
-        assert files(tmp_path / "original").items() <= before.items() and not any("MACOSX" in name for name in before)
-        status, out, err = download("--data_dir", target, "--url", url, md5_of=archives, own_process=True)
+        assert files(tmp_path / "original").items() <= before.items() and not any(
+            "MACOSX" in name for name in before
+        )
+        status, out, err = download(
+            "--data_dir", target, "--url", url, md5_of=archives, own_process=True
+        )
         assert (status, err) == (0, "") and "nothing to do" in out
         assert len(server.requests) == asked and files(target) == before
 
@@ -113,7 +137,9 @@ def test_fetch_verify_and_nothing_to_do(tmp_path, archives):
 def test_a_download_that_breaks_off_is_mended_by_running_again(tmp_path, archives):
     target = tmp_path / "data"
     with serve(archives, fault="break off") as (server, url):
-        status, out, err = download("--data_dir", target, "--url", url, md5_of=archives, own_process=True)
+        status, out, err = download(
+            "--data_dir", target, "--url", url, md5_of=archives, own_process=True
+        )
         assert status == 1 and PHOTOS in err and "Run again" in err
         assert not (target / "Flicker8k_Dataset").exists() and not (target / PHOTOS).exists()
         server.fault = None
@@ -148,10 +174,23 @@ def test_text_only_completes_kaggles_copy(tmp_path, archives):
     shutil.copytree(tmp_path / "original" / "Flicker8k_Dataset", target / "Images")
     (target / "captions.txt").write_text("image,caption\n1000_abc.jpg,A dog .\n")
     with serve(archives) as (server, url):
-        status, out, err = download("--data_dir", target, "--url", url, "--text_only", md5_of=archives)
-        assert status == 0 and "complete" in out and not [path for path in server.requests if PHOTOS in path]
-    assert "nothing to do" in download("--data_dir", target, "--text_only", "--archive_dir", archives, md5_of=archives)[1]
-    assert "11 photos" in download("--data_dir", target, "--archive_dir", archives, md5_of=archives)[1]
+        status, out, err = download(
+            "--data_dir", target, "--url", url, "--text_only", md5_of=archives
+        )
+        assert (
+            status == 0
+            and "complete" in out
+            and not [path for path in server.requests if PHOTOS in path]
+        )
+    assert (
+        "nothing to do"
+        in download(
+            "--data_dir", target, "--text_only", "--archive_dir", archives, md5_of=archives
+        )[1]
+    )
+    assert (
+        "11 photos" in download("--data_dir", target, "--archive_dir", archives, md5_of=archives)[1]
+    )
 
 
 def one_clear_error(result, status, *messages):
@@ -165,35 +204,65 @@ def test_no_server_not_found_and_bad_checksum(tmp_path, archives):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
-        one_clear_error(download("--data_dir", target, "--url", nobody, own_process=True), 1, "no connection", "--archive_dir")
+        one_clear_error(
+            download("--data_dir", target, "--url", nobody, own_process=True),
+            1,
+            "no connection",
+            "--archive_dir",
+        )
     with serve(archives) as (_, url):
         one_clear_error(download("--data_dir", target, "--url", f"{url}/nowhere"), 1, "404", TEXT)
-        one_clear_error(download("--data_dir", target, "--url", url), 1, "damaged or another file", TEXT)
+        one_clear_error(
+            download("--data_dir", target, "--url", url), 1, "damaged or another file", TEXT
+        )
     one_clear_error(download("--data_dir", target, "--url", "no address"), 1, "unknown url type")
     assert files(target) == {}
 
 
 def test_archive_dir_faults(tmp_path, archives):
     target = tmp_path / "data"
-    one_clear_error(download("--data_dir", target, "--archive_dir", tmp_path / "none"), 2, "no such archive")
-    one_clear_error(download("--data_dir", target, "--archive_dir", archives), 2, TEXT, "the MD5 is not")
+    one_clear_error(
+        download("--data_dir", target, "--archive_dir", tmp_path / "none"), 2, "no such archive"
+    )
+    one_clear_error(
+        download("--data_dir", target, "--archive_dir", archives), 2, TEXT, "the MD5 is not"
+    )
     (archives / PHOTOS).write_bytes(b"not a zip")
-    one_clear_error(download("--data_dir", target, "--archive_dir", archives, md5_of=archives), 2, "not a zip")
+    one_clear_error(
+        download("--data_dir", target, "--archive_dir", archives, md5_of=archives), 2, "not a zip"
+    )
     assert not (target / "Flicker8k_Dataset").exists()
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "Flicker8k_Dataset/../../evil.txt", "/tmp/evil.txt", "C:/evil.txt",
-                                  "..\\evil.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil.txt",
+        "Flicker8k_Dataset/../../evil.txt",
+        "/tmp/evil.txt",
+        "C:/evil.txt",
+        "..\\evil.txt",
+    ],
+)
 def test_a_zip_that_leads_out_of_its_folder_is_refused(tmp_path, name):
-    archives = make_archives(tmp_path / "archives", write_dataset(tmp_path / "original"), extra=[name])
+    archives = make_archives(
+        tmp_path / "archives", write_dataset(tmp_path / "original"), extra=[name]
+    )
     target = tmp_path / "data"
-    one_clear_error(download("--data_dir", target, "--archive_dir", archives, md5_of=archives), 2, "refused", "leads out")
+    one_clear_error(
+        download("--data_dir", target, "--archive_dir", archives, md5_of=archives),
+        2,
+        "refused",
+        "leads out",
+    )
     assert not (target / "Flicker8k_Dataset").exists() and not list(tmp_path.rglob("evil*"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
 def test_a_full_disk(tmp_path, archives):
-    """A limit on file size fails in the same place as a full disk does, in download and in unpacking."""
+    """A limit on file size fails in the same place as a full disk does, in download and in
+    unpacking.
+    """
     import resource
 
     def limit():
@@ -201,7 +270,9 @@ def test_a_full_disk(tmp_path, archives):
 
     target = tmp_path / "data"
     with serve(archives) as (_, url):
-        result = download("--data_dir", target, "--url", url, md5_of=archives, own_process=True, preexec_fn=limit)
+        result = download(
+            "--data_dir", target, "--url", url, md5_of=archives, own_process=True, preexec_fn=limit
+        )
     one_clear_error(result, 1, "disk is full")
     assert not (target / "Flicker8k_Dataset").exists()
     assert download("--data_dir", target, "--archive_dir", archives, md5_of=archives)[0] == 0
@@ -211,4 +282,8 @@ def test_an_archive_that_lacks_a_photo_is_not_taken_for_whole(tmp_path):
     original = write_dataset(tmp_path / "original")
     (original / "Flicker8k_Dataset" / "1002_abc.jpg").unlink()
     archives = make_archives(tmp_path / "archives", original)
-    one_clear_error(download("--data_dir", tmp_path / "data", "--archive_dir", archives, md5_of=archives), 2, "1002_abc.jpg")
+    one_clear_error(
+        download("--data_dir", tmp_path / "data", "--archive_dir", archives, md5_of=archives),
+        2,
+        "1002_abc.jpg",
+    )

@@ -10,14 +10,26 @@ import torch
 from PIL import Image
 
 from src.utils import flickr8k_simple
-from src.utils.flickr8k_simple import (STORE_FOLDER, TEXT_BUCKET, DataError, Flickr8kImageTextDataset, collate_fn,
-                                       epoch_batches, iterate_batches, load_photo, place_photos, read_captions,
-                                       read_split)
+from src.utils.flickr8k_simple import (
+    STORE_FOLDER,
+    TEXT_BUCKET,
+    DataError,
+    Flickr8kImageTextDataset,
+    epoch_batches,
+    iterate_batches,
+    load_photo,
+    pad_texts,
+    place_photos,
+    read_captions,
+    read_split,
+)
 from src.utils.tokenizers import CharTokenizer
 
 
 def dataset(root, split="train", **changes):
-    return Flickr8kImageTextDataset(root, split, **{"image_size": 16, "tokenizer": CharTokenizer()} | changes)
+    return Flickr8kImageTextDataset(
+        root, split, **{"image_size": 16, "tokenizer": CharTokenizer()} | changes
+    )
 
 
 def test_items_photos_and_order(dataset_dir):
@@ -41,18 +53,10 @@ def test_photos_go_with_their_captions(dataset_dir):
             assert (photo.float().mean((1, 2)) - colour).abs().max() < 4
 
 
-def test_batches_are_padded_to_their_own_longest(dataset_dir):
-    items = [dataset(dataset_dir)[i] for i in (0, 5, 29)]
-    items[1]["text"] = items[1]["text"][:10]
-    batch = collate_fn(items)
-    longest = max(len(item["text"]) for item in items)
-    assert batch["images"].shape == (3, 3, 16, 16) and batch["text"].shape == (3, longest)
-    assert (batch["text"][1, 10:] == 0).all() and (batch["text"][1, :10] > 0).all()
-    assert batch["photo_ids"].tolist() == [0, 1, 5] and len(batch["captions"]) == 3
-
-
 @pytest.mark.parametrize("captions_per_image, used", [(1, 150), (2, 120), (5, 150), (9, 150)])
-def test_an_epoch_holds_no_pair_twice_and_captions_of_a_photo_side_by_side(captions_per_image, used):
+def test_an_epoch_holds_no_pair_twice_and_captions_of_a_photo_side_by_side(
+    captions_per_image, used
+):
     photo_of_caption = torch.arange(30).repeat_interleave(5)
     batches = epoch_batches(photo_of_caption, captions_per_image, 20, seed=3)
     assert batches == epoch_batches(photo_of_caption, captions_per_image, 20, seed=3)
@@ -62,12 +66,26 @@ def test_an_epoch_holds_no_pair_twice_and_captions_of_a_photo_side_by_side(capti
     assert len({len(batch) for batch in batches}) == 1 and len(batches[0]) <= 20
     group = min(captions_per_image, 5)
     for batch in batches:
-        assert all(count % group == 0 for count in torch.unique_consecutive(photo_of_caption[batch], return_counts=True)[1])
+        assert all(
+            count % group == 0
+            for count in torch.unique_consecutive(photo_of_caption[batch], return_counts=True)[1]
+        )
+
+
+def test_texts_are_padded_to_the_longest():
+    texts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
+    assert pad_texts(texts).tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert pad_texts(texts, 4).tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
 
 
 def test_every_caption_has_its_turn_over_the_epochs():
     photo_of_caption = torch.arange(10).repeat_interleave(5)
-    seen = {pair for seed in range(20) for batch in epoch_batches(photo_of_caption, 2, 4, seed) for pair in batch}
+    seen = {
+        pair
+        for seed in range(20)
+        for batch in epoch_batches(photo_of_caption, 2, 4, seed)
+        for pair in batch
+    }
     assert seen == set(range(50))
 
 
@@ -92,8 +110,16 @@ def test_captions_of_a_photo_that_does_not_exist_do_no_harm(dataset_dir):
     assert len(dataset(dataset_dir)) == 30
 
 
-@pytest.mark.parametrize("line", ["no tab here", "1000_abc.jpg\tno number", "1000_abc.jpg#x\tno number", "#0\tno name",
-                                  "1000_abc.jpg#0\t  "])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no tab here",
+        "1000_abc.jpg\tno number",
+        "1000_abc.jpg#x\tno number",
+        "#0\tno name",
+        "1000_abc.jpg#0\t  ",
+    ],
+)
 def test_a_caption_line_that_does_not_parse(dataset_dir, line):
     path = dataset_dir / "Flickr8k.token.txt"
     path.write_text(path.read_text() + line + "\n")
@@ -129,10 +155,13 @@ def test_kaggle_layout(dataset_dir):
     official = dataset(dataset_dir)
     kaggle(dataset_dir)
     data = dataset(dataset_dir)
-    assert data.names == official.names and data.captions == official.captions  # which have commas in them
+    # which have commas in them
+    assert data.names == official.names and data.captions == official.captions
     for path in dataset_dir.glob("Flickr_8k.*"):
         path.unlink()
-    with pytest.raises(DataError, match=r"Flickr_8k.trainImages.txt.*missing.*download_flickr8k.py --text_only"):
+    with pytest.raises(
+        DataError, match=r"Flickr_8k.trainImages.txt.*missing.*download_flickr8k.py --text_only"
+    ):
         dataset(dataset_dir)
 
 
@@ -150,8 +179,12 @@ def test_kaggle_captions_that_do_not_parse(tmp_path, content, message):
 
 
 def test_kaggle_captions_with_quotes(tmp_path):
-    (tmp_path / "captions.txt").write_text('image,caption\na.jpg,"A dog , ""big"" , runs ."\na.jpg,Plain .\n')
-    assert read_captions(tmp_path / "captions.txt") == {"a.jpg": ['A dog , "big" , runs .', "Plain ."]}
+    (tmp_path / "captions.txt").write_text(
+        'image,caption\na.jpg,"A dog , ""big"" , runs ."\na.jpg,Plain .\n'
+    )
+    assert read_captions(tmp_path / "captions.txt") == {
+        "a.jpg": ['A dog , "big" , runs .', "Plain ."]
+    }
 
 
 def test_split_files(dataset_dir):
@@ -182,7 +215,8 @@ def image_bytes(mode="RGB", kind="JPEG", size=(40, 30), colour=None, **options):
     ("1", "PNG", 1, (255, 255, 255)),
 ])
 def test_photos_of_every_mode(tmp_path, mode, kind, colour, expected):
-    (tmp_path / "a.jpg").write_bytes(image_bytes(mode, kind, colour=colour))  # the name says .jpg, whatever it is
+    # the name says .jpg, whatever it is
+    (tmp_path / "a.jpg").write_bytes(image_bytes(mode, kind, colour=colour))
     photo = load_photo(tmp_path / "a.jpg", 8)
     assert photo.shape == (3, 8, 8) and photo.dtype == np.uint8
     assert np.abs(photo.mean((1, 2)) - expected).max() < 4
@@ -233,7 +267,9 @@ DAMAGE = {
 def test_damaged_photos_fail_with_their_name(tmp_path, damage):
     content, message = DAMAGE[damage]
     (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(DataError, match=f"a.jpg: .*{message}" if damage != "broken PNG" else message):
+    with pytest.raises(
+        DataError, match=f"a.jpg: .*{message}" if damage != "broken PNG" else message
+    ):
         load_photo(tmp_path / "a.jpg", 8)
 
 
@@ -256,7 +292,11 @@ def test_an_incomplete_dataset_is_refused_unless_allowed(dataset_dir):
     with pytest.raises(DataError, match="missing"):
         dataset(dataset_dir)
     data = dataset(dataset_dir, allow_incomplete=True)
-    assert data.left_out == ["1001_abc.jpg", "1003_abc.jpg"] and len(data) == 20 and len(data.photos) == 4
+    assert (
+        data.left_out == ["1001_abc.jpg", "1003_abc.jpg"]
+        and len(data) == 20
+        and len(data.photos) == 4
+    )
     # Row i is still photo i: the colours that name them are those of photos 0, 2, 4 and 5.
     assert [round(photo[0].float().mean().item() / 20) for photo in data.photos] == [0, 2, 4, 5]
     assert data.captions[5].startswith("Caption 0 of photo 2")
@@ -264,16 +304,27 @@ def test_an_incomplete_dataset_is_refused_unless_allowed(dataset_dir):
 
 def test_unreadable_photos_are_all_named_with_their_fault(dataset_dir):
     for i in range(5):
-        (dataset_dir / "Flicker8k_Dataset" / f"100{i}_abc.jpg").write_bytes(b"" if i else truncated())
-    with pytest.raises(DataError, match=r"5 of the 6 .*unreadable \(1000_abc.jpg: .*truncated.*, 1001_abc.jpg: the file is "
-                                        r"empty, 1002_abc.jpg: the file is empty and 2 more\)"):
+        (dataset_dir / "Flicker8k_Dataset" / f"100{i}_abc.jpg").write_bytes(
+            b"" if i else truncated()
+        )
+    with pytest.raises(
+        DataError,
+        match=r"5 of the 6 .*unreadable \(1000_abc.jpg: .*truncated.*, 1001_abc.jpg: the file is "
+        r"empty, 1002_abc.jpg: the file is empty and 2 more\)",
+    ):
         dataset(dataset_dir)
 
 
 def test_a_photo_without_captions_is_refused(dataset_dir):
     path = dataset_dir / "Flickr8k.token.txt"
-    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("1002_abc")))
-    with pytest.raises(DataError, match=r"1 of the 6 photos of train are without captions \(1002_abc.jpg\)"):
+    path.write_text(
+        "".join(
+            line for line in path.read_text().splitlines(True) if not line.startswith("1002_abc")
+        )
+    )
+    with pytest.raises(
+        DataError, match=r"1 of the 6 photos of train are without captions \(1002_abc.jpg\)"
+    ):
         dataset(dataset_dir)
 
 
@@ -312,7 +363,11 @@ def stores(root):
 def decoded(monkeypatch):
     """The names that `load_photo` is asked for from now on."""
     names = []
-    monkeypatch.setattr(flickr8k_simple, "load_photo", lambda path, size: (names.append(path.name), load_photo(path, size))[1])
+    monkeypatch.setattr(
+        flickr8k_simple,
+        "load_photo",
+        lambda path, size: (names.append(path.name), load_photo(path, size))[1],
+    )
     return names
 
 
@@ -346,12 +401,18 @@ def test_a_change_makes_the_store_anew(dataset_dir, monkeypatch, change):
         for path in dataset_dir.glob("*.txt"):
             path.write_text(path.read_text().replace("1002_abc.jpg", "other.jpg"))
     elif change == "split file":
-        (dataset_dir / "Flickr_8k.trainImages.txt").write_text("".join(f"{name}\n" for name in before.names[:5]))
+        (dataset_dir / "Flickr_8k.trainImages.txt").write_text(
+            "".join(f"{name}\n" for name in before.names[:5])
+        )
     else:
         monkeypatch.setattr(flickr8k_simple, "STORE_VERSION", -1)
     old, names = stores(dataset_dir), decoded(monkeypatch)
     after = dataset(dataset_dir)
-    assert len(names) == len(after.names) and len(stores(dataset_dir)) == 1 and stores(dataset_dir) != old
+    assert (
+        len(names) == len(after.names)
+        and len(stores(dataset_dir)) == 1
+        and stores(dataset_dir) != old
+    )
     assert torch.equal(after.photos, dataset(dataset_dir, cache=False).photos)
     assert torch.equal(after.photos[2], before.photos[2]) == (change != "content")
 
@@ -375,12 +436,19 @@ def test_a_half_written_store_is_never_used(dataset_dir, monkeypatch):
 
 def test_what_a_kill_left_behind_goes_but_not_what_another_process_writes(dataset_dir):
     (dataset_dir / STORE_FOLDER).mkdir()
-    for name, age in (("train_16_dead.partial77", 9000), ("train_16_busy.partial78", 5), ("val_16_dead.partial77", 9000)):
+    for name, age in (
+        ("train_16_dead.partial77", 9000),
+        ("train_16_busy.partial78", 5),
+        ("val_16_dead.partial77", 9000),
+    ):
         path = dataset_dir / STORE_FOLDER / name
         path.write_bytes(b"half")
         os.utime(path, (path.stat().st_mtime - age,) * 2)
     dataset(dataset_dir)
-    assert [name for name in stores(dataset_dir) if "partial" in name] == ["train_16_busy.partial78", "val_16_dead.partial77"]
+    assert [name for name in stores(dataset_dir) if "partial" in name] == [
+        "train_16_busy.partial78",
+        "val_16_dead.partial77",
+    ]
 
 
 def test_a_damaged_photo_is_not_cached(dataset_dir):
@@ -418,7 +486,10 @@ def test_batches_hold_each_photo_once_with_its_captions(dataset_dir, captions_pe
         assert torch.equal(batch["images"], data.photos[batch["photo_ids"]])
         assert captions_per_image == 1 or len(batch["images"]) <= len(pairs) / captions_per_image
         for row, pair in zip(batch["text"], pairs):
-            assert torch.equal(row[:len(data.texts[pair])], data.texts[pair]) and not row[len(data.texts[pair]):].any()
+            assert (
+                torch.equal(row[: len(data.texts[pair])], data.texts[pair])
+                and not row[len(data.texts[pair]) :].any()
+            )
 
 
 def test_batches_stop_when_no_longer_wanted(dataset_dir):

@@ -7,11 +7,18 @@ import torch
 from PIL import Image
 
 from src import inference
-from src.inference import EmbeddingCache, embed_photos, embed_texts, load_model, photos_of_folder, photos_of_split
+from src.inference import (
+    EmbeddingCache,
+    embed_photos,
+    embed_texts,
+    load_model,
+    photos_of_folder,
+    photos_of_split,
+)
+from src.settings import UsageError
 from src.utils import checkpoint
-from src.utils.checkpoint import CheckpointError
+from src.utils.checkpoint import BEST, HISTORY, CheckpointError
 from src.utils.flickr8k_simple import DataError, Flickr8kImageTextDataset
-from src.utils.report import BEST, HISTORY
 from src.utils.retrieval import evaluate, retrieval_metrics
 from tests.conftest import arguments, run_script
 
@@ -29,30 +36,43 @@ def test_embeddings_score_what_the_evaluation_scores(finished, shapes):
     images = embed_photos(model, transform, photos, batch_size=5)
     texts = embed_texts(model, tokenizer, [text for own in captions for text in own], batch_size=7)
     metrics = retrieval_metrics(images, texts, [i for i, own in enumerate(captions) for _ in own])
-    data = Flickr8kImageTextDataset(shapes, "val", transform(photos[0]).shape[-1], tokenizer, cache=False)
+    data = Flickr8kImageTextDataset(
+        shapes, "val", transform(photos[0]).shape[-1], tokenizer, cache=False
+    )
     assert metrics == pytest.approx(evaluate(model.cpu(), data))
     for rows in (images, texts):
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)))
 
 
 def test_photos_are_seen_at_the_size_that_they_were_judged_at(shapes, tmp_path):
-    status, _, err = run_script("train_flickr8k_sgd.py", *arguments(shapes, tmp_path, "--eval_size", 48, "--no-amp", epochs=1))
+    status, _, err = run_script(
+        "train_flickr8k_sgd.py",
+        *arguments(shapes, tmp_path, "--eval_size", 48, "--no-amp", epochs=1),
+    )
     assert (status, err) == (0, "")
     model, tokenizer, transform = load_model(tmp_path)
     photos, captions = photos_of_split(shapes, "val")
     assert transform(photos[0]).shape == (3, 48, 48)
-    metrics = retrieval_metrics(embed_photos(model, transform, photos),
-                                embed_texts(model, tokenizer, [text for own in captions for text in own]),
-                                [i for i, own in enumerate(captions) for _ in own])
+    metrics = retrieval_metrics(
+        embed_photos(model, transform, photos),
+        embed_texts(model, tokenizer, [text for own in captions for text in own]),
+        [i for i, own in enumerate(captions) for _ in own],
+    )
     assert metrics == pytest.approx(json.loads((tmp_path / HISTORY).read_text())[0]["val"])
 
 
 def test_every_row_is_its_own_texts(finished):
     model, tokenizer, _ = load_model(finished[0])
-    texts = ["a red circle on the left and a small blue square on the right", "a dog", "two green crosses"]
+    texts = [
+        "a red circle on the left and a small blue square on the right",
+        "a dog",
+        "two green crosses",
+    ]
     together = embed_texts(model, tokenizer, texts)
     for text, row in zip(texts, together):
-        torch.testing.assert_close(embed_texts(model, tokenizer, [text])[0], row, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            embed_texts(model, tokenizer, [text])[0], row, rtol=1e-4, atol=1e-5
+        )
     assert not model.training and (together @ together.T).fill_diagonal_(0).max() < 0.9999
 
 
@@ -67,7 +87,8 @@ def test_what_is_cached_is_not_computed_again(run_dir, shapes, tmp_path, monkeyp
     own.mkdir()
     Image.new("RGB", (30, 20), "red").save(own / "new.png")
     seen.clear()
-    more = EmbeddingCache(run_dir).photos([own / "new.png", *photos])  # one that is new costs only itself
+    # one that is new costs only itself
+    more = EmbeddingCache(run_dir).photos([own / "new.png", *photos])
     assert seen == ["new.png"] and torch.equal(more[1:], first)
     Image.new("RGB", (30, 20), "blue").save(own / "new.png")
     os.utime(own / "new.png", (1, 1))
@@ -76,7 +97,9 @@ def test_what_is_cached_is_not_computed_again(run_dir, shapes, tmp_path, monkeyp
     cache = EmbeddingCache(run_dir)
     texts = cache.texts(["a red circle", "a blue cross"])
     monkeypatch.setattr(inference, "embed_texts", None)
-    assert torch.equal(EmbeddingCache(run_dir).texts(["a blue cross", "a red circle"]), texts[[1, 0]])
+    assert torch.equal(
+        EmbeddingCache(run_dir).texts(["a blue cross", "a red circle"]), texts[[1, 0]]
+    )
 
 
 def change(key, value):
@@ -91,30 +114,61 @@ def test_a_cache_that_does_not_serve_is_computed_anew(run_dir, shapes, monkeypat
     photos = photos_of_split(shapes, "test")[0]
     before = EmbeddingCache(run_dir).photos(photos)
     if damage == "other weights":
-        change("model_state_dict", lambda weights: weights | {"fusion.projection.weight": -weights["fusion.projection.weight"]})(run_dir)
+        change(
+            "model_state_dict",
+            lambda weights: (
+                weights | {"fusion.projection.weight": -weights["fusion.projection.weight"]}
+            ),
+        )(run_dir)
     elif damage == "damaged":
         (run_dir / inference.CACHE).write_bytes(b"nonsense")
     else:
         (run_dir / inference.CACHE).unlink()
-        monkeypatch.setattr(checkpoint.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")))
+        monkeypatch.setattr(
+            checkpoint.os,
+            "fsync",
+            lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")),
+        )
     after = EmbeddingCache(run_dir).photos(photos)
     assert torch.equal(before, after) != (damage == "other weights")
 
 
-@pytest.mark.parametrize("damage, message", [
-    (shutil.rmtree, "there is no such folder"),
-    (lambda run_dir: (run_dir / BEST).unlink(), "has no best model yet"),
-    (lambda run_dir: (run_dir / BEST).write_bytes(b"nonsense"), "damaged"),
-    (lambda run_dir: torch.save({"state_dict": {}}, run_dir / BEST), "not a checkpoint of this project"),
-    (change("model_state_dict", lambda weights: {}), "not those of the model"),
-    (change("model_state_dict", lambda weights: weights | {"memory.slots": torch.zeros(2, 2)}), "not those of the model"),
-    (change("tokenizer", lambda state: {"name": "words"}), "not those of the model"),
-    (change("config", lambda config: {}), "not those of the model"),
-    (change("config", lambda config: config | {"model": {"wings": 2}}), "not those of the model"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (shutil.rmtree, "there is no such folder"),
+        (lambda run_dir: (run_dir / BEST).unlink(), "has no best model yet"),
+        (lambda run_dir: (run_dir / BEST).write_bytes(b"nonsense"), "damaged"),
+        (
+            lambda run_dir: torch.save({"state_dict": {}}, run_dir / BEST),
+            "not a checkpoint of this version",
+        ),
+        (change("model_state_dict", lambda weights: {}), "not those of the model"),
+        (
+            change(
+                "model_state_dict", lambda weights: weights | {"memory.slots": torch.zeros(2, 2)}
+            ),
+            "not those of the model",
+        ),
+        (change("tokenizer", lambda state: {"name": "words"}), "not those of the model"),
+        (change("config", lambda config: {}), "the run is of another version"),
+        (change("config", lambda config: {"arguments": {}}), "the run is of another version"),
+        (
+            change("config", lambda config: config | {"settings": config["settings"] | {"a": 1}}),
+            "the run is of another version",
+        ),
+        (
+            change(
+                "config",
+                lambda config: config | {"settings": config["settings"] | {"latent_dim": 32}},
+            ),
+            "not those of the model",
+        ),
+    ],
+)
 def test_a_run_that_cannot_be_loaded(run_dir, damage, message):
     damage(run_dir)
-    with pytest.raises(CheckpointError, match=message) as error:
+    with pytest.raises((CheckpointError, UsageError), match=message) as error:
         load_model(run_dir)
     assert len(str(error.value).splitlines()) == 1 and str(run_dir) in str(error.value)
 
@@ -128,7 +182,9 @@ def test_photos_of_a_folder(tmp_path):
     (tmp_path / "holidays").mkdir()
     for name in ("b.JPG", "a.png", "holidays/c.webp"):
         (tmp_path / name).touch()
-    assert photos_of_folder(tmp_path) == [tmp_path / name for name in ("a.png", "b.JPG", "holidays/c.webp")]
+    assert photos_of_folder(tmp_path) == [
+        tmp_path / name for name in ("a.png", "b.JPG", "holidays/c.webp")
+    ]
 
 
 def test_photos_of_a_split(dataset_dir):
@@ -136,7 +192,9 @@ def test_photos_of_a_split(dataset_dir):
     assert [photo.name for photo in photos] == ["1006_abc.jpg", "1007_abc.jpg", "1008_abc.jpg"]
     assert captions[1][2] == "Caption 2 of photo 7 , a dog ."
     text = (dataset_dir / "Flickr8k.token.txt").read_text()
-    (dataset_dir / "Flickr8k.token.txt").write_text("\n".join(line for line in text.splitlines() if "1007" not in line))
+    (dataset_dir / "Flickr8k.token.txt").write_text(
+        "\n".join(line for line in text.splitlines() if "1007" not in line)
+    )
     with pytest.raises(DataError, match="1007_abc.jpg has no captions"):
         photos_of_split(dataset_dir, "val")
     shutil.rmtree(dataset_dir / "Flicker8k_Dataset")

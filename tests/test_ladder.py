@@ -1,38 +1,76 @@
+import dataclasses
 import json
 import os
 
 import pytest
 
 from src import ladder
-from src.model import PRESETS
-from src.settings import default_arguments, parse_args
-from src.utils.report import BEST, CONFIG, HISTORY
+from src.settings import PRESETS, make_settings, parse_args
+from src.utils.checkpoint import BEST, CONFIG, HISTORY
+
+
+def settings(preset, flags):
+    args = dict(vars(parse_args("", ["--model", preset, *flags])))
+    for name in ("output_dir", "resume", "overwrite"):
+        del args[name]
+    return make_settings(**args)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_steps_lead_from_the_reference_to_the_presets_own_recipe(preset):
-    settings = [default_arguments(parse_args("", ["--model", preset, *flags])) for _, flags in ladder.rows(preset)]
-    steps, own = settings[:-len(ladder.CHANGES)], default_arguments(parse_args("", ["--model", preset]))
-    assert steps[0] == default_arguments(parse_args("", ["--model", preset, "--recipe", "reference"])) and steps[-1] == own
-    assert all(one != other for one, other in zip(steps, steps[1:]))  # a step that a preset does not take is left out
-    for changed in settings[-len(ladder.CHANGES):]:  # one change each
-        assert sum(changed[name] != own[name] for name in own) <= 1
+    found = [settings(preset, flags) for _, flags in ladder.rows(preset)]
+    steps, own = found[: -len(ladder.CHANGES)], make_settings(model=preset)
+    assert steps[0] == make_settings(model=preset, recipe="reference") and steps[-1] == own
+    # a step that a preset does not take is left out
+    assert all(one != other for one, other in zip(steps, steps[1:]))
+    for changed in found[-len(ladder.CHANGES) :]:  # one change each
+        differences = {f.name for f in dataclasses.fields(own)
+                       if getattr(own, f.name) != getattr(changed, f.name)}
+        assert len(differences) <= 1
 
 
 def test_rows_are_run_kept_and_gone_on_with(shapes, tmp_path, capfd):
     no_memory = 1 + [what for what, _ in ladder.rows("tiny")].index("no memory")
-    given = ["--model", "tiny", "--data_dir", str(shapes), "--epochs", "2", "--output_dir", str(tmp_path), "--rows", "1",
-             str(no_memory), "--seeds", "0", "1"]
+    given = [
+        "--model",
+        "tiny",
+        "--data_dir",
+        str(shapes),
+        "--epochs",
+        "2",
+        "--output_dir",
+        str(tmp_path),
+        "--rows",
+        "1",
+        str(no_memory),
+        "--seeds",
+        "0",
+        "1",
+    ]
     assert ladder.main([*given, "--minutes", "0"]) == 0
     assert "time is up" in capfd.readouterr().err
     assert ladder.main(given) == 0
     printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(printed) == 4 and "`--model tiny --recipe reference --epochs 2`" in printed[2]
-    runs = {folder: json.loads((tmp_path / folder / CONFIG).read_text())["arguments"] for folder in os.listdir(tmp_path)}
-    assert sorted((run["seed"], run["memory_size"]) for run in runs.values()) == [(0, 0), (0, 16), (1, 0), (1, 16)]
+    runs = {
+        folder: json.loads((tmp_path / folder / CONFIG).read_text())["settings"]
+        for folder in os.listdir(tmp_path)
+    }
+    assert sorted((run["seed"], run["memory_size"]) for run in runs.values()) == [
+        (0, 0),
+        (0, 16),
+        (1, 0),
+        (1, 16),
+    ]
     for seed in (0, 1):  # the figures are those of the runs' files
-        folder = next(folder for folder, run in runs.items() if run["seed"] == seed and run["memory_size"] == 0)
-        best = max(row["val"]["avg_r1"] for row in json.loads((tmp_path / folder / HISTORY).read_text()))
+        folder = next(
+            folder
+            for folder, run in runs.items()
+            if run["seed"] == seed and run["memory_size"] == 0
+        )
+        best = max(
+            row["val"]["avg_r1"] for row in json.loads((tmp_path / folder / HISTORY).read_text())
+        )
         assert f"{best:.2f}" in printed[3]
     made = {folder: os.stat(tmp_path / folder / BEST).st_mtime_ns for folder in runs}
     assert ladder.main(given) == 0
@@ -43,5 +81,8 @@ def test_wrong_arguments(tmp_path, capfd):
     with pytest.raises(SystemExit) as stopped:
         ladder.main(["--rows", "99"])
     assert stopped.value.code == 2
-    assert ladder.main(["--data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path / "out")]) == 1
+    assert (
+        ladder.main(["--data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path / "out")])
+        == 1
+    )
     assert "exit status 2" in capfd.readouterr().err

@@ -3,7 +3,8 @@ import sys
 import pytest
 from PIL import Image, ImageFont
 
-from src.utils.checkpoint import CheckpointError
+from src.settings import UsageError
+from src.utils.checkpoint import CheckpointError, Run
 from src.utils.flickr8k_simple import DataError
 from src.utils.pictures import CELL, GAP, RIGHT, contact_sheet, plot_curves, wrap
 from tests.test_show_flickr8k_results import metrics
@@ -21,7 +22,11 @@ def test_no_line_is_wider_than_asked_and_nothing_is_lost():
 
 
 def test_a_sheet_shows_the_right_photos_and_marks(tmp_path):
-    for name, size, colour in (("red", (80, 40), (250, 0, 0)), ("blue", (40, 80), (0, 0, 250)), ("gray", (5, 5), (99, 99, 99))):
+    for name, size, colour in (
+        ("red", (80, 40), (250, 0, 0)),
+        ("blue", (40, 80), (0, 0, 250)),
+        ("gray", (5, 5), (99, 99, 99)),
+    ):
         Image.new("RGB", size, colour).save(tmp_path / f"{name}.png")
     rows = [("first", [(tmp_path / "red.png", "1.", False), (tmp_path / "blue.png", WORDS, True)]),
             ("second " * 40, [(tmp_path / "gray.png", "only", False)])]
@@ -29,14 +34,34 @@ def test_a_sheet_shows_the_right_photos_and_marks(tmp_path):
     sheet = Image.open(tmp_path / "made" / "sheet.png")
     assert sheet.width == 3 * CELL + 4 * GAP
     pixels = sheet.load()
-    where = {colour: [(x, y) for x in range(sheet.width) for y in range(sheet.height) if pixels[x, y] == colour]
-             for colour in ((250, 0, 0), (0, 0, 250), (99, 99, 99), RIGHT)}
-    boxes = {colour: (min(x for x, _ in found), min(y for _, y in found), max(x for x, _ in found), max(y for _, y in found))
-             for colour, found in where.items()}
-    assert boxes[(250, 0, 0)][2] < boxes[(0, 0, 250)][0] < boxes[(0, 0, 250)][2]  # left of it, in the same row
+    where = {
+        colour: [
+            (x, y)
+            for x in range(sheet.width)
+            for y in range(sheet.height)
+            if pixels[x, y] == colour
+        ]
+        for colour in ((250, 0, 0), (0, 0, 250), (99, 99, 99), RIGHT)
+    }
+    boxes = {
+        colour: (
+            min(x for x, _ in found),
+            min(y for _, y in found),
+            max(x for x, _ in found),
+            max(y for _, y in found),
+        )
+        for colour, found in where.items()
+    }
+    # left of it, in the same row
+    assert boxes[(250, 0, 0)][2] < boxes[(0, 0, 250)][0] < boxes[(0, 0, 250)][2]
     assert boxes[(99, 99, 99)][1] > boxes[(0, 0, 250)][3] and boxes[(99, 99, 99)][2] < GAP + CELL
     blue, mark = boxes[(0, 0, 250)], boxes[RIGHT]
-    assert mark[0] < blue[0] and mark[1] < blue[1] and mark[2] > blue[2] and mark[0] > boxes[(250, 0, 0)][2]
+    assert (
+        mark[0] < blue[0]
+        and mark[1] < blue[1]
+        and mark[2] > blue[2]
+        and mark[0] > boxes[(250, 0, 0)][2]
+    )
 
 
 def test_a_sheet_of_what_cannot_be_read_or_written(tmp_path):
@@ -45,38 +70,60 @@ def test_a_sheet_of_what_cannot_be_read_or_written(tmp_path):
         contact_sheet([("", [(tmp_path / "broken.jpg", "", False)])], tmp_path / "sheet.png")
     Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
     for name in ("sheet.abc", "broken.jpg/sheet.png"):
-        with pytest.raises(DataError, match="cannot be written"):
+        with pytest.raises(UsageError, match="cannot be written"):
             contact_sheet([("", [(tmp_path / "good.png", "", False)])], tmp_path / name)
 
 
 def runs(tmp_path):
-    return [{"dir": tmp_path / name, "history": [{"epoch": i, "train": {"loss": 4 / i}, "val": metrics(i), "lr": 0.1 / i}
-                                                 for i in range(1, 5)]} for name in ("one", "other")]
+    return [
+        Run(
+            tmp_path / name,
+            [
+                {"epoch": i, "train": {"loss": 4 / i}, "val": metrics(i), "lr": 0.1 / i}
+                for i in range(1, 5)
+            ],
+            config={},
+            settings=None,
+            test=None,
+        )
+        for name in ("one", "other")
+    ]
 
 
 def test_curves(tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure", reason="matplotlib is an extra (requirements-extra.txt)")
+    figure = pytest.importorskip(
+        "matplotlib.figure", reason="matplotlib is an extra (requirements-extra.txt)"
+    )
     drawn = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *given, save=figure.Figure.savefig, **options: (
-        drawn.append(self), save(self, *given, **options))[1])
+    monkeypatch.setattr(
+        figure.Figure,
+        "savefig",
+        lambda self, *given, save=figure.Figure.savefig, **options: (
+            drawn.append(self),
+            save(self, *given, **options),
+        )[1],
+    )
     plot_curves(runs(tmp_path), tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 1000
     loss, i2t, rate, t2i = drawn[0].axes
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == [str(tmp_path / "one"), str(tmp_path / "other")]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == [
+        str(tmp_path / "one"),
+        str(tmp_path / "other"),
+    ]
     assert [list(line.get_ydata()) for line in loss.lines] == [[4, 2, 4 / 3, 1]] * 2
     assert [list(line.get_ydata()) for line in rate.lines] == [[0.1, 0.05, 0.1 / 3, 0.025]] * 2
     for axes, way in ((i2t, "i2t"), (t2i, "t2i")):
         assert [list(line.get_ydata()) for line in axes.lines] == [
             [metrics(i)[f"{way}_r{k}"] for i in range(1, 5)] for k in (1, 5, 10)] * 2
     broken = runs(tmp_path)
-    del broken[1]["history"][2]["lr"]
+    del broken[1].history[2]["lr"]
     with pytest.raises(CheckpointError, match="other: an epoch of its history lacks"):
         plot_curves(broken, tmp_path / "curves.png")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(UsageError, match="cannot be written"):
         plot_curves(runs(tmp_path), tmp_path / "curves.png" / "more.png")
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(CheckpointError, match="pip install -r requirements-extra.txt"):
+    with pytest.raises(UsageError, match="pip install -r requirements-extra.txt"):
         plot_curves(runs(tmp_path), tmp_path / "curves.png")

@@ -5,12 +5,16 @@ import sys
 import pytest
 import torch
 
+from src.utils import retrieval
 from src.utils.retrieval import TIE, chance_metrics, retrieval_metrics, retrieval_ranks
 
 
 def slow_metrics(images, texts, photo_of_caption):
     """Both protocols as one would tell them, one query at a time."""
-    similarity = torch.nn.functional.normalize(images.double(), dim=-1) @ torch.nn.functional.normalize(texts.double(), dim=-1).T
+    similarity = (
+        torch.nn.functional.normalize(images.double(), dim=-1)
+        @ torch.nn.functional.normalize(texts.double(), dim=-1).T
+    )
     num_photos, num_captions = similarity.shape
     owner = photo_of_caption.tolist()
     i2t, t2i, pair_i2t, pair_t2i = [], [], [], {k: [] for k in (1, 5, 10)}
@@ -18,42 +22,70 @@ def slow_metrics(images, texts, photo_of_caption):
         own = [c for c in range(num_captions) if owner[c] == photo]
         if own:
             best = max(similarity[photo, c].item() for c in own)
-            i2t.append(1 + sum(similarity[photo, c].item() >= best - TIE for c in range(num_captions) if c not in own))
+            i2t.append(
+                1
+                + sum(
+                    similarity[photo, c].item() >= best - TIE
+                    for c in range(num_captions)
+                    if c not in own
+                )
+            )
         for c in own:
-            pair_i2t.append(1 + sum(similarity[photo, other].item() >= similarity[photo, c].item() - TIE
-                                    for other in range(num_captions) if other != c))
+            pair_i2t.append(
+                1
+                + sum(
+                    similarity[photo, other].item() >= similarity[photo, c].item() - TIE
+                    for other in range(num_captions)
+                    if other != c
+                )
+            )
     for c in range(num_captions):
         own = similarity[owner[c], c].item()
-        t2i.append(1 + sum(similarity[photo, c].item() >= own - TIE for photo in range(num_photos) if photo != owner[c]))
+        t2i.append(
+            1
+            + sum(
+                similarity[photo, c].item() >= own - TIE
+                for photo in range(num_photos)
+                if photo != owner[c]
+            )
+        )
         ahead = sum(similarity[owner[other], c].item() >= own - TIE for other in range(num_captions)
                     if owner[other] != owner[c])
         copies = owner.count(owner[c])
-        for k in pair_t2i:  # the copy of the pair itself is equally likely in each place among the copies of its photo
+        # the copy of the pair itself is equally likely in each place among the copies of its photo
+        for k in pair_t2i:
             pair_t2i[k].append(sum(ahead + place <= k for place in range(1, copies + 1)) / copies)
     percent = lambda hits: 100 * sum(hits) / len(hits)  # noqa: E731
-    expected = {f"{way}_r{k}": percent([rank <= k for rank in ranks])
-                for way, ranks in (("i2t", i2t), ("t2i", t2i), ("pair_i2t", pair_i2t)) for k in (1, 5, 10)}
+    expected = {
+        f"{way}_r{k}": percent([rank <= k for rank in ranks])
+        for way, ranks in (("i2t", i2t), ("t2i", t2i), ("pair_i2t", pair_i2t))
+        for k in (1, 5, 10)
+    }
     expected |= {f"pair_t2i_r{k}": percent(hits) for k, hits in pair_t2i.items()}
     for way, ranks in (("i2t", i2t), ("t2i", t2i)):
         ranks = sorted(ranks)
         expected[f"{way}_medr"] = (ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]) / 2
     for protocol in ("", "pair_"):
-        expected[f"{protocol}avg_r1"] = (expected[f"{protocol}i2t_r1"] + expected[f"{protocol}t2i_r1"]) / 2
+        expected[f"{protocol}avg_r1"] = (
+            expected[f"{protocol}i2t_r1"] + expected[f"{protocol}t2i_r1"]
+        ) / 2
     return expected
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
-def test_equals_the_slow_implementation(seed, chunk_size):
+def test_equals_the_slow_implementation(seed, chunk_size, monkeypatch):
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.randint(0 if seed else 5, 7 if seed else 6, (23,), generator=generator)  # seed 0: five a photo
+    # seed 0: five a photo
+    counts = torch.randint(0 if seed else 5, 7 if seed else 6, (23,), generator=generator)
     photo_of_caption = torch.repeat_interleave(torch.arange(23), counts)
     photo_of_caption = photo_of_caption[torch.randperm(len(photo_of_caption), generator=generator)]
     texts = torch.randn(len(photo_of_caption), 6, generator=generator)
     images = torch.randn(23, 6, generator=generator)
     images.index_add_(0, photo_of_caption, 0.3 * texts)  # better than chance, far from perfect
     expected = slow_metrics(images, texts, photo_of_caption)
-    assert retrieval_metrics(images, texts, photo_of_caption, chunk_size) == pytest.approx(expected)
+    monkeypatch.setattr(retrieval, "CHUNK_SIZE", chunk_size)
+    assert retrieval_metrics(images, texts, photo_of_caption) == pytest.approx(expected)
     assert 0 < expected["avg_r1"] < 100
 
 
@@ -61,7 +93,8 @@ def test_perfect_embeddings():
     photo_of_caption = torch.arange(20).repeat_interleave(5)
     metrics = retrieval_metrics(torch.eye(20), torch.eye(20)[photo_of_caption], photo_of_caption)
     assert metrics["avg_r1"] == 100 and metrics["i2t_medr"] == metrics["t2i_medr"] == 1
-    assert metrics["pair_i2t_r1"] == 0  # the five captions are equal: a tie never counts in the model's favour
+    # the five captions are equal: a tie never counts in the model's favour
+    assert metrics["pair_i2t_r1"] == 0
     assert metrics["pair_t2i_r1"] == pytest.approx(20) and metrics["pair_t2i_r5"] == 100
 
 
@@ -76,7 +109,9 @@ def test_pair_protocol_is_a_fifth_of_the_standard_one():
 
 def test_constant_embeddings_are_no_better_than_chance():
     photo_of_caption = torch.arange(50).repeat_interleave(5)
-    metrics = retrieval_metrics(torch.full((50, 7), 0.3), torch.full((250, 7), 0.3), photo_of_caption)
+    metrics = retrieval_metrics(
+        torch.full((50, 7), 0.3), torch.full((250, 7), 0.3), photo_of_caption
+    )
     chance = chance_metrics([5] * 50)
     assert all(metrics[key] <= chance[key] for key in chance)
     assert metrics["t2i_medr"] == 50 and metrics["i2t_medr"] == 246
@@ -87,7 +122,8 @@ def test_hand_made_case():
     angle = torch.deg2rad(torch.tensor([0.0, 90.0, 10.0, 80.0, 60.0]))
     points = torch.stack([angle.cos(), angle.sin()], dim=1)
     ranks = retrieval_ranks(points[:2], points[2:], torch.tensor([0, 0, 1]))
-    assert ranks["i2t"].tolist() == [1, 2]  # photo 1 sees the caption at 80 first, which is photo 0's
+    # photo 1 sees the caption at 80 first, which is photo 0's
+    assert ranks["i2t"].tolist() == [1, 2]
     assert ranks["t2i"].tolist() == [1, 2, 1]
     assert ranks["pair_i2t"].tolist() == [1, 3, 2]
     assert ranks["pair_t2i_ahead"].tolist() == [0, 1, 0]
@@ -98,8 +134,14 @@ def test_chance_is_what_random_embeddings_score():
     generator = torch.Generator().manual_seed(0)
     counts = torch.tensor([1, 2, 5, 0, 3] * 4)
     photo_of_caption = torch.repeat_interleave(torch.arange(20), counts)
-    runs = [retrieval_metrics(torch.randn(20, 64, generator=generator), torch.randn(44, 64, generator=generator),
-                              photo_of_caption) for _ in range(300)]
+    runs = [
+        retrieval_metrics(
+            torch.randn(20, 64, generator=generator),
+            torch.randn(44, 64, generator=generator),
+            photo_of_caption,
+        )
+        for _ in range(300)
+    ]
     for key, expected in chance_metrics(counts).items():
         assert sum(run[key] for run in runs) / len(runs) == pytest.approx(expected, abs=2.5), key
 
@@ -118,8 +160,28 @@ def test_refuses(break_it, message):
         retrieval_metrics(*arguments)
 
 
+def test_ranking_is_in_full_float32_where_tf32_is_on(monkeypatch):
+    """On CUDA "high" is TF32, whose error of 1e-3 is far above a tie's 1e-6."""
+    seen, mm, before = [], torch.mm, torch.get_float32_matmul_precision()
+
+    def recording(*given, **options):
+        seen.append(torch.get_float32_matmul_precision())
+        return mm(*given, **options)
+
+    monkeypatch.setattr(torch, "mm", recording)
+    try:
+        torch.set_float32_matmul_precision("high")
+        retrieval_metrics(torch.eye(4), torch.eye(4), torch.arange(4))
+        assert seen and set(seen) == {"highest"}
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_memory_does_not_grow_with_photos_times_captions():
-    """25,000 captions x 5,000 photos: what it takes beyond the process before is measured, and is under 1 GB."""
+    """25,000 captions x 5,000 photos: what it takes beyond the process before is measured, and is
+    under 1 GB.
+    """
     script = """
 import resource, torch
 from src.utils.retrieval import retrieval_metrics
@@ -128,6 +190,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 retrieval_metrics(images, texts, torch.arange(5000).repeat_interleave(5))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     assert int(out) * unit < 1e9, f"{int(out) * unit / 1e6:.0f} MB"

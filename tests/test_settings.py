@@ -1,86 +1,203 @@
+import dataclasses
+import inspect
 import shlex
 
 import pytest
 import torch
 
-from src.settings import (RECIPES, UsageError, amp_type, command_of, default_arguments, eval_size, find_device,
-                          parse_args)
+from src.model import MultiModalMemoryNetwork
+from src.settings import (
+    GROUPS,
+    PRESETS,
+    REFERENCE,
+    Settings,
+    UsageError,
+    allow_fast_kernels,
+    amp_type,
+    command_of,
+    default_model,
+    find_device,
+    make_settings,
+    parse_args,
+    settings_of,
+)
 
 
-@pytest.mark.parametrize("given", [["--epochs", "0"], ["--batch_size", "1"], ["--lr", "-1"], ["--lr", "nan"],
-                                   ["--momentum", "1"], ["--model", "huge"], ["--resume", "--overwrite"],
-                                   ["--num_workers", "-1"], ["--epoch", "3"]])
+def settings(*given):
+    """What the training script makes of the flags."""
+    args = dict(vars(parse_args("", list(given))))
+    for name in ("output_dir", "resume", "overwrite"):
+        del args[name]
+    return make_settings(**args)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--epochs", "0"],
+        ["--batch_size", "1"],
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--lr", "inf"],
+        ["--momentum", "1"],
+        ["--momentum", "0"],
+        ["--final_lr", "1.5"],
+        ["--eval_size", "3.5"],
+        ["--seed", "4294967296"],
+        ["--model", "huge"],
+        ["--resume", "--overwrite"],
+        ["--num_workers", "-1"],
+        ["--epoch", "3"],
+    ],
+)
 def test_wrong_arguments(given, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_args("", given)
     assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
 
 
-def test_help_gives_defaults(capsys):
+def test_help_gives_defaults_in_groups(capsys):
     with pytest.raises(SystemExit):
         parse_args("", ["--help"])
     out = capsys.readouterr().out
-    flags = [line for line in out.split("\n  --")[1:]]
-    assert all("default" in flag for flag in flags if not flag.startswith(("resume", "overwrite")))
+    flags = out[out.index("\ndata:"):].split("\n  --")[1:]
+    shown = [flag for flag in flags if not flag.startswith(("resume", "overwrite"))]
+    assert all("default" in flag for flag in shown) and len(flags) <= 38
+    assert all(f"\n{name}:\n" in out for name in (*GROUPS.values(), "run"))
+    assert set(GROUPS) <= {f.name for f in dataclasses.fields(Settings)}
+
+
+def test_presets_and_the_reference_change_settings_that_there_are():
+    names = {f.name for f in dataclasses.fields(Settings)}
+    assert all(changes.keys() <= names for changes in (*PRESETS.values(), REFERENCE))
+
+
+def test_the_models_defaults_are_the_preset_base():
+    signature = inspect.signature(MultiModalMemoryNetwork).parameters
+    defaults = {name: parameter.default for name, parameter in signature.items()}
+    assert make_settings(model="base").model_arguments() | {"vocab_size": 34} == defaults
 
 
 def test_defaults_come_from_preset_and_recipe_and_flags_win():
-    arguments = default_arguments(parse_args("", ["--model", "small", "--lr", "3", "--device", "cpu"]))
-    assert arguments["lr"] == 3 and arguments["image_size"] == 64 and arguments["data_dir"] == "data/flickr8k"
-    assert {name: arguments[name] for name in RECIPES["small"]} == RECIPES["small"] | {"lr": 3}
-    assert default_arguments(parse_args("", ["--synthetic"]))["model"] == "tiny"
-    assert not {"resume", "overwrite", "output_dir"} & arguments.keys() and not arguments["compile"]
+    found = settings("--model", "small", "--lr", "3", "--device", "cpu")
+    assert found.lr == 3 and found.image_size == 64 and found.data_dir == "data/flickr8k"
+    own = PRESETS["small"] | {"lr": 3}
+    assert {name: getattr(found, name) for name in own} == own and not found.compile
+    assert make_settings(lr=None, device="cpu").lr == make_settings(device="cpu").lr
 
 
-def test_photos_are_never_judged_smaller_than_trained():
-    sizes = [eval_size(default_arguments(parse_args("", ["--model", "tiny", *given]))) for given in (
-        [], ["--eval_size", "40"], ["--eval_size", "40", "--image_size", "48"])]
+@pytest.mark.parametrize("device, model", [("cuda:1", "base"), ("cpu", "small"), ("mps", "small")])
+def test_the_default_model_suits_the_machine(device, model):
+    assert make_settings(device=device).model == model == default_model(False, device)[0]
+    assert make_settings(device=device, synthetic=True).model == "tiny"
+    assert make_settings(device=device, model="large").model == "large"
+
+
+@pytest.mark.parametrize("model", ["base", "large"])
+def test_at_least_64_photos_a_step(model):
+    found = make_settings(model=model)
+    assert found.batch_size // found.captions_per_image >= 64
+
+
+def test_photos_in_validation_are_never_smaller_than_in_training():
+    sizes = [
+        settings("--model", "tiny", *given).eval_pixels
+        for given in ([], ["--eval_size", "40"], ["--eval_size", "40", "--image_size", "48"])
+    ]
     assert sizes == [32, 40, 48]
 
 
 @pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16"])
 def test_precision(monkeypatch, capability):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
-    amx = default_arguments(parse_args("", ["--device", "cpu"]))
+    fast = make_settings(device="cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    plain = default_arguments(parse_args("", ["--device", "cpu"]))
-    assert amp_type(amx) == torch.bfloat16 and amp_type(plain) is None
+    plain = make_settings(device="cpu")
+    assert amp_type(fast) == torch.bfloat16 and amp_type(plain) is None
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    cuda = default_arguments(parse_args("", ["--device", "cuda", "--epochs", "30"]))
-    assert amp_type(cuda) == torch.float16 and cuda["compile"]
-    assert not default_arguments(parse_args("", ["--device", "cuda", "--epochs", "1"]))["compile"]
+    cuda = make_settings(device="cuda", epochs=30)
+    assert amp_type(cuda) == torch.float16 and cuda.compile
+    assert not make_settings(device="cuda", epochs=1).compile
 
 
 def test_a_device_that_is_not_there():
     assert find_device("cpu") == torch.device("cpu")
     for name in ("cuda:99", "abacus"):
-        with pytest.raises(UsageError, match="not to be had"):
+        with pytest.raises(UsageError, match=f"--device {name} is not available on this machine"):
             find_device(name)
 
 
+@pytest.mark.parametrize("rank", [None, 0, 3])
+def test_each_process_touches_its_own_gpu_only(monkeypatch, rank):
+    touched = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: touched.append(("set", device)))
+    monkeypatch.setattr(torch, "zeros", lambda size, device: touched.append(("used", device)))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+    own = torch.device("cuda" if rank is None else f"cuda:{rank}")
+    assert find_device("cuda") == own and touched == [("set", own), ("used", own)]
+
+
+def test_fast_kernels_are_for_cuda(monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    try:
+        allow_fast_kernels(torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == before
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        allow_fast_kernels(torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.benchmark
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_the_reference_recipe_is_the_write_ups():
-    arguments = default_arguments(parse_args("", ["--recipe", "reference", "--model", "small"]))
-    known = dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, momentum=0.9, tokenizer="char", warmup=0, text_lr=1)
-    assert {name: arguments[name] for name in known} == known and arguments["image_size"] == 64
-    assert default_arguments(parse_args("", ["--recipe", "reference", "--lr", "0.5"]))["lr"] == 0.5
+    found = settings("--recipe", "reference", "--model", "small")
+    known = dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, momentum=0.9,
+                 tokenizer="char", warmup=0, text_lr=1)
+    assert {name: getattr(found, name) for name in known} == known and found.image_size == 64
+    assert settings("--recipe", "reference", "--lr", "0.5").lr == 0.5
 
 
-@pytest.mark.parametrize("given, command", [
-    ([], "python train_flickr8k_sgd.py"),
-    (["--synthetic"], "python train_flickr8k_sgd.py --synthetic"),
-    (["--synthetic", "--model", "tiny", "--seed", "3"], "python train_flickr8k_sgd.py --synthetic --seed 3"),
-    (["--model", "small", "--lr", "0.1", "--ema", "0.5", "--qk_norm"], "python train_flickr8k_sgd.py --model small --ema 0.5 --qk_norm"),
-    (["--recipe", "reference", "--epochs", "2", "--data_dir", "my photos"],
-     "python train_flickr8k_sgd.py --recipe reference --data_dir 'my photos' --epochs 2"),
-])
-def test_the_command_of_a_run(given, command):
-    arguments = default_arguments(parse_args("", given))
-    found = command_of(arguments)
+@pytest.mark.parametrize(
+    "given, command",
+    [
+        ([], "python train_flickr8k_sgd.py --model small"),
+        (["--model", "base"], "python train_flickr8k_sgd.py --model base"),
+        (["--synthetic"], "python train_flickr8k_sgd.py --synthetic"),
+        (
+            ["--synthetic", "--model", "tiny", "--seed", "3"],
+            "python train_flickr8k_sgd.py --synthetic --seed 3",
+        ),
+        (
+            ["--model", "small", "--lr", "0.1", "--ema", "0.5", "--allow_incomplete"],
+            "python train_flickr8k_sgd.py --model small --ema 0.5 --allow_incomplete",
+        ),
+        (
+            ["--model", "tiny", "--recipe", "reference", "--epochs", "2", "--data_dir", "my photos"],
+            "python train_flickr8k_sgd.py --model tiny --recipe reference --data_dir 'my photos' "
+            "--epochs 2",
+        ),
+    ],
+)
+def test_the_command_of_a_run(given, command, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    found = command_of(settings(*given))
     assert sorted(shlex.split(found)) == sorted(shlex.split(command)), found
-    again = default_arguments(parse_args("", shlex.split(found)[2:]))
-    assert again == arguments
+    assert settings(*shlex.split(found)[2:]) == settings(*given)
 
 
 def test_the_command_of_a_run_on_another_device():
-    arguments = default_arguments(parse_args("", ["--device", "cpu"])) | {"device": "cuda:7", "amp": True, "compile": True}
-    assert command_of(arguments) == "python train_flickr8k_sgd.py"
+    found = make_settings(model="small", device="cpu")
+    found.device, found.amp, found.compile = "cuda:7", True, True
+    assert command_of(found) == "python train_flickr8k_sgd.py --model small"
+
+
+def test_settings_of_another_version():
+    own = dataclasses.asdict(make_settings(model="small", ema=0.5))
+    assert settings_of({"settings": own}, "run") == Settings(**own)
+    lacking = {name: value for name, value in own.items() if name != "ema"}
+    for config in ({"settings": lacking}, {"settings": own | {"qk_norm": False}}, {}, [], None):
+        with pytest.raises(UsageError, match="outputs/old: the run is of another version"):
+            settings_of(config, "outputs/old")

@@ -1,4 +1,7 @@
-"""The results script on runs made by hand, so that every figure shown can be checked against the files."""
+"""The results script on runs made by hand, so that every figure shown can be checked against the
+files.
+"""
+import dataclasses
 import json
 import re
 import shutil
@@ -8,39 +11,78 @@ import torch
 from PIL import Image
 
 import show_flickr8k_results
-from src.utils.flickr8k_simple import read_captions
-from src.utils.report import BEST, CONFIG, HISTORY, TEST, TEST_TIME
-from src.utils.retrieval import chance_metrics
+from src.inference import load_model
+from src.settings import make_settings
+from src.utils.checkpoint import BEST, CONFIG, HISTORY, TEST
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset, read_captions
+from src.utils.retrieval import chance_metrics, evaluate
 from tests.conftest import run_script
 
 
 def metrics(seed):
     """Made-up figures, all different, so that one shown in another's place is noticed."""
-    values = {f"{protocol}{way}_r{k}": seed + i + 0.17 for i, (protocol, way, k) in enumerate(
-        (protocol, way, k) for protocol in ("", "pair_") for way in ("i2t", "t2i") for k in (1, 5, 10))}
+    values = {
+        f"{protocol}{way}_r{k}": seed + i + 0.17
+        for i, (protocol, way, k) in enumerate(
+            (protocol, way, k)
+            for protocol in ("", "pair_")
+            for way in ("i2t", "t2i")
+            for k in (1, 5, 10)
+        )
+    }
     values |= {"i2t_medr": seed * 3.0, "t2i_medr": seed * 4.0}
     for protocol in ("", "pair_"):
-        values[f"{protocol}avg_r1"] = (values[f"{protocol}i2t_r1"] + values[f"{protocol}t2i_r1"]) / 2
+        values[f"{protocol}avg_r1"] = (
+            values[f"{protocol}i2t_r1"] + values[f"{protocol}t2i_r1"]
+        ) / 2
     return values
 
 
 def write_run(folder, avg_r1=(11, 31, 21), epochs=3, **changes):
+    """A run of made-up figures; `changes`: of its settings."""
     folder.mkdir()
-    history = [{"epoch": i, "train": {"loss": 4.5 - i / 7}, "val": metrics(seed), "lr": 0.01 / i, "seconds": 61.3 + i}
-               for i, seed in enumerate(avg_r1, start=1)]
-    data = {"photos": 100, "captions": 500, "left_out": 0, "captions_per_photo": {"5": 100}}
-    config = {"arguments": {"epochs": epochs, "synthetic": False, "data_dir": "some/where", "model": "small", "seed": 77,
-                            "batch_size": 96, "captions_per_image": 3, "tokenizer": "char"},
-              "data": {"train": data | {"photos": 1234, "captions": 6170, "left_out": 4}, "val": data | {"pixels": 91},
-                       "test": data | {"photos": 50, "captions": 250, "captions_per_photo": {"5": 50}}},
-              "model": {"latent_dim": 192, "memory_size": 24}, "parameters": 7654321, "device": "Some GPU 4711",
-              "optimizer": {"name": "SGD", "momentum": 0.87}, "precision": "mixed, bfloat16",
-              "versions": {"torch": "2.99", "python": "3.14.1"}} | changes
+    history = [
+        {
+            "epoch": i,
+            "train": {"loss": 4.5 - i / 7},
+            "val": metrics(seed),
+            "lr": 0.01 / i,
+            "seconds": 61.3 + i,
+        }
+        for i, seed in enumerate(avg_r1, start=1)
+    ]
+    split = {
+        "photos": 100,
+        "pixels": 91,
+        "captions": 500,
+        "left_out": 0,
+        "captions_per_photo": {"5": 100},
+    }
+    settings = {
+        "model": "small",
+        "epochs": epochs,
+        "data_dir": "some/where",
+        "seed": 77,
+        "batch_size": 96,
+        "latent_dim": 192,
+        "momentum": 0.87,
+    }
+    config = {
+        "settings": dataclasses.asdict(make_settings(**settings | changes)),
+        "data": {
+            "train": split | {"photos": 1234, "captions": 6170, "left_out": 4},
+            "val": split,
+            "test": split | {"photos": 50, "captions": 250, "captions_per_photo": {"5": 50}},
+        },
+        "parameters": 7654321,
+        "device": "Some GPU 4711",
+        "precision": "mixed, bfloat16",
+        "date": "2026-02-03",
+        "versions": {"torch": "2.99", "python": "3.14.1"},
+    }
     (folder / HISTORY).write_text(json.dumps(history))
     (folder / CONFIG).write_text(json.dumps(config))
-    best = max(history, key=lambda row: row["val"]["avg_r1"])
-    torch.save({"epoch": best["epoch"], "model_state_dict": {"weight": torch.zeros(9)}, "metrics": best["val"],
-                "config": config, "tokenizer": {"name": "char"}}, folder / BEST)
+    (folder / BEST).write_bytes(b"no weights are read for the tables" * 100_000)
     return folder
 
 
@@ -55,34 +97,46 @@ def test_every_figure_is_the_runs_own(tmp_path, capsys):
     (folder / TEST).write_text(json.dumps(metrics(70)))
     status, out, err = show(folder, capsys)
     assert (status, err) == (0, "")
-    for expected in ("best (epoch 2)", "final (epoch 3)", "3 epochs in 3.2 minutes, finished", "1,234 photos, 6,170 captions",
-                     "Validation: 100 photos of 91 px, 500 captions", "4 photos left out", "7,654,321", "Some GPU 4711",
-                     "mixed, bfloat16", "2.99, 3.14.1", "small", "192", "0.87", "96 pairs, 3 a photo", "77", "some/where",
-                     "standard protocol", "pair protocol", "chance"):
+    for expected in (
+        "best (epoch 2)",
+        "final (epoch 3)",
+        "3 of 3 epochs in 3.2 minutes\n",
+        "1,234 photos of 91 px, 6,170 captions, 4 photos left out",
+        "Validation: 100 photos of 91 px, 500 captions",
+        "7,654,321",
+        "Some GPU 4711",
+        "mixed, bfloat16",
+        "2.99, 3.14.1",
+        "some/where",
+        "standard protocol",
+        "pair protocol",
+        "chance",
+        "3.4 MB",
+    ):
         assert expected in out, expected
     chance, test_chance = chance_metrics([5] * 100), chance_metrics([5] * 50)
     rows = [line.split() for line in out.splitlines()]
+    for row in (
+        ["preset", "small"],
+        ["latent_dim", "192"],
+        ["momentum", "0.87"],
+        ["batch_size", "96"],
+        ["seed", "77"],
+        ["epoch", "2"],
+        ["date", "2026-02-03"],
+    ):
+        assert row in rows, row
     for arrow, way in (("I->T", "i2t"), ("T->I", "t2i")):
         for k in (1, 5, 10):
             for protocol in ("", "pair_"):
                 key = f"{protocol}{way}_r{k}"
-                assert [arrow, f"R@{k}", "(%)"] + [f"{m[key]:.2f}" for m in (metrics(31), metrics(21), chance)] in rows
-                assert [arrow, f"R@{k}", "(%)"] + [f"{m[key]:.2f}" for m in (metrics(70), test_chance)] in rows
+                val = [f"{m[key]:.2f}" for m in (metrics(31), metrics(21), chance)]
+                test = [f"{m[key]:.2f}" for m in (metrics(70), test_chance)]
+                assert [arrow, f"R@{k}", "(%)", *val] in rows
+                assert [arrow, f"R@{k}", "(%)", *test] in rows
     assert ["1", "4.3571", "12.67", "11.17", "14.17", "0.01", "62.3"] in rows
-    assert "4.357 -> 4.071, -6.6 % (epoch 3)" in out and "12.67 % -> 32.67 %, +157.9 % (epoch 2)" in out
-
-
-def test_test_time_training_off_and_on(tmp_path, capsys):
-    folder = write_run(tmp_path / "run")
-    assert "Test-time" not in show(folder, capsys)[1]
-    (folder / TEST_TIME).write_text(json.dumps({
-        split: {"off": metrics(seed), "on": metrics(seed + 1), "seconds": {"off": 1.5, "on": seed / 7}}
-        for split, seed in (("val", 50), ("test", 60))}))
-    rows = [line.split() for line in show(folder, capsys)[1].splitlines()]
-    four = [metrics(seed) for seed in (50, 51, 60, 61)]
-    assert ["I->T", "R@5", "(%)"] + [f"{m['i2t_r5']:.2f}" for m in four] in rows
-    assert ["Avg", "R@1", "(%)"] + [f"{m['avg_r1']:.2f}" for m in four] in rows
-    assert ["seconds", "1.50", "7.14", "1.50", "8.57"] in rows
+    assert "4.357 -> 4.071, -6.6 % (epoch 3)" in out
+    assert "12.67 % -> 32.67 %, +157.9 % (epoch 2)" in out
 
 
 def test_a_run_of_one_epoch_still_going(tmp_path, capsys):
@@ -90,19 +144,18 @@ def test_a_run_of_one_epoch_still_going(tmp_path, capsys):
     (folder / BEST).unlink()
     status, out, err = show(folder, capsys)
     assert (status, err) == (0, "")
-    assert "1 epoch in 1.0 minutes, of 40 planned: not finished" in out and "Checkpoint" not in out and "Test" not in out
+    assert "1 of 40 epochs in 1.0 minutes: not finished" in out
+    assert "Checkpoint" not in out and "Test" not in out
 
 
 def test_a_long_run_is_shown_in_steps(tmp_path, capsys):
     _, out, _ = show(write_run(tmp_path / "run", avg_r1=range(1, 121), epochs=120), capsys)
-    assert len(out.splitlines()) < 90
+    assert len(out.splitlines()) < 110
+    assert sum(line.split()[:1] == ["60"] for line in out.splitlines()) == 1
 
 
 def test_synthetic_results_are_not_taken_for_flickr8k(tmp_path, capsys):
-    folder = write_run(tmp_path / "run")
-    config = json.loads((folder / CONFIG).read_text())
-    config["arguments"]["synthetic"] = True
-    (folder / CONFIG).write_text(json.dumps(config))
+    folder = write_run(tmp_path / "run", synthetic=True)
     assert "NOT FLICKR8K" in show(folder, capsys)[1]
 
 
@@ -110,19 +163,25 @@ def break_file(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: (folder / HISTORY).unlink(), "has not finished its first epoch"),
-    (lambda folder: [path.unlink() for path in folder.iterdir()], "holds no run; train first"),
-    (lambda folder: (folder / CONFIG).unlink(), f"{CONFIG}: there is no such file"),
-    (break_file(HISTORY, '[{"epoch": 1'), f"{HISTORY}: damaged"),
-    (break_file(HISTORY, "[]"), f"{HISTORY}: holds no epochs"),
-    (break_file(HISTORY, '[{"epoch": 1}]'), "lacks what it should hold"),
-    (break_file(HISTORY, '[3]'), "lacks what it should hold"),
-    (break_file(CONFIG, "{}"), "lacks what it should hold"),
-    (break_file(CONFIG, "[]"), "lacks what it should hold"),
-    (break_file(BEST, "nonsense"), f"{BEST}: damaged"),
-    (break_file(TEST, "nonsense"), f"{TEST}: damaged"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / HISTORY).unlink(), "has not finished its first epoch"),
+        (
+            lambda folder: [path.unlink() for path in folder.iterdir()],
+            "holds no run; train first",
+        ),
+        (lambda folder: (folder / CONFIG).unlink(), f"{CONFIG}: there is no such file"),
+        (break_file(HISTORY, '[{"epoch": 1'), f"{HISTORY}: damaged"),
+        (break_file(HISTORY, "[]"), f"{HISTORY}: holds no epochs"),
+        (break_file(HISTORY, '[{"epoch": 1}]'), "lacks what it should hold"),
+        (break_file(HISTORY, "[3]"), "lacks what it should hold"),
+        (break_file(CONFIG, "{}"), "the run is of another version"),
+        (break_file(CONFIG, '{"arguments": {}}'), "the run is of another version"),
+        (break_file(CONFIG, "[]"), "the run is of another version"),
+        (break_file(TEST, "nonsense"), f"{TEST}: damaged"),
+    ],
+)
 def test_missing_or_damaged_files(tmp_path, capsys, damage, message):
     folder = write_run(tmp_path / "run")
     damage(folder)
@@ -132,7 +191,8 @@ def test_missing_or_damaged_files(tmp_path, capsys, damage, message):
 
 def test_no_folder_as_a_user_meets_it(tmp_path):
     status, out, err = run_script("show_flickr8k_results.py", "--output_dir", tmp_path / "none")
-    assert status == 2 and "there is no such folder" in err and "python train_flickr8k_sgd.py" in err
+    assert status == 2 and "there is no such folder" in err
+    assert "python train_flickr8k_sgd.py" in err
 
 
 @pytest.fixture
@@ -158,7 +218,17 @@ def test_photos_for_a_text(run_dir, shapes, capsys, tmp_path):
     captions = read_captions(shapes / "Flickr8k.token.txt")
     names = (shapes / "Flickr_8k.testImages.txt").read_text().split()
     query = captions[names[3]][0]
-    status, out, err = use(run_dir, capsys, "--query", query.upper(), "two red circles", "--top", 8, "--out", tmp_path / "sheet.png")
+    status, out, err = use(
+        run_dir,
+        capsys,
+        "--query",
+        query.upper(),
+        "two red circles",
+        "--top",
+        8,
+        "--out",
+        tmp_path / "sheet.png",
+    )
     assert (status, err) == (0, "")
     found = ranking(out)
     assert [rank for _, rank, _, _ in found] == [*range(1, 9)] * 2 and "8 photos of test" in out
@@ -166,8 +236,14 @@ def test_photos_for_a_text(run_dir, shapes, capsys, tmp_path):
     scores = [score for _, _, score, _ in found[:8]]
     assert scores == sorted(scores, reverse=True)
     (marked,) = [(rank, rest) for mark, rank, _, rest in found if mark]
-    assert marked[1] == f"{names[3]}  {captions[names[3]][0]}" and f"the right one is ranked {marked[0]}" in out
-    assert Image.open(tmp_path / "sheet.png").width > 8 * 200 and f"wrote {tmp_path / 'sheet.png'}" in out
+    assert (
+        marked[1] == f"{names[3]}  {captions[names[3]][0]}"
+        and f"the right one is ranked {marked[0]}" in out
+    )
+    assert (
+        Image.open(tmp_path / "sheet.png").width > 8 * 200
+        and f"wrote {tmp_path / 'sheet.png'}" in out
+    )
 
 
 def test_photos_of_ones_own(run_dir, shapes, capsys, tmp_path):
@@ -176,29 +252,71 @@ def test_photos_of_ones_own(run_dir, shapes, capsys, tmp_path):
     for name, target in (("scene_00003.jpg", "a.jpg"), ("scene_00007.jpg", "more/b.JPG")):
         shutil.copy(shapes / "Flicker8k_Dataset" / name, own / target)
     status, out, _ = use(run_dir, capsys, "--photos", own, "--query", "a small red circle")
-    assert status == 0 and sorted(rest for *_, rest in ranking(out)) == ["a.jpg", "more/b.JPG"] and "*" not in out
-    assert sorted(path.name for path in own.rglob("*")) == ["a.jpg", "b.JPG", "more"]  # nothing is written there
+    assert (
+        status == 0
+        and sorted(rest for *_, rest in ranking(out)) == ["a.jpg", "more/b.JPG"]
+        and "*" not in out
+    )
+    # nothing is written there
+    assert sorted(path.name for path in own.rglob("*")) == ["a.jpg", "b.JPG", "more"]
 
 
 def test_captions_for_a_photo(run_dir, shapes, capsys, tmp_path):
     captions = read_captions(shapes / "Flickr8k.token.txt")
     name = (shapes / "Flickr_8k.devImages.txt").read_text().split()[2]
-    status, out, _ = use(run_dir, capsys, "--image", shapes / "Flicker8k_Dataset" / name, "--split", "val", "--top", 60)
+    status, out, _ = use(
+        run_dir,
+        capsys,
+        "--image",
+        shapes / "Flicker8k_Dataset" / name,
+        "--split",
+        "val",
+        "--top",
+        60,
+    )
     found = ranking(out)
     assert status == 0 and len(found) == 60 and "among 60 captions of val" in out
-    assert sorted(rest for mark, *_, rest in found if mark) == sorted(f"{text}  ({name})" for text in captions[name])
+    assert sorted(rest for mark, *_, rest in found if mark) == sorted(
+        f"{text}  ({name})" for text in captions[name]
+    )
     Image.new("L", (50, 10)).save(tmp_path / "own.png")
-    status, out, _ = use(run_dir, capsys, "--image", tmp_path / "own.png", "--out", tmp_path / "sheet.jpg")
-    assert status == 0 and len(ranking(out)) == 5 and "*" not in out and (tmp_path / "sheet.jpg").exists()
+    status, out, _ = use(
+        run_dir, capsys, "--image", tmp_path / "own.png", "--out", tmp_path / "sheet.jpg"
+    )
+    assert (
+        status == 0
+        and len(ranking(out)) == 5
+        and "*" not in out
+        and (tmp_path / "sheet.jpg").exists()
+    )
 
 
 def test_hits_and_misses(run_dir, capsys):
     status, out, err = use(run_dir, capsys, "--examples", 2, "--split", "val")
     assert (status, err) == (0, "") and (run_dir / "examples.png").exists()
-    of_all = [line.split() for line in out.splitlines() if line.split()[:1] == ["all"]]
-    assert of_all[0][1] == "60" and of_all[1][1] == "12" and of_all[0][2:] == of_all[1][7:]
+    (of_all,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["all"])
     best = torch.load(run_dir / BEST, weights_only=True)["metrics"]
-    assert abs(float(of_all[0][2]) - best["t2i_r1"]) < 4  # the run's own may be of bfloat16
+    assert of_all[1] == "60"
+    assert abs(float(of_all[2]) - best["t2i_r1"]) < 4  # the run's own may be of bfloat16
+
+
+def test_what_test_time_training_adds(run_dir, shapes, capsys, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "again")
+    given = ["--test_time", "--output_dir", str(run_dir), str(tmp_path / "again")]
+    assert show_flickr8k_results.main(given) == 0
+    out, err = capsys.readouterr()
+    lines = [line.split() for line in out.splitlines()]
+    assert err == "" and "12 photos of val" in out and "of 2 runs: gain" in out
+    one, other = lines[2], lines[3]
+    assert one[0] == "run" and other[0] == "again" and one[1:4] == other[1:4]
+    model, tokenizer, _ = load_model(run_dir)
+    data = Flickr8kImageTextDataset(shapes, "val", 32, tokenizer)
+    off = evaluate(model, data)["avg_r1"]
+    model.memory.enable_test_time_updates()
+    on = evaluate(model, data)["avg_r1"]
+    assert one[1:4] == [f"{off:.2f}", f"{on:.2f}", f"{on - off:+.2f}"]
+    status, out, err = use(run_dir, capsys, "--test_time", "--split", "test")
+    assert status == 0 and "8 photos of test" in out and "mean" not in out
 
 
 def test_runs_side_by_side(tmp_path, capsys):
@@ -209,7 +327,10 @@ def test_runs_side_by_side(tmp_path, capsys):
         assert show_flickr8k_results.main([*given, "--format", form]) == 0
         out = capsys.readouterr().out
         assert form == "json" or out.index("other ") < out.index("one ")
-    assert [row["val"]["avg_r1"] for row in json.loads(out)] == [metrics(30)["avg_r1"], metrics(20)["avg_r1"]]
+    assert [row["val"]["avg_r1"] for row in json.loads(out)] == [
+        metrics(30)["avg_r1"],
+        metrics(20)["avg_r1"],
+    ]
 
 
 def test_what_is_no_run_is_named_and_left_out_of_the_comparison(tmp_path, capsys):
@@ -220,8 +341,12 @@ def test_what_is_no_run_is_named_and_left_out_of_the_comparison(tmp_path, capsys
     assert show_flickr8k_results.main(["--compare", *paths, "--format", "json"]) == 0
     out, err = capsys.readouterr()
     assert [row["run"] for row in json.loads(out)] == [str(tmp_path / "run")]
-    assert err.splitlines() == [f"left out {tmp_path / name}: no run" for name in ("benchmark.json", "ladder")]
-    assert show_flickr8k_results.main(["--compare", str(tmp_path / "run"), str(tmp_path / "rum")]) == 2  # a slip of the pen
+    assert err.splitlines() == [
+        f"left out {tmp_path / name}: no run" for name in ("benchmark.json", "ladder")
+    ]
+    assert (
+        show_flickr8k_results.main(["--compare", str(tmp_path / "run"), str(tmp_path / "rum")]) == 2
+    )  # a slip of the pen
     assert "rum: there is no such folder" in capsys.readouterr().err
 
 
@@ -247,11 +372,21 @@ def test_bad_input(run_dir, tmp_path, capsys, monkeypatch, given, message):
     (tmp_path / "notes.txt").write_text("no photo")
     monkeypatch.chdir(tmp_path)
     status, _, err = use(run_dir, capsys, *given)
-    assert status == 2 and message in err and len(err.splitlines()) == 1 and err.startswith("error: ")
+    assert (
+        status == 2 and message in err and len(err.splitlines()) == 1 and err.startswith("error: ")
+    )
 
 
-@pytest.mark.parametrize("given", [["--examples", "0"], ["--query", "a", "--image", "b"], ["--photos", "c"], ["--top", "0"],
-                                   ["--query", "a", "--output_dir", "b", "c"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--examples", "0"],
+        ["--query", "a", "--image", "b"],
+        ["--photos", "c"],
+        ["--top", "0"],
+        ["--query", "a", "--output_dir", "b", "c"],
+    ],
+)
 def test_wrong_arguments(given, capsys):
     with pytest.raises(SystemExit) as stopped:
         show_flickr8k_results.main(given)

@@ -56,5 +56,8 @@ def test_full_size_scenes_are_told_apart_by_their_captions(tmp_path):
     assert len(captions) == 2400 and {len(five) for five in captions.values()} == {5}
     assert all(len(set(five)) >= 4 for five in captions.values())  # differently worded
     assert len({tuple(five) for five in captions.values()}) == 2400
-    names = [(tmp_path / "a" / f"Flickr_8k.{split}Images.txt").read_text().split() for split in ("train", "dev", "test")]
+    names = [
+        (tmp_path / "a" / f"Flickr_8k.{split}Images.txt").read_text().split()
+        for split in ("train", "dev", "test")
+    ]
     assert [len(split) for split in names] == [2000, 200, 200] and len(set(sum(names, []))) == 2400

@@ -53,7 +53,11 @@ def test_word_starts():
 
 def slow_bpe(texts, merges):
     """Every pair of every word counted anew for every merge."""
-    words = [[bytes([byte]) for byte in piece.encode()] for text in texts for piece in BPETokenizer.split(text)]
+    words = [
+        [bytes([byte]) for byte in piece.encode()]
+        for text in texts
+        for piece in BPETokenizer.split(text)
+    ]
     id_of, learned = {bytes([byte]): byte + 1 for byte in range(256)}, []
     for new in range(257, 257 + merges):
         counts = {}
@@ -80,17 +84,32 @@ def test_bpe_makes_tokens_of_frequent_words():
     bpe = BPETokenizer.learn(CAPTIONS, 1000)
     assert bpe.vocab_size < 1000  # no pair was left that occurs twice
     assert len(bpe.encode("A dog runs .")) == 4 and len(bpe.encode("dog")) == 1
-    assert bpe.encode("dog dog")[0] == bpe.encode("dog dog")[1]  # at the start of a caption or in its midst
+    # at the start of a caption or in its midst
+    assert bpe.encode("dog dog")[0] == bpe.encode("dog dog")[1]
 
 
-@pytest.mark.parametrize("text", ["a dog", "  A  Dog ,\truns!!\n", "x" * 300, "caf\u00e9 \u72d7\U0001f415 1,000 $", "_ a__b _",
-                                  "\u0130stanbul", "it's-'odd", "\x00\x7f", "\ud800"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a dog",
+        "  A  Dog ,\truns!!\n",
+        "x" * 300,
+        "caf\u00e9 \u72d7\U0001f415 1,000 $",
+        "_ a__b _",
+        "\u0130stanbul",
+        "it's-'odd",
+        "\x00\x7f",
+        "\ud800",
+    ],
+)
 def test_bpe_round_trip_of_any_text(text):
     for vocab_size in (257, 290):
         bpe = BPETokenizer.learn(CAPTIONS, vocab_size)
         ids = bpe.encode(text)
         assert bpe.decode([*ids, PAD_ID]) == bpe.normalize(text) and PAD_ID not in ids
-        assert bpe.encode(bpe.decode(ids)) == ids and max(ids) < bpe.vocab_size == len(bpe.word_start)
+        assert bpe.encode(bpe.decode(ids)) == ids and max(ids) < bpe.vocab_size == len(
+            bpe.word_start
+        )
 
 
 def test_bpe_state_round_trip_and_refusals():
@@ -106,9 +125,16 @@ def test_bpe_state_round_trip_and_refusals():
             tokenizer_from_state(state)
 
 
-@pytest.mark.parametrize("tokenizer, known, unknown", [
-    (CharTokenizer(), ["a dog", "2", "日 x"], ["日本", "", "#"]),
-    (BPETokenizer.learn(["a dog runs", "a dog sits"], 300), ["dog", "a 日", "xd"], ["日本", " ", "qqq"]),
-])
+@pytest.mark.parametrize(
+    "tokenizer, known, unknown",
+    [
+        (CharTokenizer(), ["a dog", "2", "日 x"], ["日本", "", "#"]),
+        (
+            BPETokenizer.learn(["a dog runs", "a dog sits"], 300),
+            ["dog", "a 日", "xd"],
+            ["日本", " ", "qqq"],
+        ),
+    ],
+)
 def test_knows(tokenizer, known, unknown):
     assert all(map(tokenizer.knows, known)) and not any(map(tokenizer.knows, unknown))

@@ -1,7 +1,7 @@
 """Batched augmentation of photos and captions, run on whatever device the batch is on.
 
-Every function draws from torch's global generator of that device, each sample for itself, and copies nothing between
-host and device.
+Every function draws from torch's global generator of that device, each sample for itself, and
+copies nothing between host and device.
 """
 import functools
 import math
@@ -9,7 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Per-channel mean and standard deviation of ImageNet's photos, on a scale of 0 to 1: the field's usual constants.
+# Per-channel mean and standard deviation of ImageNet's photos, on a scale of 0 to 1: the field's
+# usual constants.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY = (0.2989, 0.587, 0.114)  # the weights of red, green and blue in brightness, torchvision's
 
@@ -20,18 +21,22 @@ def _per_channel(values, device):
 
 
 def normalize(images):
-    """Photos (B, 3, H, W), uint8, or floats from 0 to 1 -> float32 photos of about zero mean and unit variance."""
+    """Photos (B, 3, H, W), uint8, or floats from 0 to 1 -> float32 photos of about zero mean and
+    unit variance.
+    """
     images = images / 255.0 if images.dtype == torch.uint8 else images
     return (images - _per_channel(MEAN, images.device)) / _per_channel(STD, images.device)
 
 
 def random_resized_crop_and_flip(images, size, min_scale=0.5, flip=0.5):
-    """Photos (B, C, H, W), uint8 or float -> float (B, C, size, size), each cropped and mirrored by its own draw.
+    """Photos (B, C, H, W), uint8 or float -> float (B, C, size, size), each cropped and mirrored by
+    its own draw.
 
-    torchvision's RandomResizedCrop((min_scale, 1)) and RandomHorizontalFlip for a whole batch at once: the crop holds a
-    share of the area drawn from [min_scale, 1], its aspect ratio is drawn from [3/4, 4/3] on a log scale, both are drawn
-    again (ten times at most; then the photo is taken whole) when the crop does not fit, and each photo is mirrored at
-    the probability `flip`. H must equal W. Unlike there, a crop may begin between two pixels, and sampling is bilinear without
+    torchvision's RandomResizedCrop((min_scale, 1)) and RandomHorizontalFlip for a whole batch at
+    once: the crop holds a share of the area drawn from [min_scale, 1], its aspect ratio is drawn
+    from [3/4, 4/3] on a log scale, both are drawn again (ten times at most; then the photo is taken
+    whole) when the crop does not fit, and each photo is mirrored at the probability `flip`. H must
+    equal W. Unlike there, a crop may begin between two pixels, and sampling is bilinear without
     smoothing, so that photos should not be much larger than size.
     """
     batch = len(images)
@@ -41,7 +46,9 @@ def random_resized_crop_and_flip(images, size, min_scale=0.5, flip=0.5):
     width, height = (area * ratio).sqrt(), (area / ratio).sqrt()  # shares of the photo's
     fits = (width <= 1) & (height <= 1)
     first = fits.int().argmax(1, keepdim=True)
-    width, height = (torch.where(fits.any(1), side.gather(1, first).squeeze(1), 1.0) for side in (width, height))
+    width, height = (
+        torch.where(fits.any(1), side.gather(1, first).squeeze(1), 1.0) for side in (width, height)
+    )
     x, y, side = torch.rand(3, batch, device=images.device)
     zero = torch.zeros_like(x)
     # Output coordinates, from -1 to 1, -> input coordinates.
@@ -52,11 +59,9 @@ def random_resized_crop_and_flip(images, size, min_scale=0.5, flip=0.5):
 
 
 def color_jitter(images, strength):
-    """Float photos (B, 3, H, W) from 0 to 1 -> the same, of another brightness, contrast and saturation.
-
-    torchvision's ColorJitter(strength, strength, strength) for a whole batch at once: each of the three is changed by a
-    factor drawn from [1 - strength, 1 + strength], in an order drawn for each photo.
-    """
+    """Float photos (B, 3, H, W) from 0 to 1 -> torchvision's ColorJitter(strength, strength,
+    strength) of them, for a whole batch at once: brightness, contrast and saturation are changed by
+    factors drawn from [1 - strength, 1 + strength], in an order drawn for each photo."""
     if strength == 0:
         return images
     batch, grey = len(images), _per_channel(GREY, images.device)
@@ -65,48 +70,20 @@ def color_jitter(images, strength):
     for step in range(3):
         brightness = (images * grey).sum(1, keepdim=True)
         towards = (torch.zeros_like(brightness), brightness.mean((2, 3), keepdim=True), brightness)
-        changed = [(factor * images + (1 - factor) * other).clamp(0, 1) for factor, other in zip(factors, towards)]
+        changed = [(factor * images + (1 - factor) * other).clamp(0, 1)
+                   for factor, other in zip(factors, towards)]
         now = order[:, step].view(batch, 1, 1, 1)
         images = torch.where(now == 0, changed[0], torch.where(now == 1, changed[1], changed[2]))
     return images
 
 
-def random_erasing(images, probability):
-    """Photos (B, C, H, W), H = W, of zero mean -> the same, each with a rectangle set to zero at the given probability.
-
-    torchvision's RandomErasing (Zhong et al. 2020) for a whole batch at once: the rectangle holds a share of the area
-    drawn from [0.02, 0.33], its aspect ratio is drawn from [0.3, 3.3] on a log scale; a photo is left as it is where ten
-    draws give none that fits.
-    """
-    if probability == 0:
-        return images
-    batch, size = len(images), images.shape[-1]
-    area, log_ratio = torch.rand(2, batch, 10, device=images.device)
-    area = (0.02 + 0.31 * area) * size**2
-    ratio = torch.exp(math.log(0.3) + log_ratio * math.log(3.3 / 0.3))
-    height, width = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (height < size) & (width < size)
-    first = fits.int().argmax(1, keepdim=True)
-    erased = fits.any(1) & (torch.rand(batch, device=images.device) < probability)
-    inside = []
-    for side in (height, width):
-        side = side.gather(1, first)  # (B, 1)
-        start = (torch.rand_like(side) * (size - side + 1)).floor()
-        pixel = torch.arange(size, device=images.device)
-        inside.append((pixel >= start) & (pixel < start + side))  # (B, size)
-    rectangle = inside[0][:, None, :, None] & inside[1][:, None, None, :] & erased[:, None, None, None]
-    return images.masked_fill(rectangle, 0.0)
-
-
 def drop_words(text, probability, word_start):
-    """Token ids (B, L) -> the same with each word, at the given probability, turned into padding (0) in its place.
-
-    word_start: (vocab_size,) bool, True for the ids that begin a word. The first word of a caption always stays, so
-    that something does. Randomness comes from torch's global generator.
-    """
+    """Token ids (B, L) -> the same with each word, at the given probability, turned into padding
+    (0) in its place; the first word of a caption always stays. word_start: (vocab_size,) bool, True
+    for the ids that begin a word."""
     if probability == 0:
         return text
-    word = word_start[text].cumsum(1)  # (B, L) which word of its caption each token belongs to: at most L
-    keep = torch.rand(text.shape[0], text.shape[1] + 1, device=text.device) >= probability  # column w: word w's draw
+    word = word_start[text].cumsum(1)  # (B, L) which word of its caption each token belongs to
+    keep = torch.rand(text.shape[0], text.shape[1] + 1, device=text.device) >= probability
     keep.scatter_(1, word[:, :1], True)
     return text * keep.gather(1, word)

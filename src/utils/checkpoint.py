@@ -1,14 +1,28 @@
-"""Files of a run, written so that a crash, a kill or a full disk leaves either the old file or the new one, whole."""
+"""The files of a run: their names, and how they are written and read. A crash, a kill or a full
+disk leaves either the old file or the new one, whole."""
 import json
+import logging
 import os
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from src.settings import Settings, UsageError, make_settings, settings_of
+
+HISTORY, BEST, LAST, TEST, LOG, CONFIG = RUN_FILES = (
+    "history_flickr8k.json", "best_model_flickr8k.pt", "last_checkpoint_flickr8k.pt",
+    "test_results_flickr8k.json", "flickr8k_sgd_training.log", "config.json")
+BEST_KEYS = ("epoch", "model_state_dict", "metrics", "config", "tokenizer")
+LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "history", "config", "tokenizer",
+             "model_state_dict", "optimizer_state_dict", "scaler_state_dict",
+             "scheduler_state_dict")
+
 
 class CheckpointError(Exception):
-    """A file of a run cannot be written, or is missing, damaged or of another kind; the message is one line."""
+    """A file of a run cannot be written, or is missing, damaged or of another kind; the message is
+    one line."""
 
 
 def _write_atomically(path, write):
@@ -21,8 +35,11 @@ def _write_atomically(path, write):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else "torch.save failed; is the disk full?"
-        raise CheckpointError(f"{path}: could not be written ({reason}); what was there before is kept") from None
+        reason = "torch.save failed; is the disk full?"
+        if isinstance(error, OSError):
+            reason = error.strerror
+        raise CheckpointError(f"{path}: could not be written ({reason}); what was there before is "
+                              "kept") from None
 
 
 def save_checkpoint(state, path):
@@ -32,7 +49,8 @@ def save_checkpoint(state, path):
 
 def save_json(value, path):
     """json.dump, atomically. Raises CheckpointError."""
-    _write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    text = json.dumps(value, indent=1) + "\n"
+    _write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def load_checkpoint(path, keys):
@@ -45,7 +63,8 @@ def load_checkpoint(path, keys):
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of this project") from None
     missing = set(keys) - set(state if isinstance(state, dict) else ())
     if missing:
-        raise CheckpointError(f"{path}: not a checkpoint of this project, it lacks {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{path}: not a checkpoint of this version of the project, it lacks "
+                              f"{', '.join(sorted(missing))}")
     return state
 
 
@@ -57,3 +76,97 @@ def load_json(path):
         raise CheckpointError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
         raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+
+
+def resolve(args):
+    """Parsed flags -> (settings, output_dir, checkpoint to go on from or None).
+
+    Raises UsageError for a folder that holds a run already, for nothing to resume, and for a flag
+    that contradicts the run being resumed.
+    """
+    given = dict(vars(args))
+    resume, overwrite, output_dir = map(given.pop, ("resume", "overwrite", "output_dir"))
+    name = "synthetic_sgd" if "synthetic" in given else "flickr8k_sgd"
+    output_dir = Path(output_dir or f"outputs/{name}")
+    if resume:
+        return resume_run(output_dir, given)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UsageError(f"--output_dir {output_dir} is a file, not a folder")
+    names = set(RUN_FILES) - {LOG}
+    found = sorted(name for name in names if (output_dir / name).exists())
+    if found and not overwrite:
+        raise UsageError(f"{output_dir} holds a run already ({found[0]}); --resume goes on with "
+                         "it, --overwrite deletes it, or name another --output_dir")
+    return make_settings(**given), output_dir, None
+
+
+def resume_run(output_dir, given):
+    """What `resolve` gives, of the run in output_dir. given: {name: value} of the user's flags."""
+    if not (output_dir / CONFIG).exists():
+        raise UsageError(f"nothing to resume in {output_dir}: it holds no {CONFIG}")
+    settings = settings_of(load_json(output_dir / CONFIG), output_dir)
+    for name, value in given.items():
+        if name in ("data_dir", "device", "num_workers"):  # where it runs, not what is computed
+            setattr(settings, name, value)
+        elif getattr(settings, name) != value:
+            raise UsageError(f"--resume goes on with the run's own --{name} "
+                             f"{getattr(settings, name)}, not {value}; leave the flag out, or "
+                             "start a new run in another --output_dir")
+    checkpoint = None  # a run stopped before its first checkpoint goes on from its start
+    if (output_dir / LAST).exists():
+        checkpoint = load_checkpoint(output_dir / LAST, LAST_KEYS)
+    return settings, output_dir, checkpoint
+
+
+def open_output_dir(output_dir, config, history, fresh, log):
+    """Make a run's folder, with its config and log; a fresh run's without what an earlier one left.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if fresh:  # what --overwrite deletes, now that nothing else can be wrong
+        for name in RUN_FILES:
+            (output_dir / name).unlink(missing_ok=True)
+    to_file = logging.FileHandler(output_dir / LOG, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
+    log.addHandler(to_file)
+    save_json(config, output_dir / CONFIG)
+    if history:  # a kill may have come between this file and the checkpoint
+        save_json(history, output_dir / HISTORY)
+
+
+@dataclass
+class Run:
+    """A run as its files tell it, finished or not. test: metrics, None before the run's end."""
+
+    dir: Path
+    history: list
+    config: dict
+    settings: Settings
+    test: dict | None
+
+    @property
+    def best(self):
+        """The history's row of the best epoch on validation, the first of equals as in training."""
+        return max(self.history, key=lambda row: row["val"]["avg_r1"])
+
+    @property
+    def minutes(self):
+        return sum(row["seconds"] for row in self.history) / 60
+
+
+def load_run(output_dir):
+    """-> Run, no weights read. Raises CheckpointError when there is no run, no finished epoch yet,
+    or a file is damaged, UsageError for a run of another version."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        raise CheckpointError(f"{output_dir}: there is no such folder; train first: "
+                              "python train_flickr8k_sgd.py")
+    if not (output_dir / HISTORY).exists():
+        if (output_dir / CONFIG).exists():
+            raise CheckpointError(f"{output_dir}: the run has not finished its first epoch yet")
+        raise CheckpointError(f"{output_dir}: holds no run; train first: "
+                              "python train_flickr8k_sgd.py")
+    history, config = load_json(output_dir / HISTORY), load_json(output_dir / CONFIG)
+    if not (isinstance(history, list) and history):
+        raise CheckpointError(f"{output_dir / HISTORY}: holds no epochs")
+    test = load_json(output_dir / TEST) if (output_dir / TEST).exists() else None
+    return Run(output_dir, history, config, settings_of(config, output_dir), test)

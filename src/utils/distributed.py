@@ -1,19 +1,16 @@
-"""Several processes, one a device, started by torchrun; everything here also works in a process on its own."""
+"""Several processes, one a device, started by torchrun; all of it also works in a process alone."""
 import contextlib
 import os
+import signal
 
 import torch
 import torch.distributed as dist
 
 
 def start(device):
-    """Join the processes that torchrun started, if it did -> the device of this one."""
+    """Join the processes that torchrun started, if it did."""
     if "RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
 
 
 def stop():
@@ -30,7 +27,7 @@ def barrier():
 
 @contextlib.contextmanager
 def main_process_first():
-    """What stands inside is done by rank 0 first, and only then by the others: they find its files made."""
+    """What stands inside is done by rank 0, then by the others, who find its files made."""
     if rank_and_world()[0] > 0:
         barrier()
     yield
@@ -44,12 +41,21 @@ def rank_and_world():
 
 
 def anyone(flag, device):
-    """Whether the flag is up in any process, the same answer in all of them. A sync point where there are several."""
+    """Whether the flag is up in any process, the same answer in all. A sync if there are many."""
     if not dist.is_initialized():
         return flag
     flag = torch.tensor(float(flag), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def parallel(encode, device):
+    """The module as it is in a process alone; one whose gradients are exchanged among several."""
+    if not dist.is_initialized():
+        return encode
+    if device.type == "cuda":  # on a CPU there is none: each process normalises its own photos
+        encode = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encode)
+    return torch.nn.parallel.DistributedDataParallel(encode, broadcast_buffers=False)
 
 
 def same_buffers(model):
@@ -66,3 +72,25 @@ def collect(items):
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
     return [item for items in lists for item in items]
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM. Inside `watch` they only set `requested`, so that the state can be saved;
+    a second one, or one outside, raises KeyboardInterrupt at once. Not so under torchrun, which
+    sends SIGTERM after Ctrl-C of its own accord."""
+
+    def __init__(self):
+        self.watching = self.requested = self.patient = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if not self.watching or (self.requested and not self.patient):
+            raise KeyboardInterrupt
+        self.requested = True
+
+    @contextlib.contextmanager
+    def watch(self):
+        self.watching, self.patient = True, dist.is_initialized()
+        yield
+        self.watching = False

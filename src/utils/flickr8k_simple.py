@@ -7,11 +7,13 @@
 
 The text files lie at the root or in Flickr8k_text/.
 """
+import collections
 import csv
 import hashlib
 import io
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,11 +35,13 @@ STORE_FOLDER = "photo_store"
 STORE_VERSION = 3  # part of a store's key: to be raised with any change to what `load_photo` gives
 SECONDS_TO_BUILD = 3600  # a half-written store that old is nobody's any more
 GPU_SHARE = 0.5  # photos stay on the GPU if they take no more than this share of its free memory
-TEXT_BUCKET = 16  # a batch's text is as long as a multiple of this: few shapes, whatever the longest caption
+TEXT_BUCKET = 16  # a batch's text is as long as a multiple of this: few shapes of batches
+# What Pillow raises for files that it cannot read.
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class DataError(Exception):
-    """The dataset is missing, incomplete or damaged; the message says what and where, in a line or two."""
+    """The dataset is missing, incomplete or damaged; the message says what and where."""
 
 
 def find_text_file(root_dir, name):
@@ -58,7 +62,7 @@ def find_photo_folder(root_dir):
 
 def _read_lines(path):
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")  # -sig: with or without a byte order mark; CRLF or LF
+        return path.read_text(encoding="utf-8-sig").split("\n")  # -sig: a byte order mark or none
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
@@ -68,31 +72,30 @@ def _read_lines(path):
 def read_captions(path):
     """Caption file, either layout -> {photo's file name: [captions, in the file's order]}.
 
-    Names that no split lists stay in the result and do no harm; the official file has one such, ending in ".jpg.1".
-    Raises DataError with the file and line for a line that does not parse.
+    Names that no split lists stay in the result and do no harm; the official file has one such,
+    ending in ".jpg.1". Raises DataError with the file and line for a line that does not parse.
     """
-    captions = {}
-    lines = _read_lines(path)
-    if path.suffix == ".txt" and path.name != "captions.txt":
+    captions, lines = {}, _read_lines(path)
+    if path.name != "captions.txt":
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            key, tab, caption = line.partition("\t")
-            name, sharp, index = key.rpartition("#")
-            if not (tab and sharp and name and index.isdigit() and caption.strip()):
-                raise DataError(f"{path}, line {number}: expected 'photo.jpg#0<tab>caption', found {line[:80]!r}")
-            captions.setdefault(name, []).append(caption.strip())
+            match = re.fullmatch(r"(.+)#\d+\t\s*(\S.*)", line.rstrip())
+            if match:
+                captions.setdefault(match[1], []).append(match[2])
+            elif line.strip():
+                raise DataError(f"{path}, line {number}: expected 'photo.jpg#0<tab>caption', "
+                                f"found {line[:80]!r}")
         return captions
     rows = csv.reader(lines, strict=True)
     try:
         if [column.strip().lower() for column in next(rows, [])] != ["image", "caption"]:
-            raise DataError(f"{path}, line 1: expected the header 'image,caption', found {''.join(lines[:1])[:80]!r}")
-        for row in rows:
-            if not row:
-                continue
-            if len(row) != 2 or not row[0].strip() or not row[1].strip():
-                raise DataError(f"{path}, line {rows.line_num}: expected 'image,caption', found {','.join(row)[:80]!r}")
-            captions.setdefault(row[0].strip(), []).append(row[1].strip())
+            raise DataError(f"{path}, line 1: expected the header 'image,caption', "
+                            f"found {lines[0][:80]!r}")
+        for row in filter(None, rows):
+            cells = [cell.strip() for cell in row]
+            if len(cells) != 2 or not all(cells):
+                raise DataError(f"{path}, line {rows.line_num}: expected 'image,caption', "
+                                f"found {','.join(row)[:80]!r}")
+            captions.setdefault(cells[0], []).append(cells[1])
     except csv.Error as error:
         raise DataError(f"{path}, line {rows.line_num}: not CSV ({error})") from None
     return captions
@@ -100,61 +103,70 @@ def read_captions(path):
 
 def find_caption_file(root_dir):
     """Path of the captions, of either layout. Raises DataError where there are none."""
-    path = next(filter(None, (find_text_file(root_dir, name) for name in CAPTION_FILES)), None)
-    if path is None:
-        raise DataError(f"{root_dir}: no captions, neither {CAPTION_FILES[0]} nor {CAPTION_FILES[1]}")
-    return path
+    if not Path(root_dir).is_dir():
+        raise DataError(f"no Flickr8k in {root_dir}. Either fetch it: python download_flickr8k.py "
+                        f"--data_dir {root_dir}\nor train on the built-in dataset, no download: "
+                        "python train_flickr8k_sgd.py --synthetic")
+    for name in CAPTION_FILES:
+        path = find_text_file(root_dir, name)
+        if path is not None:
+            return path
+    raise DataError(f"{root_dir}: no captions, neither {CAPTION_FILES[0]} nor {CAPTION_FILES[1]}")
 
 
 def read_split(root_dir, split):
     """The photos' file names of "train", "val" or "test", in the split file's order.
 
-    Raises DataError where the split file is missing, empty or lists a photo twice, ValueError for another split.
+    Raises DataError where the split file is missing, empty or lists a photo twice, ValueError for
+    another split.
     """
     if split not in SPLIT_FILES:
         raise ValueError(f"split must be one of {', '.join(SPLIT_FILES)}, not {split!r}")
     path = find_text_file(root_dir, SPLIT_FILES[split])
     if path is None:
-        raise DataError(f"{root_dir}: {SPLIT_FILES[split]}, the list of the {split} photos, is missing. "
-                        f"`python download_flickr8k.py --text_only` (2 MB) brings it.")
+        raise DataError(f"{root_dir}: {SPLIT_FILES[split]}, the list of the {split} photos, is "
+                        "missing. `python download_flickr8k.py --text_only` (2 MB) brings it.")
     names = [line.strip() for line in _read_lines(path) if line.strip()]
     if not names:
         raise DataError(f"{path}: lists no photos")
-    seen = set()
-    for name in names:
-        if name in seen:
-            raise DataError(f"{path}: lists {name} twice")
-        seen.add(name)
+    name, count = collections.Counter(names).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{path}: lists {name} twice")
     return names
 
 
-def load_photo(path, size):
-    """A photo file of any mode Pillow reads -> uint8 array (3, size, size), RGB, turned upright by its EXIF tag.
+def open_photo(path, size):
+    """A photo file of any mode Pillow reads -> PIL image, RGB, upright by EXIF.
 
-    The photo is squeezed to a square, so that nothing at its margins is lost. Raises DataError with the file's name
-    for one that is missing, empty, truncated or no image: such a photo is never replaced by a blank one.
+    JPEG, which can, is decoded to a smaller scale, no less than size, several times as fast. Raises
+    DataError with the file's name for one that is missing, empty, truncated or no image.
     """
     try:
         with Image.open(path) as photo:
-            photo.draft("RGB", (size, size))  # JPEG decodes straight to a smaller scale, several times as fast
+            photo.draft("RGB", (size, size))
             ImageOps.exif_transpose(photo, in_place=True)
             if "transparency" in photo.info:
                 photo = photo.convert("RGBA")
-            if photo.mode != "RGB":
-                photo = photo.convert("RGB")
-            pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
-        # Pillow's own bicubic to within one level of 255, in a sixth of its time.
-        return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0].numpy()
+            return photo.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: the file is missing") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path}: {'not an image' if os.path.getsize(path) else 'the file is empty'}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # what Pillow raises
+        fault = "not an image" if os.path.getsize(path) else "the file is empty"
+        raise DataError(f"{path}: {fault}") from None
+    except PILLOW_ERRORS as error:
         raise DataError(f"{path}: {error}") from None
 
 
+def load_photo(path, size):
+    """A photo file -> uint8 array (3, size, size), squeezed to a square, so that nothing at its
+    margins is lost. Raises DataError as `open_photo` does: no photo becomes a blank one."""
+    pixels = torch.from_numpy(np.array(open_photo(path, size))).permute(2, 0, 1)
+    # Pillow's own bicubic to within one level of 255, in a sixth of its time.
+    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0].numpy()
+
+
 def store_path(store, folder, names, size):
-    """Where the photo store of these files lies: a name that any change to them, or to the size, changes."""
+    """Where the photo store of these files lies; any change to them or to the size changes it."""
     stats = []
     for name in names:
         stat = (folder / name).stat()
@@ -163,16 +175,17 @@ def store_path(store, folder, names, size):
     return Path(f"{store}_{key}.uint8")
 
 
-def open_photo_store(store, folder, names, size, num_workers=None, progress=None):
-    """Photos of a folder, decoded once -> uint8 (N, 3, size, size), and {name: fault} of those that cannot be read.
+def open_photo_store(store, folder, names, size, num_workers=0, progress=None):
+    """Photos of a folder, decoded once -> uint8 (N, 3, size, size), and {name: fault} of those that
+    cannot be read.
 
-    store: path of the cache less its key, say data/photo_store/train_73; None keeps the photos in memory. The cache is
-    moved into place when it is whole and opened by memory map, so that it may be larger than memory. Where a photo has
-    a fault, its row is left out and nothing is cached; where the folder cannot be written, nothing is cached either.
-    num_workers: threads that decode, one a core by default. `progress(done, total)` is called as photos are decoded.
+    store: path of the cache less its key, say data/photo_store/train_73; None keeps the photos in
+    memory. The cache is moved into place when it is whole and opened by memory map. A photo with a
+    fault is left out; then, and where the folder cannot be written, nothing is cached. num_workers:
+    threads that decode, 0 for one a core. `progress(done, total)` is called as photos are decoded.
     Raises DataError for a disk that is full.
     """
-    def as_photos(content):  # pixels lie as Pillow gives them and convolutions like them: channels last
+    def as_photos(content):  # channels last, as Pillow gives them and convolutions like them
         return content.view(-1, size, size, 3).permute(0, 3, 1, 2)
 
     path, partial, num_bytes = None, None, len(names) * 3 * size * size
@@ -191,15 +204,17 @@ def open_photo_store(store, folder, names, size, num_workers=None, progress=None
             faults = _decode(file, folder, names, size, num_workers, progress)
             if path is None or faults:
                 file.seek(0)
-                return as_photos(torch.from_numpy(np.frombuffer(bytearray(file.read()), np.uint8))), faults
+                content = np.frombuffer(bytearray(file.read()), np.uint8)
+                return as_photos(torch.from_numpy(content)), faults
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
-        for old in path.parent.glob(f"{Path(store).name}_*"):  # of other files, or left behind by a kill
+        for old in path.parent.glob(f"{Path(store).name}_*"):  # of other files, or a kill's
             if old.suffix == ".uint8" or time.time() - old.stat().st_mtime > SECONDS_TO_BUILD:
                 old.unlink(missing_ok=True)
         os.replace(partial, path)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; the photo store takes {num_bytes / 1e6:.0f} MB") from None
+        raise DataError(f"{path}: {error.strerror}; the photo store takes "
+                        f"{num_bytes / 1e6:.0f} MB") from None
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
@@ -214,7 +229,8 @@ def _decode(file, folder, names, size, num_workers, progress):
         except DataError as error:
             return b"", str(error).removeprefix(f"{folder}{os.sep}")
 
-    faults, pool = {}, ThreadPoolExecutor(num_workers or os.cpu_count())  # Pillow decodes outside Python's lock
+    faults = {}
+    pool = ThreadPoolExecutor(num_workers or os.cpu_count())  # Pillow decodes outside Python's lock
     try:
         for done, (name, (photo, fault)) in enumerate(zip(names, pool.map(decode, names)), start=1):
             file.write(photo)
@@ -227,28 +243,20 @@ def _decode(file, folder, names, size, num_workers, progress):
     return faults
 
 
-def _some(names, limit=3):
-    """'a, b, c and 4 more': enough to find the fault by, never a screenful."""
-    names = list(names)
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
 class Flickr8kImageTextDataset(Dataset):
-    """One split of Flickr8k as photo-caption pairs, every photo decoded once, into a store (`open_photo_store`).
+    """One split of Flickr8k as photo-caption pairs, each photo decoded once (`open_photo_store`).
 
-    len() is the number of captions. Item i is {"image": uint8 (3, image_size, image_size), "text": int64 (L,),
-    "photo_id": int, the photo's row in `photos`, "caption": str}. Pairs stand in the split file's order, captions in
-    the caption file's. For evaluation, `photos` (N, 3, image_size, image_size), `names`, `texts`, `captions` and
-    `photo_of_caption` (M,) hold each photo and each caption once.
+    `photos` (N, 3, image_size, image_size), uint8, and `names` stand in the split file's order;
+    `captions` (strings), `texts` (token ids) and `photo_of_caption` (M,) in the caption file's. An
+    item is a pair: {"image", "text", "photo_id": row in `photos`, "caption"}.
 
-    Raises DataError when a photo of the split is missing or cannot be read, or has no captions; with
-    `allow_incomplete`, such photos are left out and listed in `left_out`. `cache` keeps the decoded photos in a file
-    under root_dir; num_workers and progress are `open_photo_store`'s.
+    Raises DataError when a photo of the split is missing or cannot be read, or has no captions;
+    with `allow_incomplete`, such photos are left out and listed in `left_out`. `cache` keeps the
+    decoded photos in a file under root_dir; num_workers and progress are `open_photo_store`'s.
     """
 
-    def __init__(self, root_dir, split, image_size, tokenizer, allow_incomplete=False, cache=True, num_workers=None,
-                 progress=None):
+    def __init__(self, root_dir, split, image_size, tokenizer, allow_incomplete=False, cache=True,
+                 num_workers=0, progress=None):
         root_dir = Path(root_dir)
         caption_file, photo_folder = find_caption_file(root_dir), find_photo_folder(root_dir)
         if photo_folder is None:
@@ -258,17 +266,18 @@ class Flickr8kImageTextDataset(Dataset):
         self.split, self.root_dir, self.allow_incomplete = split, root_dir, allow_incomplete
         self.left_out = []
 
-        present = set(os.listdir(photo_folder))
-        names = self._without(names, "missing", [n for n in names if n not in present])
-        names = self._without(names, "without captions", [n for n in names if n not in captions_of])
+        names = self._without(names, "missing", set(names) - set(os.listdir(photo_folder)))
+        names = self._without(names, "without captions", set(names) - captions_of.keys())
         store = root_dir / STORE_FOLDER / f"{split}_{image_size}" if cache else None
-        self.photos, unreadable = open_photo_store(store, photo_folder, names, image_size, num_workers, progress)
-        self.names = self._without(names, "unreadable", list(unreadable), list(unreadable.values()))
+        self.photos, unreadable = open_photo_store(
+            store, photo_folder, names, image_size, num_workers, progress)
+        self.names = self._without(names, "unreadable", unreadable)
         if not self.names:
             raise DataError(f"{root_dir}: not one photo of {split} is usable")
 
         self.captions = [caption for name in self.names for caption in captions_of[name]]
-        self.photo_of_caption = torch.tensor([i for i, name in enumerate(self.names) for _ in captions_of[name]])
+        counts = torch.tensor([len(captions_of[name]) for name in self.names])
+        self.photo_of_caption = torch.arange(len(self.names)).repeat_interleave(counts)
         self.texts = []
         for caption, photo in zip(self.captions, self.photo_of_caption.tolist()):
             try:
@@ -276,72 +285,92 @@ class Flickr8kImageTextDataset(Dataset):
             except ValueError as error:
                 raise DataError(f"{caption_file}, {self.names[photo]}: {error}") from None
 
-    def _without(self, names, fault, found, said=None):
-        """The names less those found faulty, which are refused unless allow_incomplete."""
+    def _without(self, names, fault, faulty):
+        """The names less the faulty ones, {name} or {name: what is wrong with it}, which are
+        refused unless allow_incomplete."""
+        found = [name for name in names if name in faulty]
         if found and not self.allow_incomplete:
-            raise DataError(f"{self.root_dir} is incomplete: {len(found)} of the {len(names)} photos of {self.split} "
-                            f"are {fault} ({_some(said or found)}).\n`python download_flickr8k.py` verifies and mends "
-                            "it; --allow_incomplete trains without them.")
+            said = [faulty[name] if isinstance(faulty, dict) else name for name in found]
+            more = f" and {len(said) - 3} more" if len(said) > 3 else ""
+            raise DataError(f"{self.root_dir} is incomplete: {len(found)} of the {len(names)} photos "
+                            f"of {self.split} are {fault} ({', '.join(said[:3])}{more}).\n"
+                            "`python download_flickr8k.py` verifies and mends it; "
+                            "--allow_incomplete trains without them.")
         self.left_out += found
-        return [name for name in names if name not in set(found)]
+        return [name for name in names if name not in faulty]
 
     def __len__(self):
         return len(self.captions)
 
     def __getitem__(self, i):
         photo = int(self.photo_of_caption[i])
-        return {"image": self.photos[photo], "text": self.texts[i], "photo_id": photo, "caption": self.captions[i]}
+        return {"image": self.photos[photo], "text": self.texts[i], "photo_id": photo,
+                "caption": self.captions[i]}
+
+    def counts(self):
+        """What config.json says of the split; "captions_per_photo" is {captions: photos}."""
+        captions = torch.bincount(self.photo_of_caption)
+        photos = dict(enumerate(torch.bincount(captions).tolist()))
+        return {"photos": len(self.names), "pixels": self.photos.shape[-1], "captions": len(self),
+                "left_out": len(self.left_out),
+                "captions_per_photo": {str(k): n for k, n in photos.items() if n}}
 
 
 def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
-    """One epoch's batches, a list of lists of pairs, in an order that follows from the seed; no pair comes twice.
+    """One epoch's batches, a list of lists of pairs, in an order that follows from the seed.
 
-    The captions of a photo stand side by side in groups of captions_per_image, drawn anew each epoch. What fills no
-    group (one caption of five, at two a photo), and the groups that fill no batch at the end, sit this epoch out: all
-    batches have one shape, and kernels are not built anew at every step. A batch holds batch_size //
-    captions_per_image groups, at least one; a photo with fewer captions than a group takes gives them all.
+    The captions of a photo stand side by side in groups of captions_per_image, drawn anew each
+    epoch. What fills no group (one caption of five, at two a photo), and the groups that fill no
+    batch at the end, sit this epoch out, so that all batches have one shape. A batch holds
+    batch_size // captions_per_image groups, at least one; a photo with fewer captions than a group
+    takes gives them all.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(photo_of_caption), generator=generator)
-    order = order[torch.argsort(photo_of_caption[order], stable=True)]  # by photo, its captions shuffled
-    counts = torch.bincount(photo_of_caption).tolist()
-    groups = [group for captions in order.split(counts) for group in captions.split(captions_per_image)
-              if len(group) == min(captions_per_image, len(captions))]
+    order = order[torch.argsort(photo_of_caption[order], stable=True)]  # by photo, then shuffled
+    groups = []
+    for captions in order.split(torch.bincount(photo_of_caption).tolist()):
+        whole = min(captions_per_image, len(captions))
+        groups += [group for group in captions.split(captions_per_image) if len(group) == whole]
     shuffled = torch.randperm(len(groups), generator=generator).tolist()
     groups_a_batch = min(max(1, batch_size // captions_per_image), len(groups))
+    starts = range(0, len(groups) - groups_a_batch + 1, groups_a_batch)
     return [torch.cat([groups[i] for i in shuffled[start:start + groups_a_batch]]).tolist()
-            for start in range(0, len(groups) - groups_a_batch + 1, groups_a_batch)]
+            for start in starts]
 
 
 def place_photos(photos, device):
-    """The photos where batches are best cut from them: on a GPU if they take no more than GPU_SHARE of its free memory,
-    else where they are, on the host."""
+    """The photos where batches are best cut from them: on a GPU if they take no more than GPU_SHARE
+    of its free memory, else where they are, on the host."""
     if device.type == "cuda" and photos.nbytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
         return photos.to(device)
     return photos
 
 
 def iterate_batches(data, photos, batches, device):
-    """Lists of pairs (see `epoch_batches`) -> batches on the device; for a GPU, the next is prepared while one is in use.
+    """Lists of pairs (see `epoch_batches`) -> batches on the device; for a GPU, the next is
+    prepared while one is in use.
 
     photos: `data.photos`, or a copy of them on the device (`place_photos`). A batch is a dict of
-    - "images": uint8 (P, 3, H, W), a photo that stands there with several captions, side by side, being there once
+    - "images": uint8 (P, 3, H, W), a photo being there once for its captions, side by side
     - "photo_ids": (P,) their rows in `data.photos`
     - "text": (B, L), padded to a multiple of TEXT_BUCKET
     - "photo_of_pair": (B,) from 0 to P - 1, rising: the photo of each caption
     """
     def prepare(pairs):
-        photo_ids, photo_of_pair = torch.unique_consecutive(data.photo_of_caption[pairs], return_inverse=True)
+        photo_ids, photo_of_pair = torch.unique_consecutive(data.photo_of_caption[pairs],
+                                                            return_inverse=True)
         batch = {"photo_ids": photo_ids, "photo_of_pair": photo_of_pair,
                  "text": pad_texts([data.texts[i] for i in pairs], TEXT_BUCKET)}
         if photos.device.type == "cpu":
             batch["images"] = photos[photo_ids]
-        if device.type == "cuda":  # from pinned memory the copy runs beside the computation
+        if device.type == "cuda":  # the host need not wait for a copy from pinned memory
+            torch.cuda.set_device(device)  # this thread's: pinning would else touch the first GPU
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         return batch if "images" in batch else batch | {"images": photos[batch["photo_ids"]]}
 
-    if device.type == "cpu":  # a thread beside the computation would take more from it than a batch costs
+    if device.type == "cpu":  # where a thread would take more from the step than a batch costs
         yield from map(prepare, batches)
         return
     with ThreadPoolExecutor(1) as pool:
@@ -355,17 +384,6 @@ def iterate_batches(data, photos, batches, device):
 
 
 def pad_texts(texts, multiple=1):
-    """List of (L,) -> (B, longest L, rounded up to a multiple), filled up with 0, the padding's id."""
+    """List of (L,) -> (B, longest L, rounded up to a multiple), filled up with padding, 0."""
     text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     return F.pad(text, (0, -text.shape[1] % multiple))
-
-
-def collate_fn(items):
-    """Items of the dataset -> {"images": uint8 (B, 3, H, W), "text": (B, L), "photo_ids": (B,), "captions": [str]},
-    L being the batch's own longest caption."""
-    return {
-        "images": torch.stack([item["image"] for item in items]),
-        "text": pad_texts([item["text"] for item in items]),
-        "photo_ids": torch.tensor([item["photo_id"] for item in items]),
-        "captions": [item["caption"] for item in items],
-    }

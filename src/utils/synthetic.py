@@ -1,8 +1,8 @@
-"""The built-in dataset: captioned scenes of coloured shapes, in Flickr8k's layout, so that the same loader reads it.
+"""The built-in dataset: captioned scenes of coloured shapes, in Flickr8k's layout.
 
-A scene holds one or two groups of shapes. A group has a count (1 to 3), a size, a colour, a shape and a place. No two
-scenes of the whole dataset are the same. Each has five differently worded captions, of which two leave things out, as
-people do. Everything follows from the seed: the same version of Pillow writes the same bytes each time.
+A scene holds one or two groups of shapes: a count (1 to 3), a size, a colour, a shape and a place.
+No two scenes are the same. Each has five differently worded captions, of which two leave things
+out, as people do. Everything follows from the seed, to the bytes that a version of Pillow writes.
 """
 import os
 import random
@@ -15,11 +15,13 @@ from src.utils.flickr8k_simple import SPLIT_FILES, DataError
 
 NUM_PICTURES = {"train": 2000, "val": 200, "test": 200}
 PICTURE_SIZE = 80  # pixels
-COLOURS = {"red": (214, 40, 40), "blue": (40, 70, 200), "green": (40, 150, 60), "yellow": (240, 210, 40),
-           "orange": (240, 130, 30), "purple": (130, 50, 170), "pink": (245, 150, 190), "black": (25, 25, 25)}
-SHAPES = {"circle": ("circle", "disc"), "square": ("square", "box"), "triangle": ("triangle", "pyramid"),
-          "cross": ("cross", "plus sign")}  # two names each
-SIZES = {"small": (7, ("small", "tiny", "little")), "large": (12, ("large", "big", "huge"))}  # radius in pixels, names
+COLOURS = {"red": (214, 40, 40), "blue": (40, 70, 200), "green": (40, 150, 60),
+           "yellow": (240, 210, 40), "orange": (240, 130, 30), "purple": (130, 50, 170),
+           "pink": (245, 150, 190), "black": (25, 25, 25)}
+SHAPES = {"circle": ("circle", "disc"), "square": ("square", "box"),
+          "triangle": ("triangle", "pyramid"), "cross": ("cross", "plus sign")}  # two names each
+SIZES = {"small": (7, ("small", "tiny", "little")),  # radius in pixels, names
+         "large": (12, ("large", "big", "huge"))}
 PLACES = {"left": ("on the left", "at the left side"), "right": ("on the right", "at the right side"),
           "top": ("at the top", "up above"), "bottom": ("at the bottom", "down below")}
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
@@ -31,8 +33,8 @@ def draw_scene(rng):
     """-> tuple of one or two groups (count, size, colour, shape, place)."""
     place = rng.choice(list(PLACES))
     places = (place, OPPOSITE[place]) if rng.random() < 0.75 else (place,)
-    return tuple((rng.randint(1, 3), rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(list(SHAPES)), p)
-                 for p in places)
+    return tuple((rng.randint(1, 3), rng.choice(list(SIZES)), rng.choice(list(COLOURS)),
+                  rng.choice(list(SHAPES)), place) for place in places)
 
 
 def caption_scene(scene, rng):
@@ -47,15 +49,17 @@ def caption_scene(scene, rng):
     def placed(group):
         return f"{phrase(group)} {rng.choice(PLACES[group[4]])}"
 
-    first, last = scene[0], scene[-1]
-    one = len(scene) == 1
-    return [
-        f"{' and '.join(placed(group) for group in scene)} .",
-        f"There {'is' if first[0] == 1 else 'are'} {phrase(first)}{'' if one else ' and ' + phrase(last)} .",
-        f"{', '.join(f'{rng.choice(PLACES[g[4]])} {phrase(g)}' for g in reversed(scene))} .",
-        f"{phrase(first)} {rng.choice(PLACES[first[4]]) if one else RELATION[first[4]] + ' ' + phrase(last)} .",
-        f"A picture of {' with '.join(phrase(group, with_size=False) for group in scene)} .",
-    ]
+    first, last, one = scene[0], scene[-1], len(scene) == 1
+    captions = [f"{' and '.join(placed(group) for group in scene)} ."]
+    verb = "is" if first[0] == 1 else "are"
+    captions.append(f"There {verb} {phrase(first)}{'' if one else ' and ' + phrase(last)} .")
+    reverse = [f"{rng.choice(PLACES[group[4]])} {phrase(group)}" for group in reversed(scene)]
+    captions.append(f"{', '.join(reverse)} .")
+    start = phrase(first)
+    where = rng.choice(PLACES[first[4]]) if one else f"{RELATION[first[4]]} {phrase(last)}"
+    captions.append(f"{start} {where} .")
+    short = [phrase(group, with_size=False) for group in scene]
+    return captions + [f"A picture of {' with '.join(short)} ."]
 
 
 def paint_scene(scene, rng):
@@ -67,10 +71,11 @@ def paint_scene(scene, rng):
         radius = SIZES[size][0]
         for i in range(count):
             along = PICTURE_SIZE * (i + 1) / (count + 1) + rng.uniform(-3, 3)
-            across = PICTURE_SIZE * (0.25 if place in ("left", "top") else 0.75) + rng.uniform(-5, 5)
+            across = PICTURE_SIZE * (0.25 if place in ("left", "top") else 0.75)
+            across += rng.uniform(-5, 5)
             x, y = (across, along) if place in ("left", "right") else (along, across)
             r = radius + rng.uniform(-1, 1)
-            fill = tuple(max(0, min(255, channel + rng.randint(-15, 15))) for channel in COLOURS[colour])
+            fill = tuple(max(0, min(255, c + rng.randint(-15, 15))) for c in COLOURS[colour])
             if shape == "circle":
                 draw.ellipse((x - r, y - r, x + r, y + r), fill)
             elif shape == "square":
@@ -86,8 +91,8 @@ def paint_scene(scene, rng):
 def write_synthetic(root_dir, seed=0, num_pictures=None):
     """Write the dataset into root_dir, unless it is there; returns True when it was written.
 
-    num_pictures: {"train": 2000, "val": 200, "test": 200} by default. It is made beside root_dir and moved there when
-    it is whole. Raises DataError when root_dir holds something else.
+    num_pictures: {"train": 2000, "val": 200, "test": 200} by default. It is made beside root_dir
+    and moved there when it is whole. Raises DataError when root_dir holds something else.
     """
     root_dir = Path(root_dir)
     readme = f"Captioned scenes of shapes, made by src/utils/synthetic.py from seed {seed}.\n"
@@ -95,7 +100,8 @@ def write_synthetic(root_dir, seed=0, num_pictures=None):
         if (root_dir / "README.txt").is_file() and (root_dir / "README.txt").read_text() == readme:
             return False
         if any(root_dir.iterdir()):
-            raise DataError(f"{root_dir}: holds something other than the synthetic dataset; name another --data_dir")
+            raise DataError(f"{root_dir}: holds something other than the synthetic dataset; name "
+                            "another --data_dir")
     partial = root_dir.with_name(root_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "Flicker8k_Dataset").mkdir(parents=True)
@@ -111,8 +117,10 @@ def write_synthetic(root_dir, seed=0, num_pictures=None):
             seen.add(frozenset(scene))
             names.append(f"scene_{index:05d}.jpg")
             index += 1
-            captions += [f"{names[-1]}#{i}\t{caption}" for i, caption in enumerate(caption_scene(scene, rng))]
-            paint_scene(scene, rng).save(partial / "Flicker8k_Dataset" / names[-1], "JPEG", quality=92)
+            for i, caption in enumerate(caption_scene(scene, rng)):
+                captions.append(f"{names[-1]}#{i}\t{caption}")
+            path = partial / "Flicker8k_Dataset" / names[-1]
+            paint_scene(scene, rng).save(path, "JPEG", quality=92)
         (partial / SPLIT_FILES[split]).write_bytes("".join(f"{name}\n" for name in names).encode())
     (partial / "Flickr8k.token.txt").write_bytes("".join(f"{line}\n" for line in captions).encode())
     (partial / "README.txt").write_text(readme)

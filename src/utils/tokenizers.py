@@ -1,28 +1,30 @@
-"""Text -> token ids. Id 0 is padding in every tokenizer.
-
-`word_start` of a tokenizer says for each id whether a token of that id begins a new word.
-"""
+"""Text -> token ids, 0 being padding. `word_start` says for each id whether it begins a word."""
 import collections
 import heapq
 import re
 import unicodedata
 
+from src.utils.flickr8k_simple import find_caption_file, read_captions, read_split
+
 PAD_ID = 0
+VOCAB_SIZE = 4000  # ids of the bpe tokenizer, padding and 256 bytes included
 
 
 class CharTokenizer:
     """One id a character, over 33 characters; with padding, 34 ids.
 
-    The rule for everything else, in this order: capitals become small; accents are dropped (é -> e), and so are the
-    typographic forms of quotes and dashes; a digit is spelled out ("2" -> "two"), "&" becomes "and"; whatever is still
-    unknown becomes a space. Runs of white space become one space, and none is kept at either end. Nothing is cut.
+    Everything else, in this order: capitals become small; accents and the typographic forms of
+    quotes and dashes are dropped; a digit is spelled out ("2" -> "two"), "&" becomes "and"; what is
+    still unknown becomes a space. Runs of white space become one, with none at either end.
     """
 
     name = "char"
     vocabulary = " abcdefghijklmnopqrstuvwxyz.,!?'-"
-    spelled = dict(zip("0123456789&", "zero one two three four five six seven eight nine and".split()))
-    plain = str.maketrans({"\u2018": "'", "\u2019": "'", '"': "'", "\u201c": "'", "\u201d": "'", "\u2013": "-",
-                           "\u2014": "-", "\u00df": "ss", "\u00e6": "ae", "\u00f8": "o", "\u0153": "oe"})
+    words = "zero one two three four five six seven eight nine and".split()
+    spelled = dict(zip("0123456789&", words))
+    plain = str.maketrans({
+        "\u2018": "'", "\u2019": "'", '"': "'", "\u201c": "'", "\u201d": "'", "\u2013": "-",
+        "\u2014": "-", "\u00df": "ss", "\u00e6": "ae", "\u00f8": "o", "\u0153": "oe"})
 
     def __init__(self):
         self.id_of = {character: i for i, character in enumerate(self.vocabulary, start=PAD_ID + 1)}
@@ -36,9 +38,13 @@ class CharTokenizer:
     def normalize(self, text):
         """The text as the model sees it: only characters of the vocabulary."""
         text = unicodedata.normalize("NFKD", text.lower().translate(self.plain))
-        text = "".join(c for c in text if not unicodedata.combining(c))
-        text = "".join(f" {self.spelled[c]} " if c in self.spelled else c if c in self.id_of else " " for c in text)
-        return " ".join(text.split())
+        known = ""
+        for c in text:
+            if c in self.spelled:
+                known += f" {self.spelled[c]} "
+            elif not unicodedata.combining(c):
+                known += c if c in self.id_of else " "
+        return " ".join(known.split())
 
     def knows(self, text):
         """Whether anything of the text is in the vocabulary."""
@@ -74,12 +80,13 @@ def merge(ids, pair, new):
 
 
 class BPETokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016, "Neural machine translation of rare words with subword units").
+    """Byte-pair encoding (Sennrich et al. 2016, "Neural machine translation of rare words with
+    subword units").
 
-    Ids 1 to 256 are the bytes of UTF-8, so that any text has tokens; each further id is a merge of two earlier ones,
-    `merges[i]` being id 257 + i. Capitals become small and runs of white space one space; beyond that, decoding gives
-    back exactly what was encoded. A word carries the space before it (the first one too), and nothing is merged across
-    the start of a word, or between letters and other signs.
+    Ids 1 to 256 are the bytes of UTF-8, so that any text has tokens; `merges[i]`, two earlier ids,
+    is id 257 + i. Capitals become small and runs of white space one space; beyond that, decoding
+    gives back what was encoded. A word carries the space before it (the first one too), and nothing
+    is merged across the start of a word, or between letters and other signs.
     """
 
     name = "bpe"
@@ -92,20 +99,18 @@ class BPETokenizer:
             self.bytes_of.append(self.bytes_of[left] + self.bytes_of[right])
         self.rank = {pair: rank for rank, pair in enumerate(self.merges)}
         self.word_start = [token.startswith(b" ") for token in self.bytes_of]
-        self.learned = {i for pair in self.merges for i in pair} - {ord(" ") + 1} | set(range(257, self.vocab_size))
+        merged = {i for pair in self.merges for i in pair} - {ord(" ") + 1}
+        self.learned = merged | set(range(257, self.vocab_size))
         self.cache = {}  # piece -> ids: captions have few different words
 
     @classmethod
     def learn(cls, texts, vocab_size):
-        """The merges that texts suggest: again and again the most frequent pair, of equals the one of smaller ids.
-
-        Stops before vocab_size when no pair occurs twice. Raises ValueError for a vocab_size below 257, which has no
-        room for the bytes.
-        """
+        """The merges that texts suggest: again and again the most frequent pair, of equals the one
+        of smaller ids, until no pair occurs twice. Raises ValueError for a vocab_size below 257."""
         if vocab_size < 257:
             raise ValueError(f"vocab_size={vocab_size} has no room for padding and the 256 bytes")
         counts = collections.Counter(piece for text in texts for piece in cls.split(text))
-        words = [([byte + 1 for byte in cls.to_bytes(piece)], count) for piece, count in counts.items()]
+        words = [(cls.byte_ids(piece), count) for piece, count in counts.items()]
         frequency, where = collections.Counter(), collections.defaultdict(set)
         for i, (ids, count) in enumerate(words):
             for pair in zip(ids, ids[1:]):
@@ -138,12 +143,13 @@ class BPETokenizer:
         return cls(merges)
 
     def knows(self, text):
-        """Whether anything of the text, spaces aside, was in the texts that the merges come from."""
-        return any(i in self.learned for piece in self.split(text) for i in self._encode_piece(piece))
+        """Whether anything of it, spaces aside, was in the texts that the merges come from."""
+        ids = (i for piece in self.split(text) for i in self._encode_piece(piece))
+        return not self.learned.isdisjoint(ids)
 
     @staticmethod
-    def to_bytes(text):
-        return text.encode("utf-8", "surrogatepass")
+    def byte_ids(piece):
+        return [byte + 1 for byte in piece.encode("utf-8", "surrogatepass")]
 
     @staticmethod
     def normalize(text):
@@ -170,16 +176,20 @@ class BPETokenizer:
         return ids
 
     def _encode_piece(self, piece):
-        ids = [byte + 1 for byte in self.to_bytes(piece)]
+        def rank(pair):
+            return self.rank.get(pair, len(self.rank))
+
+        ids = self.byte_ids(piece)
         while True:
-            first = min(zip(ids, ids[1:]), key=lambda pair: self.rank.get(pair, len(self.rank)), default=None)
+            first = min(zip(ids, ids[1:]), key=rank, default=None)
             if first not in self.rank:
                 return ids
             ids = merge(ids, first, 257 + self.rank[first])
 
     def decode(self, ids):
         """Ids -> str, padding left out; the inverse of encode up to `normalize`."""
-        return b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "surrogatepass").removeprefix(" ")
+        text = b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "surrogatepass")
+        return text.removeprefix(" ")
 
     def state_dict(self):
         """What a checkpoint holds, for `tokenizer_from_state`."""
@@ -194,3 +204,13 @@ def tokenizer_from_state(state):
     if known and state == CharTokenizer().state_dict():
         return CharTokenizer()
     raise ValueError(f"the checkpoint's tokenizer is not known here: {state!r:.200}")
+
+
+def build_tokenizer(settings):
+    """Characters, or byte pairs learned from the captions of the training split."""
+    if settings.tokenizer == CharTokenizer.name:
+        return CharTokenizer()
+    captions = read_captions(find_caption_file(settings.data_dir))
+    names = read_split(settings.data_dir, "train")
+    texts = [text for name in names for text in captions.get(name, [])]
+    return BPETokenizer.learn(texts, VOCAB_SIZE)
