@@ -4,9 +4,8 @@
     python download_flickr8k.py --text_only          2 MB: captions, splits, for Kaggle's copy
     python download_flickr8k.py --archive_dir DIR    from zips on the disk, without the network
 
-Run it again whenever in doubt: it verifies what is there, mends what is not whole, and else does
-nothing. The dataset is for non-commercial research; the photos belong to their owners on Flickr.
-"""
+Run it again when in doubt: it verifies what is there and mends what is not whole. The dataset is
+for non-commercial research; the photos belong to their owners on Flickr."""
 import argparse
 import errno
 import http.client
@@ -41,8 +40,7 @@ class DownloadError(Exception):
 
 
 def check_text(data_dir):
-    """What is there, in words. Raises DataError unless captions and splits parse and each split
-    photo has captions."""
+    """-> what is there. Raises DataError unless every photo of a split has captions."""
     path = find_caption_file(data_dir)
     captions = read_captions(path)
     for split in SPLIT_FILES:
@@ -54,8 +52,7 @@ def check_text(data_dir):
 
 
 def check_photos(data_dir):
-    """What is there, in words. Raises DataError unless every photo of every split opens, by
-    training's own loader."""
+    """-> what is there. Raises DataError unless every photo opens, by training's loader."""
     line, photos, captions = ProgressLine(), 0, 0
     for split in SPLIT_FILES:
         try:
@@ -75,7 +72,7 @@ def fetch(name, data_dir, archive_dir, url):
         if not path.is_file():
             raise DataError(f"{path}: there is no such archive")
         if not check_integrity(path, MD5[name]):
-            raise DataError(f"{path}: the MD5 is not {MD5[name]}; the file is damaged, or another")
+            raise DataError(f"{path}: damaged or another file, the MD5 is not {MD5[name]}")
         return path
     path, address = data_dir / name, f"{url.rstrip('/')}/{name}"
     print(f"fetching {address}")
@@ -96,8 +93,8 @@ def fetch(name, data_dir, archive_dir, url):
         path.unlink(missing_ok=True)
         raise
     path.unlink(missing_ok=True)  # a partial file is of no use: the next run starts afresh
-    raise DownloadError(f"{address}: {reason}.\nRun again, name a mirror with --url, or fetch the "
-                        "two zips by other means and name their folder with --archive_dir.")
+    raise DownloadError(f"{address}: {reason}.\nRun again, or name a mirror with --url, or a "
+                        "folder that holds the two zips with --archive_dir.")
 
 
 def unpack(archive, data_dir):
@@ -121,8 +118,7 @@ def unpack(archive, data_dir):
             if path.is_file() and inside.parts[0] != "__MACOSX":
                 (data_dir / inside).parent.mkdir(parents=True, exist_ok=True)
                 path.replace(data_dir / inside)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        # NotImplementedError is zipfile's word for a compression that it does not know.
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:  # zipfile's own
         raise DataError(f"{archive}: not a zip that can be unpacked ({error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -155,12 +151,9 @@ def main(argv=None):
             done = ensure(PHOTOS, check_photos)
         print(done)
         return 0
-    except DataError as error:
+    except (DataError, DownloadError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DownloadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, DataError) else 1
     except OSError as error:
         reason = error.strerror or error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -32,18 +32,14 @@ def same(text):
     return " ".join(text.lower().replace(".", " ").split())
 
 
-def data_dir_of(args, folder):
-    return args.data_dir or load_run(folder).settings.data_dir
-
-
 def open_gallery(args):
     """-> (cache, photos, captions of each, "1,000 photos of val"): the split's, or --photos."""
-    folder = args.output_dir[0]
-    cache = EmbeddingCache(folder)
+    cache = EmbeddingCache(args.output_dir[0])
     if args.photos:
         photos = photos_of_folder(args.photos)
         return cache, photos, [[] for _ in photos], f"{len(photos):,} photos in {args.photos}"
-    photos, captions = photos_of_split(data_dir_of(args, folder), args.split)
+    data_dir = args.data_dir or load_run(args.output_dir[0]).settings.data_dir
+    photos, captions = photos_of_split(data_dir, args.split)
     return cache, photos, captions, f"{len(photos):,} photos of {args.split}"
 
 
@@ -54,9 +50,19 @@ def embed_gallery(cache, photos):
     return embeddings
 
 
-def ranking(scores):
-    """(N,) -> [(rank, index)], best first."""
-    return list(enumerate(scores.argsort(descending=True, stable=True).tolist(), start=1))
+def print_ranking(title, scores, top, about):
+    """Print the best `top` of the scores (N,) -> (title, cells) for a contact sheet. about(i) gives
+    what the line and the sheet say of i, its photo, and whether it is a right one."""
+    order = scores.argsort(descending=True, stable=True).tolist()
+    ranks = [rank for rank, i in enumerate(order, start=1) if about(i)[3]]
+    title += f"; the right one is ranked {ranks[0]:,}" if ranks else ""
+    print(title)
+    cells = []
+    for rank, i in enumerate(order[:top], start=1):
+        line, label, photo, right = about(i)
+        print(f"{'*' if right else ' '} {rank:3d}  {scores[i]:6.3f}  {line}".rstrip())
+        cells.append((photo, f"{rank}.  {scores[i]:.3f}  {label}", right))
+    return title, cells
 
 
 def show_photos(args):
@@ -68,18 +74,12 @@ def show_photos(args):
     texts = embed_texts(cache.model, cache.tokenizer, args.query)
     rows = []
     for query, scores in zip(args.query, texts @ embed_gallery(cache, photos).T):
-        right = {i for i, own in enumerate(captions) if same(query) in map(same, own)}
-        ranked = ranking(scores)
-        first = next((f"; the right one is ranked {rank:,}" for rank, i in ranked if i in right), "")
-        title = f'"{query}" in {gallery}{first}'
-        print(title)
-        cells = []
-        for rank, i in ranked[:args.top]:
+        def about(i, query=query):
             name = photos[i].relative_to(args.photos) if args.photos else photos[i].name
-            mark, caption = "*" if i in right else " ", captions[i][0] if captions[i] else ""
-            print(f"{mark} {rank:3d}  {scores[i]:6.3f}  {name}  {caption}".rstrip())
-            cells.append((photos[i], f"{rank}.  {scores[i]:.3f}  {name}", i in right))
-        rows.append((title, cells))
+            caption = captions[i][0] if captions[i] else ""
+            return f"{name}  {caption}", name, photos[i], same(query) in map(same, captions[i])
+
+        rows.append(print_ranking(f'"{query}" in {gallery}', scores, args.top, about))
         print()
     return rows
 
@@ -91,28 +91,27 @@ def show_captions(args):
     of_photo = [i for i, own in enumerate(captions) for _ in own]
     image = embed_photos(cache.model, cache.transform, [args.image])[0]
     scores = cache.texts(texts) @ image
-    own = {i for i, photo in enumerate(photos) if photo.resolve() == Path(args.image).resolve()}
+    shown = Path(args.image).resolve()
+
+    def about(i):
+        photo = photos[of_photo[i]]
+        return f"{texts[i]}  ({photo.name})", texts[i], photo, photo.resolve() == shown
+
     title = f"{args.image} among {len(texts):,} captions of {args.split}"
-    print(title)
-    cells = [(args.image, "the photo", False)]
-    for rank, i in ranking(scores)[:args.top]:
-        photo = of_photo[i]
-        mark = "*" if photo in own else " "
-        print(f"{mark} {rank:3d}  {scores[i]:6.3f}  {texts[i]}  ({photos[photo].name})")
-        cells.append((photos[photo], f"{rank}.  {scores[i]:.3f}  {texts[i]}", photo in own))
-    return [(title, cells)]
+    title, cells = print_ranking(title, scores, args.top, about)
+    return [(title, [(args.image, "the photo", False), *cells])]
 
 
 def show_examples(args):
-    """--examples: captions drawn at random among hits and misses, and R@K by their length."""
+    """--examples: captions drawn at random among hits and misses, and how many hit."""
     cache, photos, captions, gallery = open_gallery(args)
     texts = [text for own in captions for text in own]
     of_photo = [i for i, own in enumerate(captions) for _ in own]
     image_rows, text_rows = embed_gallery(cache, photos), cache.texts(texts)
     ranks = retrieval_ranks(image_rows, text_rows, of_photo)
     nearest = (text_rows @ image_rows.T).topk(min(2, len(photos)), dim=1).indices.tolist()
-    print(f"{gallery}, {len(texts):,} captions\n")
-    print(report.length_table(texts, ranks["t2i"]))
+    print(f"{gallery}, {len(texts):,} captions: of the right photos, "
+          f"{100 * (ranks['t2i'] == 1).double().mean():.2f} % are ranked first")
     rows = []
     for what, other, wanted in (("hit", "ranked 2", ranks["t2i"] == 1),
                                 ("miss", "ranked first", ranks["t2i"] > 1)):
@@ -138,14 +137,13 @@ def show_test_time(args):
         data = Flickr8kImageTextDataset(args.data_dir or settings.data_dir, args.split,
                                         settings.eval_pixels, tokenizer, settings.allow_incomplete)
         results[Path(folder).name] = compare_test_time_training(model, data)
-    title = (f"Test-time training of the memory: avg R@1 in percent, {len(data.names):,} photos of "
-             f"{args.split}")
+    title = f"Test-time training of the memory: avg R@1, {len(data.names):,} photos of {args.split}"
     print(report.adaptation_table(title, results))
 
 
 def runs_among(paths):
-    """The paths of runs; what else lies beside them in outputs/ is named and left out. Where none
-    is a run, all of them, for `load_run` to say so."""
+    """The paths of runs, what else lies beside them being named; all of them, for `load_run` to
+    complain, where none is a run."""
     others = [path for path in paths if Path(path).exists() and not (Path(path) / CONFIG).exists()]
     if len(others) == len(paths):
         return paths
@@ -158,27 +156,23 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      epilog="Without one of these: the tables of the run.")
     add, what = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--output_dir", nargs="+", default=["outputs/flickr8k_sgd"], help="folder of the run; "
-        "several for --plot, --test_time and the tables (default: outputs/flickr8k_sgd)")
+    add("--output_dir", nargs="+", default=["outputs/flickr8k_sgd"], help="of the run; several "
+        "for --plot, --test_time and the tables (default: outputs/flickr8k_sgd)")
     what.add_argument("--plot", action="store_true", help="draw loss, R@K and learning rate")
-    what.add_argument("--query", nargs="+", metavar="TEXT",
-                      help="rank photos by how well they fit a text, or several")
-    what.add_argument("--image", help="rank a split's captions by how well they fit this photo")
-    what.add_argument("--examples", type=int, metavar="N",
-                      help="show N hits and N misses, and R@K by the captions' length")
+    what.add_argument("--query", nargs="+", metavar="TEXT", help="rank photos by each text")
+    what.add_argument("--image", help="rank a split's captions by this photo")
+    what.add_argument("--examples", type=int, metavar="N", help="show N hits and N misses")
     what.add_argument("--test_time", action="store_true",
                       help="measure what the memory's test-time training adds")
-    what.add_argument("--compare", nargs="+", metavar="DIR",
-                      help="folders of runs: one row a run, best on validation first")
+    what.add_argument("--compare", nargs="+", metavar="DIR", help="runs, best on validation first")
     add("--photos", metavar="DIR", help="with --query: rank the photos in this folder and below it")
     add("--split", choices=list(SPLIT_FILES), help="whose photos and captions are ranked "
         "(default: test; val with --test_time)")
     add("--data_dir", help="Flickr8k's folder (default: the one that the run was trained on)")
     add("--top", type=int, default=5, metavar="K", help="results to show (default: 5)")
-    add("--out", metavar="FILE", help="picture to write: contact sheet of --query, --image or "
-        "--examples (default for this: examples.png in --output_dir), or curves of --plot "
-        "(default: curves.png in the first --output_dir)")
-    add("--format", choices=["terminal", "markdown", "json"], default="terminal",
+    add("--out", metavar="FILE", help="picture to write (default: none; in --output_dir "
+        "examples.png of --examples, curves.png of --plot)")
+    add("--format", choices=["terminal", "markdown"], default="terminal",
         help="of --compare (default: terminal)")
     args = parser.parse_args(argv)
     args.split = args.split or ("val" if args.test_time else "test")
@@ -196,8 +190,7 @@ def show(args):
     """Print what was asked for -> path of the picture that was written, None for none."""
     folder, out = Path(args.output_dir[0]), args.out
     if args.compare:
-        runs = [load_run(path) for path in runs_among(args.compare)]
-        print(report.comparison(report.comparison_rows(runs), args.format))
+        print(report.comparison(map(load_run, runs_among(args.compare)), args.format))
         return None
     if args.test_time:
         show_test_time(args)

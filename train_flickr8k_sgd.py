@@ -2,16 +2,15 @@
 
     python train_flickr8k_sgd.py --synthetic            the built-in shapes, about a minute
     python train_flickr8k_sgd.py                        Flickr8k (see download_flickr8k.py)
-    python train_flickr8k_sgd.py --model small          the preset for a laptop
     torchrun --nproc_per_node=4 train_flickr8k_sgd.py   one process a GPU, which share the batch
 
-Read it from the top: the run's settings, data, model and optimizer, the step, the state that is
-saved, and the loop, `fit`. After any interruption, --resume goes on as if nothing had happened: the
-order of the pairs, the crops and the learning rate follow from the seed and the step alone.
-"""
+Read it from the top: data, model and optimizer, the state that is saved, the step, and the loop,
+`fit`. After any interruption, --resume goes on as if nothing had happened: the order of the pairs,
+the crops and the learning rate follow from the seed and the step alone."""
 import functools
 import logging
 import math
+import shlex
 import sys
 import time
 
@@ -46,7 +45,9 @@ from src.utils.tokenizers import build_tokenizer, tokenizer_from_state
 log = logging.getLogger("flickr8k_sgd")
 MEMORY_LOSS_WEIGHT = 0.1
 CLIP_GRAD = 1.0  # largest norm of the gradient
+PROGRESS = ("epoch", "step", "loss_sum", "seconds", "history")  # of a run
 LOG_INTERVAL = 10  # steps between two looks at the loss: sync points
+ADVICE = "the last good checkpoint is kept; a smaller --lr may help"
 CHECKPOINT_INTERVAL = 300  # seconds inside a long epoch, so that a power cut costs minutes
 
 
@@ -55,8 +56,7 @@ class TrainingError(Exception):
 
 
 def find_tokenizer(settings, state=None):
-    """That of the checkpoint's state, or one made for the dataset; the built-in data is made where
-    it is wanted and absent."""
+    """That of a checkpoint, or one for the dataset, which is made if it is the built-in."""
     if settings.synthetic and write_synthetic(settings.data_dir):
         log.info(f"made the built-in dataset in {settings.data_dir}")
     return build_tokenizer(settings) if state is None else tokenizer_from_state(state)
@@ -74,15 +74,14 @@ def load_data(settings, tokenizer):
             progress=line.counter(f"reading the photos of {split}"))
         line.clear()
         if data.left_out:
-            log.info(f"{split}: {len(data.left_out)} photos left out, among them "
-                     f"{data.left_out[0]}")
+            log.info(f"{split}: {len(data.left_out)} photos left out, such as {data.left_out[0]}")
     if len(splits["train"]) < 2:
         raise DataError(f"{settings.data_dir}: training needs at least two pairs")
     return splits
 
 
 def share_of_epoch(data, settings, epoch):
-    """An epoch's batches, of each the pairs that are this process's."""
+    """This process's pairs of each of an epoch's batches."""
     rank, world = distributed.rank_and_world()
     batches = epoch_batches(data.photo_of_caption, settings.captions_per_image,
                             settings.batch_size, settings.seed * 1_000_003 + epoch)
@@ -132,10 +131,8 @@ def cosine_schedule(warmup, final, total_steps):
 
 
 class RunState:
-    """A model and what trains it, and how far the run has come; it saves and restores itself.
-
-    total_steps: of the schedule. optimizer: `build_optimizer`'s by default.
-    """
+    """A model, what trains it, and how far the run has come; it saves and restores itself.
+    total_steps: of the schedule. optimizer: `build_optimizer`'s by default."""
 
     def __init__(self, settings, model, tokenizer, device, total_steps, optimizer=None):
         self.settings, self.model, self.tokenizer, self.device = settings, model, tokenizer, device
@@ -166,19 +163,17 @@ class RunState:
         return self.model if self.ema is None else self.ema.module
 
     def parts(self):
-        """{name: what has a state_dict of its own}"""
         names = ("model", "ema", "queue", "optimizer", "scaler", "scheduler")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def state_dict(self):
         """What --resume needs. Raises TrainingError for weights that are not finite."""
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            raise TrainingError("the weights are no longer finite in epoch "
-                                f"{self.epoch}, step {self.step}")
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise TrainingError(f"the weights are no longer finite in epoch {self.epoch}, step "
+                                f"{self.step}; {ADVICE}")
         state = {f"{name}_state_dict": part.state_dict() for name, part in self.parts().items()}
-        return state | {"epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum,
-                        "seconds": self.seconds, "history": self.history,
-                        "tokenizer": self.tokenizer.state_dict()}
+        state |= {name: getattr(self, name) for name in PROGRESS}
+        return state | {"tokenizer": self.tokenizer.state_dict()}
 
     def load_state_dict(self, state):
         """Raises UsageError for the state of another model."""
@@ -189,11 +184,11 @@ class RunState:
                 if name != "scaler" or saved:  # empty where the device before needed none
                     part.load_state_dict(saved)
         except (KeyError, RuntimeError, ValueError):
-            raise UsageError("the checkpoint is of another model than the config beside it; train "
-                             "anew into another --output_dir") from None
+            raise UsageError("the checkpoint is of another model than the config beside it"
+                             ) from None
         for group in self.optimizer.param_groups:  # as it suits this device
             group["fused"] = fused
-        for name in ("epoch", "step", "loss_sum", "seconds", "history"):
+        for name in PROGRESS:
             setattr(self, name, state[name])
 
 
@@ -215,7 +210,7 @@ def forward_backward(run, batch):
 
 
 def update(run):
-    """The optimizer's step with the gradients that are there, the schedule's and the average's."""
+    """The step of optimizer, schedule and moving average with the gradients that are there."""
     run.scaler.unscale_(run.optimizer)
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP_GRAD)
     run.scaler.step(run.optimizer)
@@ -234,7 +229,7 @@ def training_step(run, batch):
     return loss
 
 
-def set_up(settings, output_dir, checkpoint, device):
+def set_up(settings, output_dir, checkpoint, device, command):
     """-> (run, splits), ready for the loop, and the run's folder with its config."""
     rank, world = distributed.rank_and_world()
     with distributed.main_process_first():  # which makes the photo store
@@ -249,21 +244,22 @@ def set_up(settings, output_dir, checkpoint, device):
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.dir, run.is_main = output_dir, rank == 0
     run.config = describe(settings, device, world) | {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "command": command,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "data": {name: split.counts() for name, split in splits.items()}}
     if checkpoint is not None:
-        run.config["date"] = checkpoint["config"]["date"]
-        if checkpoint["config"]["data"] != run.config["data"]:
-            raise UsageError(f"{settings.data_dir} is not the dataset that the run in {output_dir} "
-                             "began with")
+        began = checkpoint["config"]
+        run.config |= {"date": began["date"], "command": began["command"]}
+        if began["data"] != run.config["data"]:
+            raise UsageError(f"{settings.data_dir} is not the dataset that the run began with")
         run.load_state_dict(checkpoint)
     if run.is_main:
         files.open_output_dir(output_dir, run.config, run.history, checkpoint is None, log)
-    log.info(f"{settings.model}: {run.config['parameters']:,} parameters, "
-             f"{run.config['precision']}, on {run.config['device']}")
-    log.info(f"{len(splits['train']):,} pairs of {len(splits['train'].names):,} photos in "
-             f"{settings.data_dir}: {settings.epochs} epochs of {len(batches)} steps of "
-             f"{len(batches[0]) * world} pairs")
+    log.info("{model}: {parameters:,} parameters, {precision}, on {device}".format(
+        model=settings.model, **run.config))
+    data = splits["train"]
+    log.info(f"{len(data):,} pairs of {len(data.names):,} photos in {settings.data_dir}: "
+             f"{settings.epochs} epochs of {len(batches)} steps of {len(batches[0]) * world} pairs")
     if checkpoint is not None:
         log.info(f"resumed at epoch {run.epoch}, step {run.step}")
     return run, splits
@@ -271,7 +267,7 @@ def set_up(settings, output_dir, checkpoint, device):
 
 def fit(run, splits, stop):
     """The loop, from where the run stands to its last epoch. Raises TrainingError where a loss or a
-    weight is not finite, KeyboardInterrupt where a stop was requested, the state saved."""
+    weight is not finite, KeyboardInterrupt where a stop was requested, after saving."""
     settings, data, device = run.settings, splits["train"], run.device
     photos = place_photos(data.photos, device)
     rank, world = distributed.rank_and_world()
@@ -295,8 +291,8 @@ def fit(run, splits, stop):
             if len(losses) == LOG_INTERVAL or over or at_once:
                 for i, loss in enumerate(torch.stack(losses).tolist(), 1 - len(losses)):  # a sync
                     if not math.isfinite(loss):
-                        raise TrainingError(f"the loss became {loss} in epoch {run.epoch}, "
-                                            f"step {run.step + i}")
+                        raise TrainingError(f"the loss became {loss} in epoch {run.epoch}, step "
+                                            f"{run.step + i}; {ADVICE}")
                     run.loss_sum += loss
                 losses, run.seconds = [], time.time() - began
                 speed = line.speed(steps_done, settings.epochs * steps - step - 1, pairs)
@@ -327,17 +323,17 @@ def validate(run, val):
     try:
         return evaluate(run.kept, val, run.amp_dtype)
     except ValueError as error:
-        raise TrainingError(f"validation after epoch {run.epoch}: {error}") from None
+        raise TrainingError(f"validation of epoch {run.epoch}: {error}; {ADVICE}") from None
 
 
 def end_epoch(run, row):
     """Add the epoch to the history and write the files, in an order in which a kill between any two
     costs nothing: the checkpoint decides where --resume starts."""
-    if row["val"]["avg_r1"] > max((old["val"]["avg_r1"] for old in run.history), default=-1.0):
-        if run.is_main:
-            save_checkpoint({"epoch": run.epoch, "model_state_dict": run.kept.state_dict(),
-                             "metrics": row["val"], "config": run.config,
-                             "tokenizer": run.tokenizer.state_dict()}, run.dir / files.BEST)
+    best = max((old["val"]["avg_r1"] for old in run.history), default=-1.0)
+    if row["val"]["avg_r1"] > best and run.is_main:
+        save_checkpoint({"epoch": run.epoch, "model_state_dict": run.kept.state_dict(),
+                         "metrics": row["val"], "config": run.config,
+                         "tokenizer": run.tokenizer.state_dict()}, run.dir / files.BEST)
     run.history.append(row)
     run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
     save_last(run)
@@ -346,7 +342,6 @@ def end_epoch(run, row):
 
 
 def save_last(run):
-    """The checkpoint that --resume goes on from."""
     state = run.state_dict() | {"config": run.config}
     if run.is_main:
         save_checkpoint(state, run.dir / files.LAST)
@@ -363,6 +358,7 @@ def evaluate_best(run, data):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(__doc__.split("\n")[0], argv)
     stop = distributed.StopRequest()
     report.log_to_console(log)
@@ -373,9 +369,9 @@ def main(argv=None):
         distributed.start(device)
         allow_fast_kernels(device)
         if "model" not in args and not args.resume:
-            _, reason = default_model(settings.synthetic, settings.device)
-            log.info(f"preset {settings.model}: {reason}")
-        run, splits = set_up(settings, output_dir, checkpoint, device)
+            log.info("preset {}: {}".format(*default_model(settings.synthetic, settings.device)))
+        command = shlex.join(["python", "train_flickr8k_sgd.py", *argv])
+        run, splits = set_up(settings, output_dir, checkpoint, device, command)
         with stop.watch():
             fit(run, splits, stop)
         evaluate_best(run, splits["test"])
@@ -384,23 +380,20 @@ def main(argv=None):
         return 0
     except (UsageError, DataError) as error:
         status, message = 2, f"error: {error}"
-    except TrainingError as error:
-        status, message = 1, (f"error: {error}; the last good checkpoint is kept in {output_dir}. "
-                              "A smaller --lr may help.")
-    except torch.OutOfMemoryError:
-        status, message = 1, ("error: the device is out of memory; a smaller --chunk_size, "
-                              "--batch_size or --model needs less")
-    except (CheckpointError, OSError) as error:
+    except (TrainingError, CheckpointError, OSError) as error:
         status, message = 1, f"error: {error}"
+    except torch.OutOfMemoryError:
+        status = 1
+        message = "error: out of memory; a smaller --chunk_size, --batch_size or --model needs less"
     except RuntimeError as error:
         rank, world = distributed.rank_and_world()
         if world == 1:
             raise
-        status, message = 1, (f"error: process {rank} of {world} lost the others "
-                              f"({str(error).splitlines()[0]}); go on from the last checkpoint "
-                              "with --resume")
+        reason = str(error).splitlines()[0]
+        status, message = 1, (f"error: process {rank} of {world} lost the others ({reason}); go on "
+                              "from the last checkpoint with --resume")
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; nothing was begun"
+        status, message = 130, "interrupted before the run began"
         if output_dir is not None and (output_dir / files.CONFIG).exists():
             message = ("interrupted; go on with: python train_flickr8k_sgd.py --resume "
                        f"--output_dir {output_dir}")

@@ -1,13 +1,10 @@
 """How fast everything is on this machine. It takes the flags of the training script, too:
 
     python -m src.benchmark --model small --baseline        on the built-in data, and the plain way
-    python -m src.benchmark --model base --data_dir data/flickr8k
     python -m src.benchmark --speedrun --data_dir data/flickr8k     how long to val avg_r1 1.7, 4, 8
 
-Times are medians of several steps after a warm-up, with the spread (25th to 75th percentile); on a
-GPU each part is waited for, and throughput is measured in a loop of its own that waits for nothing.
-An epoch's time is its steps at that throughput plus the validation, which is run.
-"""
+Times are medians of several steps after a warm-up, with the quartiles. An epoch's time is its steps
+at the throughput of a loop that waits for nothing, plus the validation."""
 import argparse
 import dataclasses
 import itertools
@@ -18,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,21 +33,18 @@ from src.utils.flickr8k_simple import (
     epoch_batches,
     find_photo_folder,
     iterate_batches,
-    open_photo_store,
     pad_texts,
     place_photos,
 )
 from src.utils.retrieval import evaluate
 
 # Dense bfloat16 or float16 peak with float32 accumulation, FLOP/s, from NVIDIA's data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
-              "RTX 3090": 71e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "T4": 65e12}
 BASELINE_TOKENS = 77
 WARM_UP = 2
-SPEEDRUN_TARGETS = (1.7, 4.0, 8.0)  # val avg_r1 in percent; 1.7: the run this project started from
-# What a training towards a target is given besides its recipe: a short schedule gets to a low
-# target sooner than the first part of a long one, and what keeps a long training from learning its
-# captions by heart only slows a short one.
+SPEEDRUN_TARGETS = (1.7, 4.0, 8.0)  # val avg_r1 in percent
+# What a training towards a low target is given besides its recipe: a schedule as short, and less
+# of what keeps a long training from learning its captions by heart.
 SHORT = {"weight_decay": 5e-4, "min_crop": 0.5, "color_jitter": 0.0, "word_dropout": 0.0,
          "final_lr": 0.0}
 SPEEDRUN_SETTINGS = {"small": {1.7: {"epochs": 4, **SHORT}, 4.0: {"epochs": 14, **SHORT}}}
@@ -68,11 +61,8 @@ def timed(function, device):
     return time.perf_counter() - start, result
 
 
-def median_and_spread(values):
-    low, high = values[0], values[0]
-    if len(values) > 1:
-        low, _, high = statistics.quantiles(values, n=4)
-    return {"median": statistics.median(values), "low": low, "high": high}
+def quartiles(values):
+    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
 
 def peak_memory(device):
@@ -84,7 +74,6 @@ def peak_memory(device):
 
 
 def peak_flops(device):
-    """FLOP/s, None for a device that is not in the table."""
     if device.type == "cuda":
         for name, peak in PEAK_FLOPS.items():
             if name in torch.cuda.get_device_name(device):
@@ -127,7 +116,6 @@ def plain_batches(data, settings):
 
 
 def stored_batches(data, settings):
-    """Endless batches of the training script's way."""
     device = torch.device(settings.device)
     photos = place_photos(data.photos, device)
     for epoch in itertools.count(1):
@@ -173,13 +161,13 @@ def measure_training(splits, tokenizer, settings, steps, plain):
     parts = {"data wait": [], "augmentation": [], "forward, backward": [], "optimizer": []}
     for i in range(WARM_UP + steps):
         wait, batch = timed(lambda: next(batches), device)
-        augmentation, _ = timed(lambda: augment(batch), device)
+        seconds = [wait, timed(lambda: augment(batch), device)[0]]
         if i == 0:
             flops = count_flops(run, batch)
-        passes, _ = timed(lambda: training.forward_backward(run, batch), device)
-        rest, _ = timed(lambda: training.update(run), device)
+        seconds.append(timed(lambda: training.forward_backward(run, batch), device)[0])
+        seconds.append(timed(lambda: training.update(run), device)[0])
         if i >= WARM_UP:
-            for values, value in zip(parts.values(), (wait, augmentation, passes, rest)):
+            for values, value in zip(parts.values(), seconds):
                 values.append(value)
 
     seconds = timed(lambda: [step() for _ in range(steps)], device)[0] / steps
@@ -189,7 +177,7 @@ def measure_training(splits, tokenizer, settings, steps, plain):
     validation, _ = timed(lambda: evaluate(model, splits["val"], run.amp_dtype), device)
     return options.describe(settings, device) | {
         "step seconds": seconds,
-        "parts": {name: median_and_spread(values) for name, values in parts.items()},
+        "parts": {name: quartiles(values) for name, values in parts.items()},
         "data-wait share": statistics.median(parts["data wait"]) / seconds,
         "pairs a step": pairs,
         "pairs a second": pairs / seconds,
@@ -203,53 +191,32 @@ def measure_training(splits, tokenizer, settings, steps, plain):
     }
 
 
-def measure_photos(data, settings, repeats=3):
-    """Photos a second, on all cores, of 1,000: decoded and no more, and made into a store."""
-    folder, size = find_photo_folder(settings.data_dir), data.photos.shape[-1]
-    names, cpu = data.names[:1000], torch.device("cpu")
-
-    def decode(name):
-        with Image.open(folder / name) as photo:
-            photo.convert("RGB")
-
-    decoded, stored = [], []
-    for _ in range(repeats):
-        with ThreadPoolExecutor(os.cpu_count()) as pool, tempfile.TemporaryDirectory() as empty:
-            seconds, _ = timed(lambda: list(pool.map(decode, names)), cpu)
-            decoded.append(len(names) / seconds)
-            store = Path(empty) / "photos"
-            seconds, _ = timed(lambda: open_photo_store(store, folder, names, size), cpu)
-            stored.append(len(names) / seconds)
-    return {"photos only decoded a second": median_and_spread(decoded),
-            "photos made into a store a second": median_and_spread(stored)}
-
-
-def time_to_targets(settings, targets):
-    """Train from nothing, as a user would, until val avg_r1 has passed the last of the rising
-    targets -> a dict for each.
-
-    The clock runs from the command to the epoch's line in the history, the start of Python, an
-    absent photo store and every validation included. Raises UsageError for a training that fails.
-    """
+def time_to_targets(given, targets):
+    """Train from nothing until val avg_r1 has passed the last of the rising targets -> a dict for
+    each. The clock runs from the command to the epoch's line in the history. Raises UsageError for
+    a training that fails."""
     results, targets = [], list(targets)
-    command = options.command_of(settings)
-    flags = command.split()[2:]
+    command, epochs = [sys.executable, training.__file__], options.make_settings(**given).epochs
+    for name, value in given.items():
+        if isinstance(value, bool):
+            command += [f"--{name}"] if value else [f"--no-{name}"]
+        else:
+            command += [f"--{name}", str(value)]
     with tempfile.TemporaryDirectory() as folder:
         history, running, start = Path(folder) / HISTORY, True, time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, training.__file__, *flags, "--output_dir", folder])
+        process = subprocess.Popen([*command, "--output_dir", folder])
         try:
             while running and targets:
                 time.sleep(0.1)
-                running = process.poll() is None  # before the last look at the history
+                running = process.poll() is None
                 rows = load_json(history) if history.exists() else []
                 best = max(rows, key=lambda row: row["val"]["avg_r1"], default=None)
                 while targets and best and (best["val"]["avg_r1"] >= targets[0] or not running):
                     target, avg_r1 = targets.pop(0), best["val"]["avg_r1"]
                     results.append({
-                        "target": target, "epochs": settings.epochs, "avg_r1": avg_r1,
+                        "target": target, "epochs": epochs, "avg_r1": avg_r1,
                         "epoch": best["epoch"], "reached": avg_r1 >= target,
-                        "seconds": time.perf_counter() - start, "command": command})
+                        "seconds": time.perf_counter() - start, "command": " ".join(command)})
         finally:
             process.terminate()
             process.wait()
@@ -260,13 +227,9 @@ def time_to_targets(settings, targets):
 
 
 def speedrun(given):
-    """`time_to_targets` of all targets; those with the same settings share a training."""
-    own, trainings, results = SPEEDRUN_SETTINGS.get(given["model"], {}), {}, []
-    for target in SPEEDRUN_TARGETS:
-        changes = own.get(target, {})
-        trainings.setdefault(str(changes), (changes, []))[1].append(target)
-    for changes, targets in trainings.values():
-        results += time_to_targets(options.make_settings(**given | changes), targets)
+    own, results = SPEEDRUN_SETTINGS.get(given["model"], {}), []
+    for changes, targets in itertools.groupby(SPEEDRUN_TARGETS, lambda target: own.get(target, {})):
+        results += time_to_targets(given | changes, targets)
     return results
 
 
@@ -274,17 +237,16 @@ def speedrun_lines(results):
     lines = [f"  {'val avg_r1':>12}{'reached':>10}{'at epoch':>12}{'seconds':>12}"]
     for r in results:
         seconds = f"{r['seconds']:.1f}" if r["reached"] else "not reached"
-        lines.append(f"  {r['target']:>12g}{r['avg_r1']:>10.2f}{r['epoch']:>5} of "
-                     f"{r['epochs']:<4}{seconds:>12}")
+        epoch = f"{r['epoch']} of {r['epochs']}"
+        lines.append(f"  {r['target']:>12g}{r['avg_r1']:>10.2f}{epoch:>12}{seconds:>12}")
     return lines
 
 
 def training_lines(title, r):
-    """What `measure_training` gave, as lines of text."""
     photos = f"{r['settings']['captions_per_image']} a photo, {r['precision']}"
     lines = ["", f"{title}: {r['pairs a step']} pairs a step, {photos}"]
-    lines += [f"  {part:<28}{1000 * t['median']:>12.2f} ms   ({1000 * t['low']:.2f} to "
-              f"{1000 * t['high']:.2f})" for part, t in r["parts"].items()]
+    lines += [f"  {part:<28}{1000 * median:>12.2f} ms   ({1000 * low:.2f} to {1000 * high:.2f})"
+              for part, (low, median, high) in r["parts"].items()]
     flops = f" TFLOP/s ({r['model FLOP a pair'] / 1e9:.2f} GFLOP a pair)"
     if r["share of peak (MFU)"]:
         flops += f", {100 * r['share of peak (MFU)']:.1f} % of the peak (MFU)"
@@ -301,7 +263,6 @@ def training_lines(title, r):
 
 
 def table(results):
-    """The results as lines of text."""
     model = results["settings"]["model"]
     lines = [f"{results['device']}, torch {results['versions']['torch']}, {results['date']}"]
     if "speedrun" in results:
@@ -311,9 +272,6 @@ def table(results):
         lines += training_lines(f"{model}, the plain way (--baseline)", results["plain"])
         ratio = results["plain"]["epoch seconds"] / results["ours"]["epoch seconds"]
         lines.append(f"  {'speed-up, whole epoch':<28}{ratio:>12.2f} x")
-    lines.append("")
-    lines += [f"  {text:<36}{t['median']:>8.0f}   ({t['low']:.0f} to {t['high']:.0f})"
-              for text, t in results["photos"].items()]
     return "\n".join(lines)
 
 
@@ -324,22 +282,21 @@ def parse_args(argv):
     add = parser.add_argument_group("benchmark").add_argument
     add("--baseline", action="store_true", default=False, help="the plain way as well: JPEGs "
         "decoded in a DataLoader, text of 77 tokens, one caption a photo, float32, no compile")
-    add("--speedrun", action="store_true", default=False, help="only: how long fresh trainings "
-        f"take to a val avg_r1 of {', '.join(f'{target:g}' for target in SPEEDRUN_TARGETS)}")
+    add("--speedrun", action="store_true", default=False,
+        help=f"only: how long fresh trainings take to val avg_r1 {SPEEDRUN_TARGETS}")
     add("--steps", type=options.number(int, "[1, inf)"), default=10,
         help="measured steps of each kind (default: 10)")
-    add("--output", default="outputs/benchmark.json",
-        help="JSON to write (default: outputs/benchmark.json)")
+    add("--output", default="outputs/benchmark.json", help="JSON (default: %(default)s)")
     options.add_flags(parser)
     args = parser.parse_args(argv)
     given = dict(vars(args))
     for name in ("baseline", "speedrun", "steps", "output"):
         del given[name]
-    return args, {"model": "small", "synthetic": "data_dir" not in given} | given
+    built_in = {} if "data_dir" in given else {"synthetic": True}
+    return args, {"model": "small"} | built_in | given
 
 
 def measure(args, given):
-    """-> the results, a dict."""
     settings = options.make_settings(**given)
     device = options.find_device(settings.device)
     options.allow_fast_kernels(device)
@@ -348,9 +305,8 @@ def measure(args, given):
         return results | {"speedrun": speedrun(given)}
     tokenizer = training.find_tokenizer(settings)
     splits = training.load_data(settings, tokenizer)
-    results["photos"] = measure_photos(splits["train"], settings)
-    for way in ("ours", "plain") if args.baseline else ("ours",):
-        results[way] = measure_training(splits, tokenizer, settings, args.steps, way == "plain")
+    for kind in ("ours", "plain") if args.baseline else ("ours",):
+        results[kind] = measure_training(splits, tokenizer, settings, args.steps, kind == "plain")
     return results
 
 

@@ -1,13 +1,12 @@
-"""A trained model put to use: photos and captions -> embeddings of unit length, whose dot products
-rank them.
+"""A trained model put to use: photos and captions -> embeddings, whose dot products rank them.
 
     model, tokenizer, transform = load_model("outputs/flickr8k_sgd")
     photos = embed_photos(model, transform, ["my_dog.jpg"])
     texts = embed_texts(model, tokenizer, ["a dog", "a red car"])
     print(texts @ photos.T)
 
-Everything is computed in float32, whatever the model was trained in.
-"""
+Everything is computed in float32."""
+import contextlib
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from src.utils.checkpoint import (
     BEST,
     BEST_KEYS,
     CheckpointError,
+    check_folder,
     load_checkpoint,
     save_checkpoint,
 )
@@ -42,19 +42,14 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".ti
 
 
 def load_model(run_dir):
-    """A run's best model, in eval mode on the GPU if there is one -> (model, tokenizer, transform).
-
-    tokenizer.encode(text) gives a list of ids; transform(path) gives a photo as the model takes it,
-    (3, eval_pixels, eval_pixels), normalised. Raises CheckpointError when there is no run, no best
-    model yet, or a file that does not fit, UsageError for a run of another version.
-    """
+    """A run's best model, in eval mode on the GPU if there is one -> (model, tokenizer, transform):
+    tokenizer.encode(text) gives a list of ids, transform(path) a photo as the model takes it, (3,
+    eval_pixels, eval_pixels). Raises CheckpointError for no run, no best model yet or a file that
+    does not fit, UsageError for a run of another version."""
     path = Path(run_dir) / BEST
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path.parent}: there is no such folder; train first: "
-                              "python train_flickr8k_sgd.py")
+    check_folder(path.parent)
     if not path.exists():
-        raise CheckpointError(f"{path.parent}: has no best model yet ({BEST}), which the first "
-                              "epoch leaves")
+        raise CheckpointError(f"{path.parent}: has no best model yet, which an epoch leaves")
     checkpoint = load_checkpoint(path, BEST_KEYS)
     settings = settings_of(checkpoint["config"], run_dir)
     try:
@@ -62,8 +57,9 @@ def load_model(run_dir):
         model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments())
         model.load_state_dict(checkpoint["model_state_dict"])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{path}: its weights and tokenizer are not those of the model that "
-                              f"it describes ({' '.join(str(error).split())[:120]})") from None
+                              f"it describes ({reason})") from None
 
     def transform(photo):
         return normalize(torch.from_numpy(load_photo(photo, settings.eval_pixels))[None])[0]
@@ -76,7 +72,7 @@ def embed_photos(model, transform, paths, batch_size=100, progress=None):
     """Photo files -> (N, latent_dim) on the CPU, of unit length. `progress(done, total)` is called
     after each batch. Raises DataError, with the file's name, for a photo that cannot be read."""
     device, parts = next(model.parameters()).device, []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), batch_size):
             images = torch.stack(list(pool.map(transform, paths[start:start + batch_size])))
             parts.append(model(images=images.to(device))["central_latent"].cpu())
@@ -87,11 +83,11 @@ def embed_photos(model, transform, paths, batch_size=100, progress=None):
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, batch_size=256):
-    """Captions, or any texts -> (N, latent_dim) on the CPU, of unit length. Raises ValueError for a
-    text of no tokens."""
+    """Texts -> (N, latent_dim) on the CPU, of unit length. Raises ValueError for one of no tokens.
+    """
     device = next(model.parameters()).device
     ids = [torch.tensor(tokenizer.encode(text)) for text in texts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding in every batch
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     parts = []
     for start in range(0, len(ids), batch_size):
         text = pad_texts([ids[i] for i in order[start:start + batch_size]])
@@ -101,11 +97,8 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
 
 
 class EmbeddingCache:
-    """Embeddings of photo files and texts, kept beside the run: what was embedded once by these
-    weights is not again.
-
-    A photo is known by its path, size and modification time, the weights by their file's content.
-    """
+    """Embeddings of photo files and texts, kept beside the run, made once. A photo is known by its
+    path, size and modification time, the weights by their file's content."""
 
     def __init__(self, run_dir):
         self.path = Path(run_dir) / CACHE
@@ -114,12 +107,9 @@ class EmbeddingCache:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
         self.state = {"weights": weights, "photos": {}, "texts": {}, "photo_rows": None,
                       "text_rows": None}
-        try:
+        with contextlib.suppress(CheckpointError):  # none there, or damaged: it is only a cache
             state = load_checkpoint(self.path, self.state)
-            if state["weights"] == weights:
-                self.state = state
-        except CheckpointError:  # none there, or damaged: it is only a cache
-            pass
+            self.state = state if state["weights"] == weights else self.state
 
     def photos(self, paths, progress=None):
         """(N, latent_dim), see `embed_photos`."""
@@ -145,21 +135,16 @@ class EmbeddingCache:
             rows = embed(new) if rows is None else torch.cat([rows, embed(new)])
             row_of.update({key: len(row_of) + i for i, key in enumerate(new)})
             self.state[f"{kind}_rows"] = rows
-            try:
+            with contextlib.suppress(CheckpointError):  # a folder that cannot be written
                 save_checkpoint(self.state, self.path)
-            except CheckpointError:  # the folder cannot be written: the next call computes again
-                pass
         return rows[[row_of[key] for key in keys]]
 
 
 def photos_of_split(data_dir, split):
-    """-> ([path of each photo of "train", "val" or "test"], [its captions]). Raises DataError where
-    something is missing."""
+    """-> ([path of each photo], [its captions]). Raises DataError for what is missing."""
     data_dir = Path(data_dir)
     names, folder = read_split(data_dir, split), find_photo_folder(data_dir)
     captions = read_captions(find_caption_file(data_dir))
-    if folder is None:
-        raise DataError(f"{data_dir}: no folder of photos")
     for name in names:
         if name not in captions:
             raise DataError(f"{data_dir}: {name} has no captions")

@@ -1,5 +1,5 @@
-"""The contrastive loss between photos and captions, and its backward pass, at once or in chunks,
-in one process or several."""
+"""The contrastive loss between photos and captions, and its backward pass, at once or in chunks, in
+one process or several."""
 import contextlib
 import math
 
@@ -24,9 +24,8 @@ def full_float32():
 def gather(rows):
     """(B, ...) of this process -> (B x processes, ...) of all, by rank; the same B everywhere.
 
-    Every process computes the same loss from the same rows, but gradients reach its own rows only,
-    multiplied by the number of processes, of which DistributedDataParallel then takes the mean.
-    """
+    Gradients reach a process's own rows only, times the number of processes, of which
+    DistributedDataParallel then takes the mean."""
     if not dist.is_initialized():
         return rows
     world = dist.get_world_size()
@@ -41,11 +40,9 @@ def gather(rows):
 
 def caption_contrast_loss(text_latents, logit_scale, photo_ids):
     """Supervised contrastive loss (Khosla et al. 2020) among captions, a scalar: those of one photo
-    are each other's positives, all others negatives (cf. Wang et al. 2016, "Learning deep
-    structure-preserving image-text embeddings"). It teaches which words say the same thing.
+    are each other's positives, all others negatives. It teaches which words say the same thing.
 
-    text_latents: (B, D) of unit length. logit_scale, photo_ids: as for `info_nce_loss`.
-    """
+    text_latents: (B, D) of unit length. logit_scale, photo_ids: as for `info_nce_loss`."""
     itself = torch.eye(len(text_latents), dtype=torch.bool, device=text_latents.device)
     positive = (photo_ids[:, None] == photo_ids) & ~itself
     with torch.autocast(text_latents.device.type, enabled=False):
@@ -57,16 +54,14 @@ def caption_contrast_loss(text_latents, logit_scale, photo_ids):
 
 def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, hard_negatives=0.0,
                   caption_contrast=0.0, queue=None):
-    """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021), a scalar.
+    """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021), a scalar, in float32
+    over the pairs of all processes.
 
     image_latents, text_latents: (B, D), of any length, pair i in row i. logit_scale: scalar, the
     logarithm of the inverse temperature. photo_ids: (B,) integers; pairs with the same id hold the
-    same photo and are not each other's negatives. Computed in float32 whatever the autocast, over
-    the pairs of all processes.
-
-    hard_negatives: weight of an added triplet loss on each row's nearest negative alone (VSE++,
-    Faghri et al. 2018). caption_contrast: weight of an added `caption_contrast_loss`. queue: a
-    LatentQueue, whose latents are negatives too, and which this batch then joins.
+    same photo and are not each other's negatives. hard_negatives: weight of a triplet loss on each
+    row's nearest negative alone (VSE++, Faghri et al. 2018). caption_contrast: weight of
+    `caption_contrast_loss`. queue: a LatentQueue of further negatives, which this batch then joins.
     """
     image_latents = gather(F.normalize(image_latents.float(), dim=-1))
     text_latents = gather(F.normalize(text_latents.float(), dim=-1))
@@ -101,8 +96,8 @@ def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, hard
 
 
 class LatentQueue(torch.nn.Module):
-    """The unit latents of the last `size` pairs, negatives from earlier batches (cross-batch memory,
-    Wang et al. 2020). Empty places are never negatives."""
+    """The unit latents of the last `size` pairs, negatives from earlier batches (cross-batch
+    memory, Wang et al. 2020). Empty places never count."""
 
     EMPTY = -1
 
@@ -121,17 +116,16 @@ class LatentQueue(torch.nn.Module):
 
 
 class PairEncoder(torch.nn.Module):
-    """What a step computes of the model, in one call, as DistributedDataParallel wants it: photos
-    (P, ...) and text (B, L) -> image latents (P, D), text latents (B, D), logit_scale, and memory
-    losses (2,) of photos and of captions.
-    """
+    """What a step computes of the model in one call: photos (P, ...) and text (B, L) -> image
+    latents (P, D), text latents (B, D), logit_scale, and memory losses (2,) of photos and of
+    captions."""
 
     def __init__(self, model, amp_dtype):
         super().__init__()
         self.model, self.amp_dtype, self.compiled = model, amp_dtype, None
 
     def compile(self, **options):
-        """From now on run by torch.compile, with its options; one graph for all lengths of text."""
+        """By torch.compile, with its options, from now on; one graph for all lengths of text."""
         self.compiled = torch.compile(self.encode, **options)
 
     def forward(self, images, text):
@@ -151,10 +145,7 @@ class PairEncoder(torch.nn.Module):
 
 def split_in_chunks(batch, chunk_size):
     """-> [(slice of photos, slice of captions)] of a batch, about chunk_size pairs each, 0 for all.
-
-    A chunk is some photos with all of their captions, which stand side by side. All processes have
-    as many chunks, whatever their photos, as they wait for each other in synchronised batch norm.
-    """
+    All processes have as many, as they wait for each other in synchronised batch norm."""
     num_photos, num_pairs = len(batch["images"]), len(batch["text"])
     if not chunk_size or chunk_size >= num_pairs:
         return [(slice(0, num_photos), slice(0, num_pairs))]
@@ -186,16 +177,13 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
                          criterion=info_nce_loss):
     """One training step's forward and backward pass -> the contrastive loss, a detached scalar.
 
-    encode: a PairEncoder, perhaps wrapped in DistributedDataParallel. batch: a dict of "images"
-    (P, ...), "text" (B, L), "photo_ids" (P,), "photo_of_pair" (B,), rising. scale:
+    encode: a PairEncoder, perhaps in DistributedDataParallel. batch: see `iterate_batches`. scale:
     GradScaler.scale. criterion: `info_nce_loss`, with its options.
 
-    The loss is taken from the latents of the whole batch, and its gradient of each latent is then
-    passed on to the encoders. With a chunk_size these see that many pairs at a time, and memory is
-    that of one chunk (GradCache, Gao et al. 2021): first without a graph, for the loss, then once
-    more. Loss and gradients are those of the whole batch, except that batch norm sees a chunk; the
-    encoders must leave nothing to chance.
-    """
+    The loss is taken from the latents of the whole batch, and its gradient of each is passed on to
+    the encoders. With a chunk_size these see that many pairs at a time, to save memory (GradCache,
+    Gao et al. 2021): first without a graph, for the loss, then once more. Loss and gradients are
+    the same, if nothing in the encoders is left to chance, except that batch norm sees a chunk."""
     images, text, photo_of_pair = batch["images"], batch["text"], batch["photo_of_pair"]
     chunks = split_in_chunks(batch, chunk_size)
     whole = len(chunks) == 1
@@ -214,17 +202,16 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
         scale(loss).backward()
 
     for i, (photos, captions) in enumerate(chunks):
-        # Gradients of all chunks but the last stay here; the last one's backward exchanges the sum.
-        last = i == len(chunks) - 1
-        stay = hasattr(encode, "no_sync") and not last
-        with encode.no_sync() if stay else contextlib.nullcontext():
+        last = i == len(chunks) - 1  # whose backward pass exchanges the sum of all gradients
+        alone = hasattr(encode, "no_sync") and not last
+        with encode.no_sync() if alone else contextlib.nullcontext():
             output = outputs[0] if whole else encode(images[photos], text[captions])
             chunk_images, chunk_text, chunk_scale, memory_losses = output
             memory_loss = (memory_losses[0] * (len(chunk_images) / len(images))
                            + memory_losses[1] * (len(chunk_text) / len(text)))
             tensors = [chunk_images, chunk_text]
             gradients = [image_latents.grad[photos], text_latents.grad[captions]]
-            if memory_loss.requires_grad:  # there is a memory
+            if memory_loss.requires_grad:
                 tensors.append(scale(memory_loss_weight * memory_loss))
                 gradients.append(None)
             if last:

@@ -1,8 +1,5 @@
 """The multimodal memory network: encoders -> test-time memory -> fusion -> one central latent.
-
-Nothing here knows about datasets, training or devices. Shapes in comments and docstrings use
-B batch, L text tokens, N image tokens, M modalities present, D width.
-"""
+Shapes: B batch, L text tokens, N image tokens, M modalities present, D width."""
 import copy
 import math
 
@@ -10,17 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MODALITIES = ("image", "text")
+IMAGE, TEXT = MODALITIES = (0, 1)
 PAD_ID = 0  # the token id that every tokenizer keeps for padding
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound on the inverse temperature (Radford et al. 2021)
 
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017) of x (B, N, D) over context (B, M, D) or itself.
-
-    mask: bool, broadcastable to (B, heads, N, M), True where attention is allowed. A row that may
-    attend to nothing gives zeros, not NaN (scaled_dot_product_attention's own rule).
-    """
+    mask: bool, broadcastable to (B, heads, N, M), True where attention is allowed; a row that may
+    attend to nothing gives zeros."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -53,8 +48,7 @@ class Block(nn.Module):
         self.attention = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        # Branches start small beside the residual path (cf. Goyal et al. 2017): at first a block
-        # passes on what it gets, and plain SGD has a straight way from the loss to the embeddings.
+        # Branches start small (cf. Goyal et al. 2017), so that plain SGD has a straight path.
         for branch_end in (self.attention.out, self.mlp[2]):
             nn.init.normal_(branch_end.weight, std=0.3 * dim**-0.5 / math.sqrt(2 * num_layers))
 
@@ -90,15 +84,12 @@ class TextConv(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, L) -> text latents (B, latent_dim): a transformer and the mean over real
-    tokens. With num_layers=0 it is a bag of tokens, normalised as a whole: token by token, a rare
-    word would weigh as much as one that was learned.
+    """Token ids (B, L) -> text latents (B, latent_dim), whatever the padding: a transformer and the
+    mean over real tokens. With num_layers=0 it is a bag of tokens, normalised as a whole: token by
+    token, a rare word would weigh as much as one that was learned.
 
-    Padding is masked in attention, zeroed before every convolution and left out of the mean, so a
-    caption's latent does not depend on what it is batched with. conv_layers: convolutions before
-    the transformer, each halving the length; they make word pieces of characters within a few
-    thousand SGD steps (cf. Kim et al. 2016, "Character-aware neural language models").
-    """
+    conv_layers: convolutions before the transformer, each halving the length, which make word
+    pieces of characters (cf. Kim et al. 2016, "Character-aware neural language models")."""
 
     def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers, conv_layers=0):
         super().__init__()
@@ -107,7 +98,7 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, latent_dim)
-        if not num_layers:  # for the same reason a word weighs nearly nothing before it was learned
+        if not num_layers:  # so that a word weighs nearly nothing before it was learned
             with torch.no_grad():
                 self.token_embedding.weight.mul_(0.02)
 
@@ -118,7 +109,7 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(text)
         for conv in self.convs:
             x, mask = conv(x, mask)
-        if self.blocks:  # without attention the mean is a bag of tokens, whose order is of no use
+        if self.blocks:  # a bag of tokens has no use for their order
             x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device)
         for block in self.blocks:
             x = block(x, mask=mask[:, None, None, :])
@@ -153,16 +144,14 @@ class ResidualConv(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim). Where H and W are
-    not image_size, the position embedding is interpolated. Raises ValueError where they are not
+    """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim). The position
+    embedding is interpolated where H and W are not image_size. Raises ValueError where they are not
     multiples of patch_size.
 
     A vision transformer (Dosovitskiy et al. 2021) with a mean over its patches. With
-    `conv_channels`, these come from a residual convnet instead of straight from pixels: locality
-    need not be learned (cf. Xiao et al. 2021, "Early convolutions help transformers see better").
-    It halves the resolution at its start and after every stage but the last, so that patch_size
-    must be 2 ** number of stages.
-    """
+    `conv_channels`, these come from a residual convnet (cf. Xiao et al. 2021, "Early convolutions
+    help transformers see better"), which halves the resolution at its start and after every stage
+    but the last: patch_size must be 2 ** number of stages."""
 
     def __init__(self, image_size, patch_size, dim, latent_dim, num_heads, num_layers,
                  conv_channels=None):
@@ -189,9 +178,10 @@ class ImageEncoder(nn.Module):
         self.projection = nn.Linear(dim, latent_dim)
 
     def forward(self, images):
-        if images.shape[2] % self.patch_size or images.shape[3] % self.patch_size:
-            raise ValueError(f"photos of {images.shape[2]} x {images.shape[3]} pixels, which are "
-                             f"no multiples of patch_size={self.patch_size}")
+        height, width = images.shape[2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"photos of {height} x {width} pixels are no multiples of "
+                             f"patch_size={self.patch_size}")
         x = self.stem(images)  # (B, D, H / patch_size, W / patch_size)
         position = self.position
         if x.shape[2:] != (self.grid, self.grid):
@@ -205,17 +195,14 @@ class ImageEncoder(nn.Module):
 
 
 class TestTimeMemory(nn.Module):
-    """Learned slots (memory_size, dim) that every latent reads by attention and that can adapt at
-    test time.
+    """Learned slots (memory_size, dim) that every latent reads by attention: latents (B, M, D) ->
+    norm(latents + attention over the slots).
 
-    Read: latents (B, M, D) -> norm(latents + attention over the slots).
-
-    Test-time training (Sun et al. 2020): the self-supervised loss is associative recall. Half of a
-    latent's features are hidden, and what the memory makes of the rest is compared with the whole.
-    The loss is part of training but never reaches the encoders. With `enable_test_time_updates`, in
-    eval mode, each call first takes a few gradient steps on that loss for its own unlabelled batch.
-    Only the copy `adapted_slots` moves, from call to call; `reset` drops it.
-    """
+    Test-time training (Sun et al. 2020): half of a latent's features are hidden, and what the
+    memory makes of the rest is compared with the whole. This self-supervised loss is part of
+    training but never reaches the encoders. With `enable_test_time_updates`, each call in eval mode
+    first takes a few gradient steps on it for its own unlabelled batch. Only the copy
+    `adapted_slots` moves, from call to call; `reset` drops it."""
 
     def __init__(self, dim, memory_size, num_heads):
         super().__init__()
@@ -227,8 +214,8 @@ class TestTimeMemory(nn.Module):
         self.test_time_steps = 0
 
     def enable_test_time_updates(self, steps=3, lr=1.0):
-        """From now on every forward in eval mode first takes `steps` gradient steps of size `lr` on
-        a copy of the slots."""
+        """From now on every forward in eval mode takes `steps` gradient steps of size `lr` first.
+        """
         if steps < 1 or lr <= 0:
             raise ValueError("test-time updates need steps >= 1 and lr > 0, "
                              f"got steps={steps}, lr={lr}")
@@ -239,7 +226,6 @@ class TestTimeMemory(nn.Module):
         self.test_time_steps = 0
 
     def reset(self):
-        """Back to the trained slots, exactly."""
         self.adapted_slots = None
 
     def read(self, latents, slots):
@@ -247,9 +233,8 @@ class TestTimeMemory(nn.Module):
         return self.attention(queries[None], slots[None]).view_as(latents)
 
     def self_supervised_loss(self, latents, slots=None):
-        """Associative recall, a scalar in [0, 2]: one minus the cosine between latents (B, M, D)
-        and what the memory recalls from each half of their features. `slots`: those in use by
-        default."""
+        """Associative recall, a scalar in [0, 2]: one less the cosine between latents (B, M, D) and
+        what is recalled from each half of their features. `slots`: those in use by default."""
         slots = self.current_slots() if slots is None else slots
         latents = latents.detach()  # the encoders must not learn to be easy to recall
         target = self.norm_in(latents).detach()
@@ -258,15 +243,12 @@ class TestTimeMemory(nn.Module):
         return (1 - F.cosine_similarity(recalled.float(), target.float(), dim=-1)).mean()
 
     def current_slots(self):
-        """Training, which knows nothing of adapted ones, always uses the trained slots."""
+        """In training always the trained ones."""
         return self.slots if self.training or self.adapted_slots is None else self.adapted_slots
 
     def adapt(self, latents):
-        """Take the gradient steps on `adapted_slots`. A step that does not lower the loss is
-        halved, at most ten times, and then left out: the loss on this batch never rises.
-
-        Raises ValueError for latents that are empty or not finite: they would spoil later reads.
-        """
+        """Take the gradient steps on `adapted_slots`; one that does not lower the loss is halved,
+        at most ten times. Raises ValueError for latents that are empty or not finite."""
         if latents.numel() == 0:
             raise ValueError("test-time update: the batch is empty")
         # Also under the caller's no_grad or inference_mode, and in float32 whatever its autocast.
@@ -297,11 +279,9 @@ class TestTimeMemory(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Latents of the modalities present (B, M, D) -> one latent (B, latent_dim).
-
-    Presence signals: each modality's latent carries a learned type embedding, and the central
-    token, which begins as their mean and reads them, a learned code of the presence bits.
-    """
+    """Latents of the modalities present (B, M, D) -> one latent (B, latent_dim). Presence signals:
+    each modality's latent carries a learned type embedding, and the central token, which begins as
+    their mean and reads them, a learned code of the presence bits."""
 
     def __init__(self, dim, num_heads, num_layers):
         super().__init__()
@@ -314,7 +294,7 @@ class Fusion(nn.Module):
         self.register_buffer("one_hot", torch.eye(len(MODALITIES)), persistent=False)
 
     def forward(self, latents, present):
-        """present: the indices into MODALITIES of the M latents, in order."""
+        """present: the MODALITIES of the M latents, in order."""
         # Rows are picked one by one: an index tensor would be copied to the device, a sync.
         bits = sum(self.one_hot[i] for i in present)
         types = torch.stack([self.type_embedding.weight[i] for i in present])  # (M, D)
@@ -326,14 +306,14 @@ class Fusion(nn.Module):
 
 
 class MultiModalMemoryNetwork(nn.Module):
-    """Photos, captions or both -> one central latent in a shared space.
+    """Photos, captions or both -> one central latent in a shared space. The defaults are the preset
+    `base`; with memory_size=0 there is no memory.
 
-    The defaults are the preset `base`; with memory_size=0 there is no memory. `model` takes images
-    (B, 3, H, W), normalised floats, sides being multiples of patch_size, or text (B, L), token ids
-    with 0 for padding, or both; text_mask: (B, L) bool, True for real tokens, by default text != 0.
-    It returns a dict with `central_latent` (B, latent_dim), not of unit length, and in training
-    mode `memory_loss`, a scalar to be added to the loss. Raises ValueError when neither is given.
-    `logit_scale` is the logarithm of the inverse temperature of the contrastive loss.
+    `model` takes images (B, 3, H, W), normalised floats, or text (B, L), token ids with 0 for
+    padding, or both; text_mask: (B, L) bool, True for real tokens, by default text != 0. It returns
+    a dict of `central_latent` (B, latent_dim), not of unit length, and in training `memory_loss`, a
+    scalar. Raises ValueError when neither is given. `logit_scale`: logarithm of the inverse
+    temperature.
 
     Training shows the fusion one modality at a time: what it makes of both together is untrained.
     """
@@ -354,10 +334,10 @@ class MultiModalMemoryNetwork(nn.Module):
         latents, present = [], []
         if images is not None:
             latents.append(self.image_encoder(images))
-            present.append(MODALITIES.index("image"))
+            present.append(IMAGE)
         if text is not None:
             latents.append(self.text_encoder(text, text_mask))
-            present.append(MODALITIES.index("text"))
+            present.append(TEXT)
         if not latents:
             raise ValueError("the model needs images, text or both; neither was given")
         latents = torch.stack(latents, dim=1)  # (B, M, D)
@@ -376,10 +356,8 @@ class MultiModalMemoryNetwork(nn.Module):
 
 class MovingAverage:
     """Exponential moving average of a model's weights and of batch norm's statistics, in `module`.
-
-    It begins short, over about a tenth of the steps so far: with a constant decay it would carry
-    the random weights of the start along for several times 1 / (1 - decay) steps.
-    """
+    It begins short, over a tenth of the steps so far: a constant decay would carry the random
+    weights of the start along."""
 
     def __init__(self, model, decay):
         self.module, self.decay, self.steps = copy.deepcopy(model), decay, 0

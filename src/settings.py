@@ -1,15 +1,13 @@
 """Every setting of a run, once: type, default, meaning, unit, bounds. The flags are made of it.
 
-The settings of a run are the defaults of `Settings`, changed by its preset, then by the reference
-recipe where that is asked for, then by the flags that the user gave: `make_settings`.
-"""
+A run's settings are the defaults of `Settings`, changed by its preset, by the reference recipe
+where that is asked for, then by the user's flags: `make_settings`."""
 import argparse
 import dataclasses
 import datetime
 import os
 import platform
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +24,8 @@ class UsageError(Exception):
 
 
 def setting(default, meaning=None, bounds=None, choices=None, auto=None, architecture=False):
-    """A field of Settings. meaning: the flag's help; without it there is no flag. bounds: an
-    interval such as "[0, 1)". auto: in words, a default that depends on the machine. architecture:
-    whether it is an argument of the model."""
+    """A field of Settings. meaning: the flag's help; without it there is no flag. bounds: say "[0,
+    1)". auto: in words, a default that depends on the machine. architecture: the model takes it."""
     return dataclasses.field(default=default, metadata=dict(
         meaning=meaning, bounds=bounds, choices=choices, auto=auto, architecture=architecture))
 
@@ -41,22 +38,17 @@ def architecture(default, meaning=None, bounds=None):
 class Settings:
     """All settings of a run. The defaults are those of the preset `base`."""
 
-    data_dir: str = setting(
-        "data/flickr8k", "folder of the dataset",
-        auto="data/flickr8k, or data/synthetic with --synthetic")
+    data_dir: str = setting("data/flickr8k", "folder of the dataset",
+                            auto="data/flickr8k, or data/synthetic with --synthetic")
     synthetic: bool = setting(False, "train on the built-in shapes, made where absent")
-    allow_incomplete: bool = setting(
-        False, "leave out photos that are missing or unreadable, where else the run is refused")
-    tokenizer: str = setting(
-        "bpe", "char: 33 characters; bpe: byte pairs learned from the training captions",
-        choices=("char", "bpe"))
-    eval_size: int = setting(
-        0, "side of the photos in validation and in use, in pixels, where that is more than "
-        "--image_size", "[0, inf)")
+    allow_incomplete: bool = setting(False, "leave out photos that are missing or unreadable")
+    tokenizer: str = setting("bpe", "char: 33 characters; bpe: byte pairs of the captions",
+                             choices=("char", "bpe"))
+    eval_size: int = setting(0, "side of photos in validation and use, in pixels, where more than "
+                             "--image_size", "[0, inf)")
 
-    model: str = setting(
-        None, "preset", choices=("tiny", "small", "base", "large"),
-        auto="base on CUDA, small elsewhere, tiny with --synthetic")
+    model: str = setting(None, "preset", choices=("tiny", "small", "base", "large"),
+                         auto="base on CUDA, small elsewhere, tiny with --synthetic")
     image_size: int = architecture(224, "side of the training photos, in pixels", "[1, inf)")
     latent_dim: int = architecture(512, "width of the shared space", "[1, inf)")
     memory_size: int = architecture(128, "slots of the memory; 0: no memory", "[0, inf)")
@@ -69,13 +61,10 @@ class Settings:
     conv_channels: list | None = architecture(None)
     text_conv_layers: int = architecture(0)
 
-    recipe: str = setting(
-        "own", "what the preset trains with: its own recipe, or that of the run which this project "
-        "started from", choices=("own", "reference"))
+    recipe: str = setting("own", "the preset's own, or that of the run which this project started "
+                          "from", choices=("own", "reference"))
     epochs: int = setting(30, "passes over all pairs", "[1, inf)")
-    batch_size: int = setting(
-        320, "pairs a step, of all processes together; a pair's negatives are the others of its "
-        "batch", "[2, inf)")
+    batch_size: int = setting(320, "pairs a step, of all processes together", "[2, inf)")
     captions_per_image: int = setting(
         5, "captions of a photo that a step takes together, the photo encoded once", "[1, inf)")
     lr: float = setting(0.03, "peak learning rate", "(0, inf)")
@@ -85,35 +74,26 @@ class Settings:
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises", "[0, 1)")
     final_lr: float = setting(0.0, "what the cosine ends at, as a share of --lr", "[0, 1]")
     temperature: float = setting(0.1, "of the loss at the start; it is learned", "(0, inf)")
-    ema: float = setting(
-        0.0, "decay of the exponential moving average of the weights, which is what is validated "
-        "and kept; shorter at first; 0: none", "[0, 1)")
+    ema: float = setting(0.0, "decay of the moving average of the weights, shorter at first, that "
+                         "is validated and kept; 0: none", "[0, 1)")
     caption_contrast: float = setting(
-        1.0, "weight of a contrast among captions, those of one photo being each other's positives",
-        "[0, 1e6]")
-    hard_negatives: float = setting(
-        0.0, "weight of a triplet loss on the nearest negative", "[0, 1e6]")
+        1.0, "weight of a contrast among captions, those of one photo being positives", "[0, 1e6]")
+    hard_negatives: float = setting(0.0, "weight of a triplet loss on the nearest", "[0, 1e6]")
     queue_size: int = setting(0, "pairs of earlier batches that are negatives too", "[0, inf)")
     seed: int = setting(0, "of weights, order and augmentation", "[0, 4294967295]")
 
     min_crop: float = setting(0.5, "smallest share of a photo's area in a crop", "(0, 1]")
     flip: float = setting(0.5, "probability of mirroring a photo", "[0, 1]")
-    color_jitter: float = setting(
-        0.0, "largest change of brightness, contrast and saturation", "[0, 1)")
+    color_jitter: float = setting(0.0, "change of brightness, contrast, saturation", "[0, 1)")
     word_dropout: float = setting(0.0, "share of a caption's words left out at random", "[0, 1)")
 
-    device: str = setting(
-        None, "cuda, cuda:1, mps or cpu", auto="the first of these that is there")
-    amp: bool = setting(
-        None, "mixed precision",
-        auto="on where it is faster: CUDA, and CPUs that multiply bfloat16 matrices")
-    compile: bool = setting(
-        None, "torch.compile",
-        auto=f"on for base and large on CUDA from {COMPILE_FROM_EPOCHS} epochs")
-    chunk_size: int = setting(
-        0, "pairs encoded at a time, for batches larger than memory; 0: all", "[0, inf)")
-    num_workers: int = setting(
-        0, "threads that decode photos before the first run; 0: one a core", "[0, inf)")
+    device: str = setting(None, "cuda, cuda:1, mps or cpu", auto="the first that is there")
+    amp: bool = setting(None, "mixed precision",
+                        auto="on where it is faster: CUDA, CPUs with bfloat16 matrix products")
+    compile: bool = setting(None, "torch.compile", auto="on for base and large on CUDA from "
+                            f"{COMPILE_FROM_EPOCHS} epochs")
+    chunk_size: int = setting(0, "pairs encoded at a time, to save memory; 0: all", "[0, inf)")
+    num_workers: int = setting(0, "threads that decode photos; 0: one a core", "[0, inf)")
 
     @property
     def eval_pixels(self):
@@ -141,8 +121,7 @@ PRESETS = {
     "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12, image_layers=12,
                   epochs=100),
 }
-# The run that this project started from, as far as its write-up says; temperature and weight decay
-# are guessed.
+# The run that this project started from; its write-up is silent on temperature and weight decay.
 REFERENCE = dict(
     epochs=30, batch_size=64, captions_per_image=1, caption_contrast=0.0, lr=0.01, text_lr=1.0,
     weight_decay=0.0, temperature=0.07, warmup=0.0, final_lr=0.0, ema=0.0, min_crop=1.0, flip=0.0,
@@ -150,16 +129,15 @@ REFERENCE = dict(
 
 
 def default_model(synthetic, device):
-    """-> the preset that a run without --model takes, and why."""
     if synthetic:
         return "tiny", "made for the built-in shapes"
     if device.startswith("cuda"):
         return "base", "the default on a CUDA GPU"
-    return "small", "the default where there is no CUDA GPU, as base takes half a day there"
+    return "small", "the default where there is no CUDA GPU, as base would take half a day"
 
 
 def make_settings(**given):
-    """What is given, the rest by preset, recipe and machine -> Settings. None counts as not given."""
+    """What is given and not None, the rest by preset, recipe and machine -> Settings."""
     given = {name: value for name, value in given.items() if value is not None}
     synthetic, device = given.get("synthetic", False), given.get("device", default_device())
     chosen = {"device": device, "model": default_model(synthetic, device)[0],
@@ -179,8 +157,7 @@ def settings_of(config, run_dir):
     found = config.get("settings") if isinstance(config, dict) else None
     names = {f.name for f in dataclasses.fields(Settings)}
     if not isinstance(found, dict) or found.keys() != names:
-        raise UsageError(f"{run_dir}: the run is of another version of this project, with other "
-                         "settings; train anew into another --output_dir")
+        raise UsageError(f"{run_dir}: the run is of another version of this project; train anew")
     return Settings(**found)
 
 
@@ -201,7 +178,6 @@ def number(kind, bounds):
 
 
 def add_flag(group, setting):
-    """The flag of a field of Settings, its help with the default."""
     about, default = setting.metadata, setting.metadata["auto"]
     values = {name: changes.get(setting.name, setting.default) for name, changes in PRESETS.items()}
     if default is None and len(set(values.values())) > 1:
@@ -247,38 +223,14 @@ def parse_args(description, argv=None):
     return args
 
 
-def command_of(settings):
-    """The short command that trains so. Where that was on another kind of device, its --device,
-    --amp and --compile are left out."""
-    chosen = {"synthetic": settings.synthetic, "model": settings.model, "recipe": settings.recipe}
-    defaults = make_settings(**chosen)
-    flags = ["--synthetic"] if settings.synthetic else []
-    if not (settings.synthetic and settings.model == "tiny"):
-        flags += ["--model", settings.model]
-    if settings.recipe != "own":
-        flags += ["--recipe", settings.recipe]
-    left_out = set(chosen)
-    if settings.device != defaults.device:
-        left_out |= {"device", "amp", "compile"}
-    for f in dataclasses.fields(settings):
-        value = getattr(settings, f.name)
-        if f.name not in left_out and value != getattr(defaults, f.name):
-            if f.type is bool:
-                flags.append(f"--{f.name}" if value else f"--no-{f.name}")
-            else:
-                flags += [f"--{f.name}", shlex.quote(str(value))]
-    return " ".join(["python train_flickr8k_sgd.py", *flags])
-
-
 def default_device():
-    """The name of the first of CUDA, MPS and CPU that is there."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def amp_pays(device):
-    """Whether mixed precision is faster: on CUDA, and on CPUs that multiply bfloat16 matrices."""
+    """Whether mixed precision is faster: on CUDA, and CPUs that multiply bfloat16 matrices."""
     if device == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
@@ -297,8 +249,8 @@ def amp_type(settings):
 
 
 def find_device(name):
-    """torch.device of that name, which CUDA takes from then on; under torchrun each process has the
-    GPU of its own number, and touches no other. Raises UsageError where there is none."""
+    """torch.device of that name, made CUDA's current one; under torchrun the GPU of the process's
+    own number, no other being touched. Raises UsageError."""
     try:
         device = torch.device(name)
         if device.type == "cuda":
@@ -312,20 +264,18 @@ def find_device(name):
 
 
 def allow_fast_kernels(device):
-    """On CUDA: TF32 for float32 matrices (losses and rankings keep it off, see `full_float32`), and
-    the fastest convolutions for the shapes at hand."""
+    """On CUDA: TF32 for float32 matrices (but see `full_float32`), and the fastest convolutions."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
 
 def device_name(device):
-    """The GPU's name, or the processor's and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():  # on Linux platform.processor() says nothing of use
-        named = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+        named = re.search(r"\nmodel name\s*: (.*)\n", Path("/proc/cpuinfo").read_text())
         processor = named[1] if named else processor
     return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
 

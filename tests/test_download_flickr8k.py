@@ -89,7 +89,8 @@ def download(*arguments, md5_of=None, own_process=False, **options):
     )
     if own_process:
         code = (
-            "import json, sys, download_flickr8k as script; script.MD5.update(json.loads(sys.argv[1])); "
+            "import json, sys, download_flickr8k as script; "
+            "script.MD5.update(json.loads(sys.argv[1])); "
             "sys.exit(script.main(sys.argv[2:]))"
         )
         return run_script("-c", code, json.dumps(md5), *arguments, **options)

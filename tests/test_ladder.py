@@ -1,12 +1,16 @@
 import dataclasses
 import json
 import os
+import signal
+import time
 
 import pytest
+import torch
 
 from src import ladder
 from src.settings import PRESETS, make_settings, parse_args
-from src.utils.checkpoint import BEST, CONFIG, HISTORY
+from src.utils.checkpoint import BEST, CONFIG, HISTORY, LAST
+from tests.conftest import run_script, start_script
 
 
 def settings(preset, flags):
@@ -47,8 +51,6 @@ def test_rows_are_run_kept_and_gone_on_with(shapes, tmp_path, capfd):
         "0",
         "1",
     ]
-    assert ladder.main([*given, "--minutes", "0"]) == 0
-    assert "time is up" in capfd.readouterr().err
     assert ladder.main(given) == 0
     printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(printed) == 4 and "`--model tiny --recipe reference --epochs 2`" in printed[2]
@@ -86,3 +88,23 @@ def test_wrong_arguments(tmp_path, capfd):
         == 1
     )
     assert "exit status 2" in capfd.readouterr().err
+
+
+def test_an_interrupted_ladder_goes_on_where_it_was(shapes, tmp_path):
+    flags = f"--model tiny --rows 1 --data_dir {shapes} --output_dir {tmp_path}".split()
+    process = start_script("-m", "src.ladder", *flags, "--epochs", 300, start_new_session=True)
+    start = time.time()
+    while not list(tmp_path.glob(f"*/{HISTORY}")) and time.time() - start < 120:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "goes on from here" in err
+    assert "interrupted; go on with" in err  # the training has saved its state
+    (folder,) = tmp_path.iterdir()
+    config = json.loads((folder / CONFIG).read_text())
+    done = torch.load(folder / LAST, weights_only=True)["epoch"]
+    config["settings"]["epochs"] = done  # the end is near
+    (folder / CONFIG).write_text(json.dumps(config))
+    status, out, err = run_script("-m", "src.ladder", *flags, "--epochs", 300)
+    assert (status, err) == (0, "") and "resumed at epoch" in out
+    assert len(json.loads((folder / HISTORY).read_text())) == done

@@ -9,7 +9,10 @@ from src.utils.flickr8k_simple import DataError
 from src.utils.pictures import CELL, GAP, RIGHT, contact_sheet, plot_curves, wrap
 from tests.test_show_flickr8k_results import metrics
 
-WORDS = "a very_long_file_name_without_any_space_in_it_that_is_wider_than_a_cell.jpg of two dogs that run"
+WORDS = (
+    "a very_long_file_name_without_any_space_in_it_that_is_wider_than_a_cell.jpg of two dogs "
+    "that run"
+)
 
 
 def test_no_line_is_wider_than_asked_and_nothing_is_lost():

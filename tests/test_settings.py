@@ -1,6 +1,5 @@
 import dataclasses
 import inspect
-import shlex
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from src.settings import (
     UsageError,
     allow_fast_kernels,
     amp_type,
-    command_of,
     default_model,
     find_device,
     make_settings,
@@ -86,7 +84,9 @@ def test_defaults_come_from_preset_and_recipe_and_flags_win():
     assert make_settings(lr=None, device="cpu").lr == make_settings(device="cpu").lr
 
 
-@pytest.mark.parametrize("device, model", [("cuda:1", "base"), ("cpu", "small"), ("mps", "small")])
+@pytest.mark.parametrize(
+    "device, model", [("cuda:1", "base"), ("cpu", "small"), ("mps", "small")]
+)
 def test_the_default_model_suits_the_machine(device, model):
     assert make_settings(device=device).model == model == default_model(False, device)[0]
     assert make_settings(device=device, synthetic=True).model == "tiny"
@@ -157,41 +157,6 @@ def test_the_reference_recipe_is_the_write_ups():
                  tokenizer="char", warmup=0, text_lr=1)
     assert {name: getattr(found, name) for name in known} == known and found.image_size == 64
     assert settings("--recipe", "reference", "--lr", "0.5").lr == 0.5
-
-
-@pytest.mark.parametrize(
-    "given, command",
-    [
-        ([], "python train_flickr8k_sgd.py --model small"),
-        (["--model", "base"], "python train_flickr8k_sgd.py --model base"),
-        (["--synthetic"], "python train_flickr8k_sgd.py --synthetic"),
-        (
-            ["--synthetic", "--model", "tiny", "--seed", "3"],
-            "python train_flickr8k_sgd.py --synthetic --seed 3",
-        ),
-        (
-            ["--model", "small", "--lr", "0.1", "--ema", "0.5", "--allow_incomplete"],
-            "python train_flickr8k_sgd.py --model small --ema 0.5 --allow_incomplete",
-        ),
-        (
-            ["--model", "tiny", "--recipe", "reference", "--epochs", "2", "--data_dir", "my photos"],
-            "python train_flickr8k_sgd.py --model tiny --recipe reference --data_dir 'my photos' "
-            "--epochs 2",
-        ),
-    ],
-)
-def test_the_command_of_a_run(given, command, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    found = command_of(settings(*given))
-    assert sorted(shlex.split(found)) == sorted(shlex.split(command)), found
-    assert settings(*shlex.split(found)[2:]) == settings(*given)
-
-
-def test_the_command_of_a_run_on_another_device():
-    found = make_settings(model="small", device="cpu")
-    found.device, found.amp, found.compile = "cuda:7", True, True
-    assert command_of(found) == "python train_flickr8k_sgd.py --model small"
 
 
 def test_settings_of_another_version():

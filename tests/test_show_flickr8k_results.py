@@ -78,6 +78,7 @@ def write_run(folder, avg_r1=(11, 31, 21), epochs=3, **changes):
         "device": "Some GPU 4711",
         "precision": "mixed, bfloat16",
         "date": "2026-02-03",
+        "command": "python train_flickr8k_sgd.py --seed 77",
         "versions": {"torch": "2.99", "python": "3.14.1"},
     }
     (folder / HISTORY).write_text(json.dumps(history))
@@ -106,12 +107,10 @@ def test_every_figure_is_the_runs_own(tmp_path, capsys):
         "7,654,321",
         "Some GPU 4711",
         "mixed, bfloat16",
-        "2.99, 3.14.1",
         "some/where",
         "standard protocol",
         "pair protocol",
         "chance",
-        "3.4 MB",
     ):
         assert expected in out, expected
     chance, test_chance = chance_metrics([5] * 100), chance_metrics([5] * 50)
@@ -122,7 +121,8 @@ def test_every_figure_is_the_runs_own(tmp_path, capsys):
         ["momentum", "0.87"],
         ["batch_size", "96"],
         ["seed", "77"],
-        ["epoch", "2"],
+        ["PyTorch", "2.99"],
+        ["Python", "3.14.1"],
         ["date", "2026-02-03"],
     ):
         assert row in rows, row
@@ -135,8 +135,7 @@ def test_every_figure_is_the_runs_own(tmp_path, capsys):
                 assert [arrow, f"R@{k}", "(%)", *val] in rows
                 assert [arrow, f"R@{k}", "(%)", *test] in rows
     assert ["1", "4.3571", "12.67", "11.17", "14.17", "0.01", "62.3"] in rows
-    assert "4.357 -> 4.071, -6.6 % (epoch 3)" in out
-    assert "12.67 % -> 32.67 %, +157.9 % (epoch 2)" in out
+    assert ["2", "4.2143", "32.67", "31.17", "34.17", "0.005", "63.3"] in rows
 
 
 def test_a_run_of_one_epoch_still_going(tmp_path, capsys):
@@ -145,13 +144,13 @@ def test_a_run_of_one_epoch_still_going(tmp_path, capsys):
     status, out, err = show(folder, capsys)
     assert (status, err) == (0, "")
     assert "1 of 40 epochs in 1.0 minutes: not finished" in out
-    assert "Checkpoint" not in out and "Test" not in out
+    assert "Test" not in out
 
 
 def test_a_long_run_is_shown_in_steps(tmp_path, capsys):
     _, out, _ = show(write_run(tmp_path / "run", avg_r1=range(1, 121), epochs=120), capsys)
-    assert len(out.splitlines()) < 110
-    assert sum(line.split()[:1] == ["60"] for line in out.splitlines()) == 1
+    shown = [int(epoch) for epoch in re.findall(r"^  +(\d+) +-?\d+\.\d{4} ", out, re.MULTILINE)]
+    assert shown == sorted(set(shown)) and {1, 60, 120} <= set(shown) and len(shown) < 20
 
 
 def test_synthetic_results_are_not_taken_for_flickr8k(tmp_path, capsys):
@@ -294,10 +293,9 @@ def test_captions_for_a_photo(run_dir, shapes, capsys, tmp_path):
 def test_hits_and_misses(run_dir, capsys):
     status, out, err = use(run_dir, capsys, "--examples", 2, "--split", "val")
     assert (status, err) == (0, "") and (run_dir / "examples.png").exists()
-    (of_all,) = (line.split() for line in out.splitlines() if line.split()[:1] == ["all"])
+    hits = re.search(r"60 captions: of the right photos, (\d+\.\d\d) % are ranked first", out)
     best = torch.load(run_dir / BEST, weights_only=True)["metrics"]
-    assert of_all[1] == "60"
-    assert abs(float(of_all[2]) - best["t2i_r1"]) < 4  # the run's own may be of bfloat16
+    assert abs(float(hits[1]) - best["t2i_r1"]) < 4  # the run's own may be of bfloat16
 
 
 def test_what_test_time_training_adds(run_dir, shapes, capsys, tmp_path):
@@ -323,14 +321,12 @@ def test_runs_side_by_side(tmp_path, capsys):
     for name, seed in (("one", 20), ("other", 30)):
         write_run(tmp_path / name, avg_r1=(seed,), epochs=1)
     given = ["--compare", str(tmp_path / "one"), str(tmp_path / "other")]
-    for form in ("terminal", "markdown", "json"):
+    for form in ("terminal", "markdown"):
         assert show_flickr8k_results.main([*given, "--format", form]) == 0
         out = capsys.readouterr().out
-        assert form == "json" or out.index("other ") < out.index("one ")
-    assert [row["val"]["avg_r1"] for row in json.loads(out)] == [
-        metrics(30)["avg_r1"],
-        metrics(20)["avg_r1"],
-    ]
+        assert out.index("other ") < out.index("one ")
+        for seed in (20, 30):
+            assert f"{metrics(seed)['avg_r1']:.2f}" in out
 
 
 def test_what_is_no_run_is_named_and_left_out_of_the_comparison(tmp_path, capsys):
@@ -338,15 +334,13 @@ def test_what_is_no_run_is_named_and_left_out_of_the_comparison(tmp_path, capsys
     (tmp_path / "ladder").mkdir()
     (tmp_path / "benchmark.json").write_text("{}")
     paths = sorted(map(str, tmp_path.iterdir()))
-    assert show_flickr8k_results.main(["--compare", *paths, "--format", "json"]) == 0
+    assert show_flickr8k_results.main(["--compare", *paths, "--format", "markdown"]) == 0
     out, err = capsys.readouterr()
-    assert [row["run"] for row in json.loads(out)] == [str(tmp_path / "run")]
-    assert err.splitlines() == [
-        f"left out {tmp_path / name}: no run" for name in ("benchmark.json", "ladder")
-    ]
-    assert (
-        show_flickr8k_results.main(["--compare", str(tmp_path / "run"), str(tmp_path / "rum")]) == 2
-    )  # a slip of the pen
+    assert len(out.splitlines()) == 3 and out.splitlines()[2].startswith("| run |")
+    names = ("benchmark.json", "ladder")
+    assert err.splitlines() == [f"left out {tmp_path / name}: no run" for name in names]
+    given = ["--compare", str(tmp_path / "run"), str(tmp_path / "rum")]  # a slip of the pen
+    assert show_flickr8k_results.main(given) == 2
     assert "rum: there is no such folder" in capsys.readouterr().err
 
 

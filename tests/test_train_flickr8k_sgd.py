@@ -93,6 +93,7 @@ def test_files_of_a_run(finished):
     assert VAL_KEYS <= json.loads((output_dir / TEST).read_text()).keys()
     config = json.loads((output_dir / CONFIG).read_text())
     assert config["versions"]["torch"] == torch.__version__ and config["settings"]["seed"] == 0
+    assert config["command"].startswith("python train_flickr8k_sgd.py --synthetic --data_dir ")
     assert config["data"]["train"] == {
         "photos": 40, "pixels": 36, "captions": 200, "left_out": 0, "captions_per_photo": {"5": 40}}
     best = torch.load(output_dir / BEST, weights_only=True)

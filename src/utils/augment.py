@@ -1,18 +1,14 @@
-"""Batched augmentation of photos and captions, run on whatever device the batch is on.
-
-Every function draws from torch's global generator of that device, each sample for itself, and
-copies nothing between host and device.
-"""
+"""Batched augmentation of photos and captions, on whatever device the batch is on. It draws from
+torch's global generator of that device and copies nothing between host and device."""
 import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
-# Per-channel mean and standard deviation of ImageNet's photos, on a scale of 0 to 1: the field's
-# usual constants.
+# Of ImageNet's photos, per channel, on a scale of 0 to 1: the field's usual constants.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-GREY = (0.2989, 0.587, 0.114)  # the weights of red, green and blue in brightness, torchvision's
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 
 
 @functools.cache
@@ -29,16 +25,10 @@ def normalize(images):
 
 
 def random_resized_crop_and_flip(images, size, min_scale=0.5, flip=0.5):
-    """Photos (B, C, H, W), uint8 or float -> float (B, C, size, size), each cropped and mirrored by
-    its own draw.
-
-    torchvision's RandomResizedCrop((min_scale, 1)) and RandomHorizontalFlip for a whole batch at
-    once: the crop holds a share of the area drawn from [min_scale, 1], its aspect ratio is drawn
-    from [3/4, 4/3] on a log scale, both are drawn again (ten times at most; then the photo is taken
-    whole) when the crop does not fit, and each photo is mirrored at the probability `flip`. H must
-    equal W. Unlike there, a crop may begin between two pixels, and sampling is bilinear without
-    smoothing, so that photos should not be much larger than size.
-    """
+    """Photos (B, C, H, W), H = W, uint8 or float -> float (B, C, size, size), each cropped and
+    mirrored by its own draw: torchvision's RandomResizedCrop((min_scale, 1)) and
+    RandomHorizontalFlip, for a whole batch at once. But a crop may begin between two pixels, and
+    sampling is bilinear without smoothing, so that photos should not be much larger than size."""
     batch = len(images)
     area, log_ratio = torch.rand(2, batch, 10, device=images.device)
     area = min_scale + (1 - min_scale) * area
@@ -60,8 +50,7 @@ def random_resized_crop_and_flip(images, size, min_scale=0.5, flip=0.5):
 
 def color_jitter(images, strength):
     """Float photos (B, 3, H, W) from 0 to 1 -> torchvision's ColorJitter(strength, strength,
-    strength) of them, for a whole batch at once: brightness, contrast and saturation are changed by
-    factors drawn from [1 - strength, 1 + strength], in an order drawn for each photo."""
+    strength) of them, for a whole batch at once, in an order drawn for each photo."""
     if strength == 0:
         return images
     batch, grey = len(images), _per_channel(GREY, images.device)
@@ -78,9 +67,8 @@ def color_jitter(images, strength):
 
 
 def drop_words(text, probability, word_start):
-    """Token ids (B, L) -> the same with each word, at the given probability, turned into padding
-    (0) in its place; the first word of a caption always stays. word_start: (vocab_size,) bool, True
-    for the ids that begin a word."""
+    """Token ids (B, L) -> the same with each word but a caption's first, at the given probability,
+    turned into padding (0). word_start: (vocab_size,) bool, True for the ids that begin a word."""
     if probability == 0:
         return text
     word = word_start[text].cumsum(1)  # (B, L) which word of its caption each token belongs to

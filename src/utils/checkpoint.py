@@ -1,5 +1,5 @@
-"""The files of a run: their names, and how they are written and read. A crash, a kill or a full
-disk leaves either the old file or the new one, whole."""
+"""The files of a run: their names, and how they are read and written. A crash, a kill or a full
+disk leaves either the old file or the new one, whole; what cannot be done is a CheckpointError."""
 import json
 import logging
 import os
@@ -18,11 +18,11 @@ BEST_KEYS = ("epoch", "model_state_dict", "metrics", "config", "tokenizer")
 LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "history", "config", "tokenizer",
              "model_state_dict", "optimizer_state_dict", "scaler_state_dict",
              "scheduler_state_dict")
+TRAIN_FIRST = "train first: python train_flickr8k_sgd.py"
 
 
 class CheckpointError(Exception):
-    """A file of a run cannot be written, or is missing, damaged or of another kind; the message is
-    one line."""
+    """A file of a run cannot be written, or is missing, damaged or of another kind."""
 
 
 def _write_atomically(path, write):
@@ -35,26 +35,22 @@ def _write_atomically(path, write):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        reason = "torch.save failed; is the disk full?"
-        if isinstance(error, OSError):
-            reason = error.strerror
-        raise CheckpointError(f"{path}: could not be written ({reason}); what was there before is "
-                              "kept") from None
+        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        raise CheckpointError(f"{path}: could not be written ({reason}); the old one is kept"
+                              ) from None
 
 
 def save_checkpoint(state, path):
-    """torch.save, atomically. Raises CheckpointError."""
     _write_atomically(path, lambda file: torch.save(state, file))
 
 
 def save_json(value, path):
-    """json.dump, atomically. Raises CheckpointError."""
     text = json.dumps(value, indent=1) + "\n"
     _write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def load_checkpoint(path, keys):
-    """A checkpoint that must hold `keys`, its tensors on the CPU. Raises CheckpointError."""
+    """A checkpoint that must hold `keys`, its tensors on the CPU."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -63,26 +59,23 @@ def load_checkpoint(path, keys):
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of this project") from None
     missing = set(keys) - set(state if isinstance(state, dict) else ())
     if missing:
-        raise CheckpointError(f"{path}: not a checkpoint of this version of the project, it lacks "
+        raise CheckpointError(f"{path}: not a checkpoint of this version, it lacks "
                               f"{', '.join(sorted(missing))}")
     return state
 
 
 def load_json(path):
-    """The value in a JSON file. Raises CheckpointError."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
 
 
 def resolve(args):
-    """Parsed flags -> (settings, output_dir, checkpoint to go on from or None).
-
-    Raises UsageError for a folder that holds a run already, for nothing to resume, and for a flag
-    that contradicts the run being resumed.
+    """Parsed flags -> (settings, output_dir, checkpoint to go on from or None). Raises UsageError
+    for a folder that holds a run, for nothing to resume, and for a flag that contradicts the run.
     """
     given = dict(vars(args))
     resume, overwrite, output_dir = map(given.pop, ("resume", "overwrite", "output_dir"))
@@ -92,8 +85,7 @@ def resolve(args):
         return resume_run(output_dir, given)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir} is a file, not a folder")
-    names = set(RUN_FILES) - {LOG}
-    found = sorted(name for name in names if (output_dir / name).exists())
+    found = [name for name in RUN_FILES if name != LOG and (output_dir / name).exists()]
     if found and not overwrite:
         raise UsageError(f"{output_dir} holds a run already ({found[0]}); --resume goes on with "
                          "it, --overwrite deletes it, or name another --output_dir")
@@ -101,7 +93,7 @@ def resolve(args):
 
 
 def resume_run(output_dir, given):
-    """What `resolve` gives, of the run in output_dir. given: {name: value} of the user's flags."""
+    """What `resolve` gives, of the run in output_dir."""
     if not (output_dir / CONFIG).exists():
         raise UsageError(f"nothing to resume in {output_dir}: it holds no {CONFIG}")
     settings = settings_of(load_json(output_dir / CONFIG), output_dir)
@@ -110,8 +102,7 @@ def resume_run(output_dir, given):
             setattr(settings, name, value)
         elif getattr(settings, name) != value:
             raise UsageError(f"--resume goes on with the run's own --{name} "
-                             f"{getattr(settings, name)}, not {value}; leave the flag out, or "
-                             "start a new run in another --output_dir")
+                             f"{getattr(settings, name)}, not {value}; leave the flag out")
     checkpoint = None  # a run stopped before its first checkpoint goes on from its start
     if (output_dir / LAST).exists():
         checkpoint = load_checkpoint(output_dir / LAST, LAST_KEYS)
@@ -119,7 +110,7 @@ def resume_run(output_dir, given):
 
 
 def open_output_dir(output_dir, config, history, fresh, log):
-    """Make a run's folder, with its config and log; a fresh run's without what an earlier one left.
+    """Make a run's folder, with config and log; a fresh run's without the files of an earlier one.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     if fresh:  # what --overwrite deletes, now that nothing else can be wrong
@@ -135,7 +126,7 @@ def open_output_dir(output_dir, config, history, fresh, log):
 
 @dataclass
 class Run:
-    """A run as its files tell it, finished or not. test: metrics, None before the run's end."""
+    """A run as its files tell it. test: metrics, None before the run's end."""
 
     dir: Path
     history: list
@@ -145,26 +136,31 @@ class Run:
 
     @property
     def best(self):
-        """The history's row of the best epoch on validation, the first of equals as in training."""
         return max(self.history, key=lambda row: row["val"]["avg_r1"])
+
+    @property
+    def finished(self):
+        return len(self.history) >= self.settings.epochs
 
     @property
     def minutes(self):
         return sum(row["seconds"] for row in self.history) / 60
 
 
-def load_run(output_dir):
-    """-> Run, no weights read. Raises CheckpointError when there is no run, no finished epoch yet,
-    or a file is damaged, UsageError for a run of another version."""
-    output_dir = Path(output_dir)
+def check_folder(output_dir):
     if not output_dir.is_dir():
-        raise CheckpointError(f"{output_dir}: there is no such folder; train first: "
-                              "python train_flickr8k_sgd.py")
+        raise CheckpointError(f"{output_dir}: there is no such folder; {TRAIN_FIRST}")
+
+
+def load_run(output_dir):
+    """-> Run, no weights read. Raises CheckpointError for no run, no finished epoch yet or a
+    damaged file, UsageError for a run of another version."""
+    output_dir = Path(output_dir)
+    check_folder(output_dir)
     if not (output_dir / HISTORY).exists():
         if (output_dir / CONFIG).exists():
             raise CheckpointError(f"{output_dir}: the run has not finished its first epoch yet")
-        raise CheckpointError(f"{output_dir}: holds no run; train first: "
-                              "python train_flickr8k_sgd.py")
+        raise CheckpointError(f"{output_dir}: holds no run; {TRAIN_FIRST}")
     history, config = load_json(output_dir / HISTORY), load_json(output_dir / CONFIG)
     if not (isinstance(history, list) and history):
         raise CheckpointError(f"{output_dir / HISTORY}: holds no epochs")

@@ -14,13 +14,11 @@ def start(device):
 
 
 def stop():
-    """Leave the group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier():
-    """Wait until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -36,7 +34,7 @@ def main_process_first():
 
 
 def rank_and_world():
-    """This process's number and how many there are: 0 and 1 for a process on its own."""
+    """This process's number and how many there are: 0 and 1 for one alone."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -59,14 +57,13 @@ def parallel(encode, device):
 
 
 def same_buffers(model):
-    """Rank 0's buffers (statistics of batch norm) for all."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def collect(items):
-    """A list of each process, tensors on the CPU -> one list of all, the same in every process."""
+    """A list of each process, tensors on the CPU -> one list of all."""
     if not dist.is_initialized():
         return items
     lists = [None] * dist.get_world_size()
@@ -75,9 +72,9 @@ def collect(items):
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM. Inside `watch` they only set `requested`, so that the state can be saved;
-    a second one, or one outside, raises KeyboardInterrupt at once. Not so under torchrun, which
-    sends SIGTERM after Ctrl-C of its own accord."""
+    """Ctrl-C and SIGTERM: inside `watch` they only set `requested`, so that the state can be saved.
+    A second one, or one outside, raises KeyboardInterrupt; not so under torchrun, which sends
+    SIGTERM after Ctrl-C."""
 
     def __init__(self):
         self.watching = self.requested = self.patient = False

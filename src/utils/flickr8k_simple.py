@@ -1,4 +1,4 @@
-"""Flickr8k on disk -> photos, captions, splits, batches. Two layouts are read:
+"""Flickr8k on disk -> photos, captions, splits, batches. Two layouts:
 
     the official archives'                           Kaggle's copy
     Flicker8k_Dataset/*.jpg   (spelled so)           Images/*.jpg
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import Dataset
 
 SPLIT_FILES = {
     "train": "Flickr_8k.trainImages.txt",
@@ -32,11 +31,11 @@ SPLIT_FILES = {
 CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt")
 PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images")
 STORE_FOLDER = "photo_store"
-STORE_VERSION = 3  # part of a store's key: to be raised with any change to what `load_photo` gives
+STORE_VERSION = 3  # to be raised with any change to what `load_photo` gives
 SECONDS_TO_BUILD = 3600  # a half-written store that old is nobody's any more
 GPU_SHARE = 0.5  # photos stay on the GPU if they take no more than this share of its free memory
-TEXT_BUCKET = 16  # a batch's text is as long as a multiple of this: few shapes of batches
-# What Pillow raises for files that it cannot read.
+TEXT_BUCKET = 16  # a batch's text is as long as a multiple of this: few shapes
+# What Pillow raises for files that it cannot read:
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -53,11 +52,11 @@ def find_text_file(root_dir, name):
 
 
 def find_photo_folder(root_dir):
-    """Path of the photos' folder, None where there is none."""
+    """Path of the photos' folder. Raises DataError where there is none."""
     for name in PHOTO_FOLDERS:
         if (Path(root_dir) / name).is_dir():
             return Path(root_dir) / name
-    return None
+    raise DataError(f"{root_dir}: no folder of photos, none of {', '.join(PHOTO_FOLDERS)}")
 
 
 def _read_lines(path):
@@ -70,11 +69,9 @@ def _read_lines(path):
 
 
 def read_captions(path):
-    """Caption file, either layout -> {photo's file name: [captions, in the file's order]}.
-
-    Names that no split lists stay in the result and do no harm; the official file has one such,
-    ending in ".jpg.1". Raises DataError with the file and line for a line that does not parse.
-    """
+    """Caption file, either layout -> {photo's file name: [captions, in the file's order]}, whether
+    or not a split lists the photo. Raises DataError with the file and line for a line that does not
+    parse."""
     captions, lines = {}, _read_lines(path)
     if path.name != "captions.txt":
         for number, line in enumerate(lines, start=1):
@@ -105,8 +102,8 @@ def find_caption_file(root_dir):
     """Path of the captions, of either layout. Raises DataError where there are none."""
     if not Path(root_dir).is_dir():
         raise DataError(f"no Flickr8k in {root_dir}. Either fetch it: python download_flickr8k.py "
-                        f"--data_dir {root_dir}\nor train on the built-in dataset, no download: "
-                        "python train_flickr8k_sgd.py --synthetic")
+                        f"--data_dir {root_dir}\nor train on the built-in shapes: python "
+                        "train_flickr8k_sgd.py --synthetic")
     for name in CAPTION_FILES:
         path = find_text_file(root_dir, name)
         if path is not None:
@@ -115,17 +112,12 @@ def find_caption_file(root_dir):
 
 
 def read_split(root_dir, split):
-    """The photos' file names of "train", "val" or "test", in the split file's order.
-
-    Raises DataError where the split file is missing, empty or lists a photo twice, ValueError for
-    another split.
-    """
-    if split not in SPLIT_FILES:
-        raise ValueError(f"split must be one of {', '.join(SPLIT_FILES)}, not {split!r}")
+    """The photos' file names of "train", "val" or "test", in the split file's order. Raises
+    DataError where that is missing, empty or lists a photo twice."""
     path = find_text_file(root_dir, SPLIT_FILES[split])
     if path is None:
-        raise DataError(f"{root_dir}: {SPLIT_FILES[split]}, the list of the {split} photos, is "
-                        "missing. `python download_flickr8k.py --text_only` (2 MB) brings it.")
+        raise DataError(f"{root_dir}: {SPLIT_FILES[split]} is missing. `python "
+                        "download_flickr8k.py --text_only` (2 MB) brings it.")
     names = [line.strip() for line in _read_lines(path) if line.strip()]
     if not names:
         raise DataError(f"{path}: lists no photos")
@@ -136,11 +128,9 @@ def read_split(root_dir, split):
 
 
 def open_photo(path, size):
-    """A photo file of any mode Pillow reads -> PIL image, RGB, upright by EXIF.
-
-    JPEG, which can, is decoded to a smaller scale, no less than size, several times as fast. Raises
-    DataError with the file's name for one that is missing, empty, truncated or no image.
-    """
+    """A photo file of any mode Pillow reads -> PIL image, RGB, upright by EXIF. JPEG is decoded to
+    a smaller scale, no less than size, which is faster. Raises DataError with the file's name for
+    one that is missing, empty, truncated or no image."""
     try:
         with Image.open(path) as photo:
             photo.draft("RGB", (size, size))
@@ -158,8 +148,8 @@ def open_photo(path, size):
 
 
 def load_photo(path, size):
-    """A photo file -> uint8 array (3, size, size), squeezed to a square, so that nothing at its
-    margins is lost. Raises DataError as `open_photo` does: no photo becomes a blank one."""
+    """A photo file -> uint8 array (3, size, size), squeezed to a square, so that no margin is lost.
+    Raises DataError as `open_photo` does: no photo becomes a blank one."""
     pixels = torch.from_numpy(np.array(open_photo(path, size))).permute(2, 0, 1)
     # Pillow's own bicubic to within one level of 255, in a sixth of its time.
     return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0].numpy()
@@ -167,24 +157,20 @@ def load_photo(path, size):
 
 def store_path(store, folder, names, size):
     """Where the photo store of these files lies; any change to them or to the size changes it."""
-    stats = []
-    for name in names:
-        stat = (folder / name).stat()
-        stats.append((name, stat.st_size, stat.st_mtime_ns))
+    found = [(name, (folder / name).stat()) for name in names]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
     key = hashlib.sha256(json.dumps([STORE_VERSION, size, stats]).encode()).hexdigest()[:16]
     return Path(f"{store}_{key}.uint8")
 
 
 def open_photo_store(store, folder, names, size, num_workers=0, progress=None):
     """Photos of a folder, decoded once -> uint8 (N, 3, size, size), and {name: fault} of those that
-    cannot be read.
+    cannot be read, which are left out.
 
-    store: path of the cache less its key, say data/photo_store/train_73; None keeps the photos in
-    memory. The cache is moved into place when it is whole and opened by memory map. A photo with a
-    fault is left out; then, and where the folder cannot be written, nothing is cached. num_workers:
-    threads that decode, 0 for one a core. `progress(done, total)` is called as photos are decoded.
-    Raises DataError for a disk that is full.
-    """
+    store: path of the cache less its key, or None. The cache is moved into place when it is whole
+    and opened by memory map; nothing is cached where a photo has a fault or the folder cannot be
+    written. num_workers: threads that decode, 0 for one a core. `progress(done, total)` is called
+    as photos are decoded. Raises DataError for a full disk."""
     def as_photos(content):  # channels last, as Pillow gives them and convolutions like them
         return content.view(-1, size, size, 3).permute(0, 3, 1, 2)
 
@@ -207,7 +193,7 @@ def open_photo_store(store, folder, names, size, num_workers=0, progress=None):
                 content = np.frombuffer(bytearray(file.read()), np.uint8)
                 return as_photos(torch.from_numpy(content)), faults
             file.flush()
-            os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
+            os.fsync(file.fileno())  # before the name points to the bytes
         for old in path.parent.glob(f"{Path(store).name}_*"):  # of other files, or a kill's
             if old.suffix == ".uint8" or time.time() - old.stat().st_mtime > SECONDS_TO_BUILD:
                 old.unlink(missing_ok=True)
@@ -243,24 +229,20 @@ def _decode(file, folder, names, size, num_workers, progress):
     return faults
 
 
-class Flickr8kImageTextDataset(Dataset):
+class Flickr8kImageTextDataset:
     """One split of Flickr8k as photo-caption pairs, each photo decoded once (`open_photo_store`).
 
     `photos` (N, 3, image_size, image_size), uint8, and `names` stand in the split file's order;
-    `captions` (strings), `texts` (token ids) and `photo_of_caption` (M,) in the caption file's. An
-    item is a pair: {"image", "text", "photo_id": row in `photos`, "caption"}.
+    `captions` (strings), `texts` (token ids) and `photo_of_caption` (M,) in the caption file's.
 
-    Raises DataError when a photo of the split is missing or cannot be read, or has no captions;
-    with `allow_incomplete`, such photos are left out and listed in `left_out`. `cache` keeps the
-    decoded photos in a file under root_dir; num_workers and progress are `open_photo_store`'s.
-    """
+    Raises DataError when a photo is missing, cannot be read or has no captions; with
+    `allow_incomplete`, such photos are left out and listed in `left_out`. `cache` keeps the decoded
+    photos in a file under root_dir."""
 
     def __init__(self, root_dir, split, image_size, tokenizer, allow_incomplete=False, cache=True,
                  num_workers=0, progress=None):
         root_dir = Path(root_dir)
         caption_file, photo_folder = find_caption_file(root_dir), find_photo_folder(root_dir)
-        if photo_folder is None:
-            raise DataError(f"{root_dir}: no folder of photos, none of {', '.join(PHOTO_FOLDERS)}")
         captions_of = read_captions(caption_file)
         names = read_split(root_dir, split)
         self.split, self.root_dir, self.allow_incomplete = split, root_dir, allow_incomplete
@@ -286,26 +268,20 @@ class Flickr8kImageTextDataset(Dataset):
                 raise DataError(f"{caption_file}, {self.names[photo]}: {error}") from None
 
     def _without(self, names, fault, faulty):
-        """The names less the faulty ones, {name} or {name: what is wrong with it}, which are
-        refused unless allow_incomplete."""
+        """The names less the faulty ones, {name} or {name: what is wrong}, if that is allowed."""
         found = [name for name in names if name in faulty]
         if found and not self.allow_incomplete:
             said = [faulty[name] if isinstance(faulty, dict) else name for name in found]
             more = f" and {len(said) - 3} more" if len(said) > 3 else ""
-            raise DataError(f"{self.root_dir} is incomplete: {len(found)} of the {len(names)} photos "
-                            f"of {self.split} are {fault} ({', '.join(said[:3])}{more}).\n"
-                            "`python download_flickr8k.py` verifies and mends it; "
-                            "--allow_incomplete trains without them.")
+            raise DataError(
+                f"{self.root_dir} is incomplete: {len(found)} of the {len(names)} photos of "
+                f"{self.split} are {fault} ({', '.join(said[:3])}{more}).\n`python "
+                "download_flickr8k.py` mends it; --allow_incomplete trains without them.")
         self.left_out += found
         return [name for name in names if name not in faulty]
 
     def __len__(self):
         return len(self.captions)
-
-    def __getitem__(self, i):
-        photo = int(self.photo_of_caption[i])
-        return {"image": self.photos[photo], "text": self.texts[i], "photo_id": photo,
-                "caption": self.captions[i]}
 
     def counts(self):
         """What config.json says of the split; "captions_per_photo" is {captions: photos}."""
@@ -320,11 +296,9 @@ def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
     """One epoch's batches, a list of lists of pairs, in an order that follows from the seed.
 
     The captions of a photo stand side by side in groups of captions_per_image, drawn anew each
-    epoch. What fills no group (one caption of five, at two a photo), and the groups that fill no
-    batch at the end, sit this epoch out, so that all batches have one shape. A batch holds
-    batch_size // captions_per_image groups, at least one; a photo with fewer captions than a group
-    takes gives them all.
-    """
+    epoch; a photo with fewer captions gives them all. What fills no group, and the groups that fill
+    no batch at the end, sit this epoch out: all batches have one shape, batch_size //
+    captions_per_image groups, at least one."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(photo_of_caption), generator=generator)
     order = order[torch.argsort(photo_of_caption[order], stable=True)]  # by photo, then shuffled
@@ -340,8 +314,7 @@ def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
 
 
 def place_photos(photos, device):
-    """The photos where batches are best cut from them: on a GPU if they take no more than GPU_SHARE
-    of its free memory, else where they are, on the host."""
+    """The photos, moved to a GPU if they take no more than GPU_SHARE of its free memory."""
     if device.type == "cuda" and photos.nbytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
         return photos.to(device)
     return photos
@@ -349,14 +322,11 @@ def place_photos(photos, device):
 
 def iterate_batches(data, photos, batches, device):
     """Lists of pairs (see `epoch_batches`) -> batches on the device; for a GPU, the next is
-    prepared while one is in use.
-
-    photos: `data.photos`, or a copy of them on the device (`place_photos`). A batch is a dict of
-    - "images": uint8 (P, 3, H, W), a photo being there once for its captions, side by side
+    prepared while one is in use. photos: `data.photos`, or a copy of them. A batch is a dict of
+    - "images": uint8 (P, 3, H, W), a photo being there once for its captions
     - "photo_ids": (P,) their rows in `data.photos`
     - "text": (B, L), padded to a multiple of TEXT_BUCKET
-    - "photo_of_pair": (B,) from 0 to P - 1, rising: the photo of each caption
-    """
+    - "photo_of_pair": (B,) from 0 to P - 1, rising: the photo of each caption"""
     def prepare(pairs):
         photo_ids, photo_of_pair = torch.unique_consecutive(data.photo_of_caption[pairs],
                                                             return_inverse=True)
@@ -365,7 +335,7 @@ def iterate_batches(data, photos, batches, device):
         if photos.device.type == "cpu":
             batch["images"] = photos[photo_ids]
         if device.type == "cuda":  # the host need not wait for a copy from pinned memory
-            torch.cuda.set_device(device)  # this thread's: pinning would else touch the first GPU
+            torch.cuda.set_device(device)  # this thread's: pinning would touch the first GPU
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         return batch if "images" in batch else batch | {"images": photos[batch["photo_ids"]]}

@@ -8,8 +8,8 @@ from src.settings import UsageError
 from src.utils.checkpoint import CheckpointError
 from src.utils.flickr8k_simple import open_photo
 
-CELL, GAP, FRAME = 220, 16, 5  # pixels: a photo's square, space around it, width of the mark
-RIGHT = (0, 150, 60)  # the colour of a mark
+CELL, GAP, FRAME = 220, 16, 5  # pixels: a photo's square, space around it, width of a mark
+RIGHT = (0, 150, 60)  # its colour
 TITLE_SIZE, LABEL_SIZE = 20, 14
 TITLE_LINE, LABEL_LINE = TITLE_SIZE + 6, LABEL_SIZE + 4
 
@@ -34,11 +34,9 @@ def wrap(text, font, width):
 
 
 def contact_sheet(rows, path):
-    """Write rows of labelled photos to a PNG or JPEG file.
-
-    rows: [(title, [(photo's path, label, marked)])], a marked photo standing in a green frame.
-    Raises DataError for a photo that cannot be read, UsageError for a path that cannot be written.
-    """
+    """Write rows of labelled photos, [(title, [(photo's path, label, marked)])], to a PNG or JPEG
+    file, a marked photo in a green frame. Raises DataError for what cannot be read, UsageError for
+    a path that cannot be written."""
     title_font, label_font = ImageFont.load_default(TITLE_SIZE), ImageFont.load_default(LABEL_SIZE)
     columns = max(3, *(len(cells) for _, cells in rows))  # room for a title above a single photo
     width = GAP + columns * (CELL + GAP)
@@ -80,16 +78,13 @@ def _write(path, save):
 
 def plot_curves(runs, path):
     """Loss, R@1, R@5 and R@10 both ways, and learning rate over the epochs of Runs, in one PNG.
-
     Raises UsageError where matplotlib is missing or the path cannot be written, CheckpointError
-    where a history lacks a figure.
-    """
+    where a history lacks a figure."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError:
-        raise UsageError("curves need matplotlib: "
-                         "pip install -r requirements-extra.txt") from None
+        raise UsageError("curves need matplotlib: pip install -r requirements-extra.txt") from None
     figure = Figure(figsize=(12, 8), layout="constrained")
     (loss, i2t), (rate, t2i) = figure.subplots(2, 2)
     styles = {10: ":", 5: "--", 1: "-"}
@@ -100,9 +95,9 @@ def plot_curves(runs, path):
             losses = [row["train"]["loss"] for row in rows]
             loss.plot(epochs, losses, color, label=str(run.dir))
             rate.plot(epochs, [row["lr"] for row in rows], color)
-            for axes, way in ((i2t, "i2t"), (t2i, "t2i")):
+            for axes, direction in ((i2t, "i2t"), (t2i, "t2i")):
                 for k in (1, 5, 10):
-                    recall = [row["val"][f"{way}_r{k}"] for row in rows]
+                    recall = [row["val"][f"{direction}_r{k}"] for row in rows]
                     axes.plot(epochs, recall, color, linestyle=styles[k])
         except (KeyError, TypeError):
             raise CheckpointError(f"{run.dir}: an epoch of its history lacks what it should "

@@ -1,13 +1,9 @@
-"""Embeddings -> recall at K and median rank, by the standard protocol and by the pair protocol.
+"""Embeddings -> recall at K and median rank.
 
-Standard (Hodosh et al. 2013, and every paper since): each photo once, all its captions. Photo to
-text (i2t) is a hit at K if any of the photo's captions is among the K nearest; text to photo (t2i)
-ranks the photos for each caption.
-
-Pair, the measure of the run that this project started from: every caption makes a pair with its
-photo, each photo stands as often as it has captions, and only the caption of the very pair counts
-as right. With five captions a photo, no model can pass 20 % at K = 1.
-"""
+Standard protocol (Hodosh et al. 2013): each photo once, all its captions. Photo to text (i2t) is a
+hit at K if any of the photo's captions is among the K nearest; text to photo (t2i) ranks the photos
+for each caption. Pair protocol: each photo stands as often as it has captions, and only the caption
+of the very pair is right; with five, no model can pass 20 % at K = 1."""
 import time
 
 import torch
@@ -19,31 +15,27 @@ from src.utils.distributed import collect, rank_and_world
 from src.utils.flickr8k_simple import pad_texts
 
 KS = (1, 5, 10)
-# Two similarities closer than this are a tie, and a tie counts against the model. Cosines of equal
-# embeddings differ by about 1e-7 in float32, depending on where in the matrix they stand.
-TIE = 1e-6
+TIE = 1e-6  # closer similarities count against the model; those of equals differ by some 1e-7
 CHUNK_SIZE = 256  # captions ranked at a time
-BATCH_SIZE = 256  # photos or captions embedded at a time
+BATCH_SIZE = 256  # embedded at a time
 
 
 def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption):
     """Ranks from 1 (best), ties against the model, of everything that both protocols ask.
 
     image_embeddings: (N, D), each photo once. text_embeddings: (M, D). photo_of_caption: (M,) the
-    row of each caption's photo, which may have any number of them. Cosine similarity in float32,
-    for CHUNK_SIZE captions at a time: memory grows with N + M, not with N x M.
+    row of each caption's photo. Cosine similarity in float32, for CHUNK_SIZE captions at a time:
+    memory grows with N + M, not with N x M.
 
     Returns a dict of
-    - "i2t": (photos with captions,) rank of the best of the photo's captions among the captions of
-      other photos
-    - "t2i": (M,) rank of the caption's photo among the photos
-    - "pair_i2t": (M,) rank of this one caption among all captions, for its photo
-    - "pair_t2i_ahead": (M,) how many of the M photo copies, those of its own photo aside, are ahead
-      of it
+    - "i2t": (photos with captions,) of the best of the photo's captions among those of other photos
+    - "t2i": (M,) of the caption's photo among the photos
+    - "pair_i2t": (M,) of this one caption among all captions, for its photo
+    - "pair_t2i_ahead": (M,) how many of the M photo copies, its own photo's aside, are ahead of it
     - "copies": (M,) how many copies of the caption's photo there are
-    Raises ValueError for embeddings that are not finite (NaN compares as "not ahead", which would
-    be a perfect score), for shapes that do not fit, and for no photos or no captions.
-    """
+
+    Raises ValueError for embeddings that are not finite, shapes that do not fit, and no photos or
+    captions."""
     photo_of_caption = torch.as_tensor(photo_of_caption, device=image_embeddings.device).long()
     num_photos, num_captions = len(image_embeddings), len(text_embeddings)
     if num_photos == 0 or num_captions == 0:
@@ -58,12 +50,11 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption):
     texts = F.normalize(text_embeddings.float(), dim=-1)
     copies_of_photo = torch.bincount(photo_of_caption, minlength=num_photos)
 
-    # Every chunk is computed in the same two blocks of memory: made anew, they pile up.
+    # Every chunk is computed in the same memory: made anew, the blocks pile up.
     space = torch.empty(min(CHUNK_SIZE, num_captions), num_photos, device=images.device)
     flags = torch.empty_like(space, dtype=torch.bool)
 
-    def chunks():
-        """Yields of each chunk its captions' photos, similarities with all photos, and flags."""
+    def chunks():  # of each its captions' photos, similarities with all photos, and flags
         for start in range(0, num_captions, CHUNK_SIZE):
             chunk = texts[start:start + CHUNK_SIZE]
             with full_float32():
@@ -91,7 +82,7 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption):
 
 def _rank_captions(own, photo_of_caption, copies_of_photo, chunks):
     """Each photo against all captions -> how many of other photos are ahead of its best (N,), and
-    the rank of each caption for its photo (M,). own: (M,) similarity of caption and photo."""
+    each caption's rank for its photo (M,). own: (M,) similarity of caption and photo."""
     # Column j of own_table holds the j-th caption's of every photo, infinity where there is none.
     order = torch.argsort(photo_of_caption, stable=True)
     first = torch.cumsum(copies_of_photo, 0) - copies_of_photo
@@ -109,7 +100,7 @@ def _rank_captions(own, photo_of_caption, copies_of_photo, chunks):
             reached[:, j] += torch.ge(similarity, own_table[:, j] - TIE, out=ahead).sum(0)
         similarity.scatter_(1, photo[:, None], float("-inf"))  # a photo's own are not ahead
         others_ahead += torch.ge(similarity, best - TIE, out=ahead).sum(0)
-    return others_ahead, reached[photo_of_caption, column]  # the caption itself is among them
+    return others_ahead, reached[photo_of_caption, column]
 
 
 def _with_averages(metrics):
@@ -120,18 +111,16 @@ def _with_averages(metrics):
 
 
 def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption):
-    """R@K in percent and median rank; arguments and errors as for `retrieval_ranks`.
-
-    Returns a dict of floats: {i2t,t2i}_{r1,r5,r10,medr} and avg_r1 = (i2t_r1 + t2i_r1) / 2 by the
-    standard protocol; pair_{i2t,t2i}_{r1,r5,r10} and pair_avg_r1 by the pair protocol, where the
-    copies of one photo are equal and their order is taken as random.
-    """
+    """R@K in percent and median rank, floats; arguments and errors as for `retrieval_ranks`:
+    {i2t,t2i}_{r1,r5,r10,medr}, avg_r1 = (i2t_r1 + t2i_r1) / 2 and, by the pair protocol,
+    pair_{i2t,t2i}_{r1,r5,r10} and pair_avg_r1; the copies of one photo being equal, their order is
+    taken as random."""
     ranks = retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption)
     metrics = {}
-    for way in ("i2t", "t2i"):
+    for direction in ("i2t", "t2i"):
         for k in KS:
-            metrics[f"{way}_r{k}"] = 100 * (ranks[way] <= k).double().mean().item()
-        metrics[f"{way}_medr"] = ranks[way].double().quantile(0.5).item()
+            metrics[f"{direction}_r{k}"] = 100 * (ranks[direction] <= k).double().mean().item()
+        metrics[f"{direction}_medr"] = ranks[direction].double().quantile(0.5).item()
     for k in KS:
         metrics[f"pair_i2t_r{k}"] = 100 * (ranks["pair_i2t"] <= k).double().mean().item()
         hit = ((k - ranks["pair_t2i_ahead"].double()) / ranks["copies"]).clamp(0, 1)
@@ -142,8 +131,8 @@ def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption):
 @torch.no_grad()
 def evaluate(model, dataset, amp_dtype=None):
     """`retrieval_metrics` of a model on a Flickr8kImageTextDataset, the batches shared out among
-    the processes, if there are several; the result is the same in all of them. amp_dtype: the
-    autocast type, None for full precision. The model is left in the mode it was in."""
+    the processes; the same in all of them. amp_dtype: the autocast type, None for full precision.
+    The model is left in the mode it was in."""
     device, was_training = next(model.parameters()).device, model.training
     rank, world = rank_and_world()
     lengths = [len(text) for text in dataset.texts]
@@ -172,17 +161,16 @@ def evaluate(model, dataset, amp_dtype=None):
 
 
 def compare_test_time_training(model, dataset):
-    """`evaluate` without and with the memory's test-time updates -> {"off": metrics, "on": metrics,
-    "seconds": {the same}}. With them, it goes from the trained slots through the photos, then the
-    captions, updating itself at every batch, and is put back."""
+    """`evaluate` without and with the memory's test-time updates, which go from the trained slots
+    through the photos, then the captions -> {"off": metrics, "on": metrics, "seconds": alike}."""
     results = {"seconds": {}}
-    for way in ("off", "on"):
+    for mode in ("off", "on"):
         model.memory.reset()
-        if way == "on":
+        if mode == "on":
             model.memory.enable_test_time_updates()
         start = time.perf_counter()
-        results[way] = evaluate(model, dataset)  # ends on the host: a GPU has been waited for
-        results["seconds"][way] = time.perf_counter() - start
+        results[mode] = evaluate(model, dataset)  # ends on the host: a GPU has been waited for
+        results["seconds"][mode] = time.perf_counter() - start
         model.memory.disable_test_time_updates()
         model.memory.reset()
     return results
@@ -196,7 +184,7 @@ def chance_metrics(captions_of_photo):
     counts = counts[counts > 0]
     metrics = {}
     for k in KS:
-        # i2t: one less the probability that k captions, drawn without replacement, are all others'.
+        # i2t: one less the probability that k captions, drawn at random, are all others'.
         miss = torch.ones_like(counts)
         for drawn in range(min(k, num_captions)):
             miss *= ((num_captions - counts - drawn) / (num_captions - drawn)).clamp(min=0)

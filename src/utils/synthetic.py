@@ -1,9 +1,7 @@
 """The built-in dataset: captioned scenes of coloured shapes, in Flickr8k's layout.
 
-A scene holds one or two groups of shapes: a count (1 to 3), a size, a colour, a shape and a place.
-No two scenes are the same. Each has five differently worded captions, of which two leave things
-out, as people do. Everything follows from the seed, to the bytes that a version of Pillow writes.
-"""
+A scene holds one or two groups of shapes: a count, a size, a colour, a shape and a place. No two
+scenes are the same. Of five captions two leave things out. Everything follows from the seed."""
 import os
 import random
 import shutil
@@ -22,7 +20,8 @@ SHAPES = {"circle": ("circle", "disc"), "square": ("square", "box"),
           "triangle": ("triangle", "pyramid"), "cross": ("cross", "plus sign")}  # two names each
 SIZES = {"small": (7, ("small", "tiny", "little")),  # radius in pixels, names
          "large": (12, ("large", "big", "huge"))}
-PLACES = {"left": ("on the left", "at the left side"), "right": ("on the right", "at the right side"),
+PLACES = {"left": ("on the left", "at the left side"),
+          "right": ("on the right", "at the right side"),
           "top": ("at the top", "up above"), "bottom": ("at the bottom", "down below")}
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 RELATION = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
@@ -38,7 +37,6 @@ def draw_scene(rng):
 
 
 def caption_scene(scene, rng):
-    """The five captions of a scene."""
     def phrase(group, with_size=True):
         count, size, colour, shape, _ = group
         names = [rng.choice(SIZES[size][1])] * with_size + [colour, rng.choice(SHAPES[shape])]
@@ -89,11 +87,8 @@ def paint_scene(scene, rng):
 
 
 def write_synthetic(root_dir, seed=0, num_pictures=None):
-    """Write the dataset into root_dir, unless it is there; returns True when it was written.
-
-    num_pictures: {"train": 2000, "val": 200, "test": 200} by default. It is made beside root_dir
-    and moved there when it is whole. Raises DataError when root_dir holds something else.
-    """
+    """Write the dataset into root_dir, unless it is there -> whether it was written. It is moved
+    there when it is whole. Raises DataError when root_dir holds something else."""
     root_dir = Path(root_dir)
     readme = f"Captioned scenes of shapes, made by src/utils/synthetic.py from seed {seed}.\n"
     if root_dir.exists():

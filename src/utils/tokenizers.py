@@ -11,12 +11,9 @@ VOCAB_SIZE = 4000  # ids of the bpe tokenizer, padding and 256 bytes included
 
 
 class CharTokenizer:
-    """One id a character, over 33 characters; with padding, 34 ids.
-
-    Everything else, in this order: capitals become small; accents and the typographic forms of
-    quotes and dashes are dropped; a digit is spelled out ("2" -> "two"), "&" becomes "and"; what is
-    still unknown becomes a space. Runs of white space become one, with none at either end.
-    """
+    """One id a character, over 33 characters; with padding, 34 ids. Capitals become small; accents
+    and the typographic forms of quotes and dashes are dropped; a digit is spelled out ("2" ->
+    "two"), "&" becomes "and"; the rest becomes a space. Runs of white space become one."""
 
     name = "char"
     vocabulary = " abcdefghijklmnopqrstuvwxyz.,!?'-"
@@ -47,7 +44,6 @@ class CharTokenizer:
         return " ".join(known.split())
 
     def knows(self, text):
-        """Whether anything of the text is in the vocabulary."""
         return bool(self.normalize(text))
 
     def encode(self, text):
@@ -58,11 +54,10 @@ class CharTokenizer:
         return ids
 
     def decode(self, ids):
-        """Ids -> str, padding left out; the inverse of encode up to `normalize`."""
+        """Ids -> str, the inverse of encode up to `normalize`."""
         return "".join(self.vocabulary[i - 1] for i in ids if i != PAD_ID)
 
     def state_dict(self):
-        """What a checkpoint holds, for `tokenizer_from_state`."""
         return {"name": self.name, "vocabulary": self.vocabulary}
 
 
@@ -80,14 +75,10 @@ def merge(ids, pair, new):
 
 
 class BPETokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016, "Neural machine translation of rare words with
-    subword units").
-
-    Ids 1 to 256 are the bytes of UTF-8, so that any text has tokens; `merges[i]`, two earlier ids,
-    is id 257 + i. Capitals become small and runs of white space one space; beyond that, decoding
-    gives back what was encoded. A word carries the space before it (the first one too), and nothing
-    is merged across the start of a word, or between letters and other signs.
-    """
+    """Byte-pair encoding (Sennrich et al. 2016). Ids 1 to 256 are the bytes of UTF-8, so that any
+    text has tokens; `merges[i]`, two earlier ids, is id 257 + i. Capitals become small and runs of
+    white space one space; beyond that, decoding gives back what was encoded. A word carries the
+    space before it; nothing is merged across words, or between letters and other signs."""
 
     name = "bpe"
     pieces = re.compile(r" ?\w+| ?[^\w ]+")
@@ -105,8 +96,8 @@ class BPETokenizer:
 
     @classmethod
     def learn(cls, texts, vocab_size):
-        """The merges that texts suggest: again and again the most frequent pair, of equals the one
-        of smaller ids, until no pair occurs twice. Raises ValueError for a vocab_size below 257."""
+        """Merge again and again the most frequent pair of the texts, of equals the one of smaller
+        ids, until no pair occurs twice. Raises ValueError for a vocab_size below 257."""
         if vocab_size < 257:
             raise ValueError(f"vocab_size={vocab_size} has no room for padding and the 256 bytes")
         counts = collections.Counter(piece for text in texts for piece in cls.split(text))
@@ -120,7 +111,7 @@ class BPETokenizer:
         heapq.heapify(heap)
         while heap and len(merges) < vocab_size - 257:
             count, pair = heapq.heappop(heap)
-            if -count != frequency[pair]:  # an old entry: a newer one stands elsewhere in the heap
+            if -count != frequency[pair]:  # an old entry, a newer one is in the heap
                 continue
             if -count < 2:
                 break
@@ -143,7 +134,7 @@ class BPETokenizer:
         return cls(merges)
 
     def knows(self, text):
-        """Whether anything of it, spaces aside, was in the texts that the merges come from."""
+        """Whether any of it, spaces aside, was in the texts that the merges come from."""
         ids = (i for piece in self.split(text) for i in self._encode_piece(piece))
         return not self.learned.isdisjoint(ids)
 
@@ -187,27 +178,24 @@ class BPETokenizer:
             ids = merge(ids, first, 257 + self.rank[first])
 
     def decode(self, ids):
-        """Ids -> str, padding left out; the inverse of encode up to `normalize`."""
         text = b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "surrogatepass")
         return text.removeprefix(" ")
 
     def state_dict(self):
-        """What a checkpoint holds, for `tokenizer_from_state`."""
         return {"name": self.name, "merges": self.merges}
 
 
 def tokenizer_from_state(state):
-    """The tokenizer of a checkpoint. Raises ValueError for one that this version does not know."""
-    known = isinstance(state, dict)
-    if known and state.get("name") == BPETokenizer.name and isinstance(state.get("merges"), list):
-        return BPETokenizer(state["merges"])
-    if known and state == CharTokenizer().state_dict():
+    """The tokenizer of a checkpoint. Raises ValueError for one that is not known here."""
+    if state == CharTokenizer().state_dict():
         return CharTokenizer()
+    if isinstance(state, dict) and state.get("name") == BPETokenizer.name and "merges" in state:
+        return BPETokenizer(state["merges"])
     raise ValueError(f"the checkpoint's tokenizer is not known here: {state!r:.200}")
 
 
 def build_tokenizer(settings):
-    """Characters, or byte pairs learned from the captions of the training split."""
+    """Characters, or byte pairs learned from the training captions."""
     if settings.tokenizer == CharTokenizer.name:
         return CharTokenizer()
     captions = read_captions(find_caption_file(settings.data_dir))
