@@ -510,6 +510,7 @@ def test_steps_do_not_wait_for_the_gpu(shapes):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # a skipped first step
 def test_no_fused_optimizer_beside_a_gradient_scaler(shapes, monkeypatch):
     """A first step that the scaler skips leaves momentum untouched, not uninitialised."""
     monkeypatch.setattr(training, "amp_type", lambda settings: torch.float16)
