@@ -91,11 +91,11 @@ def show_captions(args):
     of_photo = [i for i, own in enumerate(captions) for _ in own]
     image = embed_photos(cache.model, cache.transform, [args.image])[0]
     scores = cache.texts(texts) @ image
-    shown = Path(args.image).resolve()
+    own = [photo.resolve() == Path(args.image).resolve() for photo in photos]
 
     def about(i):
         photo = photos[of_photo[i]]
-        return f"{texts[i]}  ({photo.name})", texts[i], photo, photo.resolve() == shown
+        return f"{texts[i]}  ({photo.name})", texts[i], photo, own[of_photo[i]]
 
     title = f"{args.image} among {len(texts):,} captions of {args.split}"
     title, cells = print_ranking(title, scores, args.top, about)

@@ -279,6 +279,7 @@ def fit(run, splits, stop):
         began, saved, losses = time.time() - run.seconds, time.time(), []
         for batch in iterate_batches(data, photos, batches[run.step:], device):
             step = (run.epoch - 1) * steps + run.step
+            # Whatever was drawn before this step, so that it is the same after --resume.
             torch.manual_seed((settings.seed * 1_000_003 + step) * world + rank)
             lr = run.optimizer.param_groups[0]["lr"]
             losses.append(training_step(run, batch))

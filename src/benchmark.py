@@ -152,12 +152,6 @@ def measure_training(splits, tokenizer, settings, steps, plain):
         if not plain:  # there the loader's processes did it
             training.augment(run, batch)
 
-    def step():
-        batch = next(batches)
-        augment(batch)
-        training.forward_backward(run, batch)
-        training.update(run)
-
     parts = {"data wait": [], "augmentation": [], "forward, backward": [], "optimizer": []}
     for i in range(WARM_UP + steps):
         wait, batch = timed(lambda: next(batches), device)
@@ -170,7 +164,13 @@ def measure_training(splits, tokenizer, settings, steps, plain):
             for values, value in zip(parts.values(), seconds):
                 values.append(value)
 
-    seconds = timed(lambda: [step() for _ in range(steps)], device)[0] / steps
+    def run_steps():
+        for batch in itertools.islice(batches, steps):
+            augment(batch)
+            training.forward_backward(run, batch)
+            training.update(run)
+
+    seconds = timed(run_steps, device)[0] / steps
     epoch = epoch_batches(
         data.photo_of_caption, settings.captions_per_image, settings.batch_size, seed=0)
     pairs, memory, peak = len(epoch[0]), peak_memory(device), peak_flops(device)

@@ -75,7 +75,7 @@ def read_captions(path):
     captions, lines = {}, _read_lines(path)
     if path.name != "captions.txt":
         for number, line in enumerate(lines, start=1):
-            match = re.fullmatch(r"(.+)#\d+\t\s*(\S.*)", line.rstrip())
+            match = re.fullmatch(r"([^\t]+)#\d+\t\s*(\S.*)", line.rstrip())
             if match:
                 captions.setdefault(match[1], []).append(match[2])
             elif line.strip():
