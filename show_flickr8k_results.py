@@ -21,7 +21,7 @@ from src.inference import (
 )
 from src.settings import UsageError
 from src.utils import report
-from src.utils.checkpoint import CONFIG, CheckpointError, load_run
+from src.utils.checkpoint import CheckpointError, load_run
 from src.utils.flickr8k_simple import SPLIT_FILES, DataError, Flickr8kImageTextDataset
 from src.utils.pictures import contact_sheet, plot_curves
 from src.utils.retrieval import compare_test_time_training, retrieval_ranks
@@ -141,15 +141,21 @@ def show_test_time(args):
     print(report.adaptation_table(title, results))
 
 
-def runs_among(paths):
-    """The paths of runs, what else lies beside them being named; all of them, for `load_run` to
-    complain, where none is a run."""
-    others = [path for path in paths if Path(path).exists() and not (Path(path) / CONFIG).exists()]
-    if len(others) == len(paths):
-        return paths
-    for path in others:
-        print(f"left out {path}: no run", file=sys.stderr)
-    return [path for path in paths if path not in others]
+def runs_of(paths):
+    """The runs among the paths; what else lies there is named and left out, unless all is."""
+    runs, faults = [], {}
+    for path in paths:
+        try:
+            runs.append(load_run(path))
+        except (CheckpointError, UsageError) as error:
+            faults[path] = error
+            if not Path(path).exists():
+                raise
+    if not runs:
+        raise faults[paths[0]]
+    for path in faults:
+        print(f"left out {path}: no run of this version", file=sys.stderr)
+    return runs
 
 
 def parse_args(argv):
@@ -190,7 +196,7 @@ def show(args):
     """Print what was asked for -> path of the picture that was written, None for none."""
     folder, out = Path(args.output_dir[0]), args.out
     if args.compare:
-        print(report.comparison(map(load_run, runs_among(args.compare)), args.format))
+        print(report.comparison(runs_of(args.compare), args.format))
         return None
     if args.test_time:
         show_test_time(args)

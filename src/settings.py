@@ -253,9 +253,8 @@ def find_device(name):
     own number, no other being touched. Raises UsageError."""
     try:
         device = torch.device(name)
-        if device.type == "cuda":
-            if "LOCAL_RANK" in os.environ:
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda":  # set_device wants a number
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError):

@@ -127,16 +127,19 @@ def test_a_device_that_is_not_there():
             find_device(name)
 
 
-@pytest.mark.parametrize("rank", [None, 0, 3])
-def test_each_process_touches_its_own_gpu_only(monkeypatch, rank):
+@pytest.mark.parametrize(
+    "name, rank, index",
+    [("cuda", None, 0), ("cuda:1", None, 1), ("cuda", "0", 0), ("cuda", "3", 3)],
+)
+def test_each_process_touches_its_own_gpu_only(monkeypatch, name, rank, index):
     touched = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: touched.append(("set", device)))
     monkeypatch.setattr(torch, "zeros", lambda size, device: touched.append(("used", device)))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-    own = torch.device("cuda" if rank is None else f"cuda:{rank}")
-    assert find_device("cuda") == own and touched == [("set", own), ("used", own)]
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    own = torch.device("cuda", index)  # with a number, without which set_device fails
+    assert find_device(name) == own and touched == [("set", own), ("used", own)]
 
 
 def test_fast_kernels_are_for_cuda(monkeypatch):

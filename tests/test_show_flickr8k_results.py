@@ -333,12 +333,15 @@ def test_what_is_no_run_is_named_and_left_out_of_the_comparison(tmp_path, capsys
     write_run(tmp_path / "run")
     (tmp_path / "ladder").mkdir()
     (tmp_path / "benchmark.json").write_text("{}")
+    shutil.copytree(tmp_path / "run", tmp_path / "old")
+    (tmp_path / "old" / CONFIG).write_text('{"arguments": {}}')
     paths = sorted(map(str, tmp_path.iterdir()))
     assert show_flickr8k_results.main(["--compare", *paths, "--format", "markdown"]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3 and out.splitlines()[2].startswith("| run |")
-    names = ("benchmark.json", "ladder")
-    assert err.splitlines() == [f"left out {tmp_path / name}: no run" for name in names]
+    names = ("benchmark.json", "ladder", "old")
+    lines = [f"left out {tmp_path / name}: no run of this version" for name in names]
+    assert err.splitlines() == lines
     given = ["--compare", str(tmp_path / "run"), str(tmp_path / "rum")]  # a slip of the pen
     assert show_flickr8k_results.main(given) == 2
     assert "rum: there is no such folder" in capsys.readouterr().err

@@ -335,8 +335,8 @@ def iterate_batches(data, photos, batches, device):
         if photos.device.type == "cpu":
             batch["images"] = photos[photo_ids]
         if device.type == "cuda":  # the host need not wait for a copy from pinned memory
-            torch.cuda.set_device(device)  # this thread's: pinning would touch the first GPU
-            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+            with torch.cuda.device(device):  # else pinning in this thread would touch the first GPU
+                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         return batch if "images" in batch else batch | {"images": photos[batch["photo_ids"]]}
 
