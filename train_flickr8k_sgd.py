@@ -194,6 +194,8 @@ class RunState:
 
 def augment(run, batch):
     """Crop, mirror and colour the photos of a batch, drop words of its captions; in its place."""
+    if batch["images"].is_floating_point():  # a DataLoader's processes have done it
+        return
     settings = run.settings
     images = random_resized_crop_and_flip(batch["images"] / 255.0, settings.image_size,
                                           settings.min_crop, settings.flip)

@@ -148,14 +148,10 @@ def measure_training(splits, tokenizer, settings, steps, plain):
         torch.cuda.reset_peak_memory_stats()
     batches = plain_batches(data, settings) if plain else stored_batches(data, settings)
 
-    def augment(batch):
-        if not plain:  # there the loader's processes did it
-            training.augment(run, batch)
-
     parts = {"data wait": [], "augmentation": [], "forward, backward": [], "optimizer": []}
     for i in range(WARM_UP + steps):
         wait, batch = timed(lambda: next(batches), device)
-        seconds = [wait, timed(lambda: augment(batch), device)[0]]
+        seconds = [wait, timed(lambda: training.augment(run, batch), device)[0]]
         if i == 0:
             flops = count_flops(run, batch)
         seconds.append(timed(lambda: training.forward_backward(run, batch), device)[0])
@@ -166,9 +162,7 @@ def measure_training(splits, tokenizer, settings, steps, plain):
 
     def run_steps():
         for batch in itertools.islice(batches, steps):
-            augment(batch)
-            training.forward_backward(run, batch)
-            training.update(run)
+            training.training_step(run, batch)
 
     seconds = timed(run_steps, device)[0] / steps
     epoch = epoch_batches(

@@ -10,7 +10,7 @@ import torch
 from src import ladder
 from src.settings import PRESETS, make_settings, parse_args
 from src.utils.checkpoint import BEST, CONFIG, HISTORY, LAST
-from tests.conftest import run_script, start_script
+from tests.conftest import start_script
 
 
 def settings(preset, flags):
@@ -90,7 +90,7 @@ def test_wrong_arguments(tmp_path, capfd):
     assert "exit status 2" in capfd.readouterr().err
 
 
-def test_an_interrupted_ladder_goes_on_where_it_was(shapes, tmp_path):
+def test_an_interrupted_ladder_goes_on_where_it_was(shapes, tmp_path, capfd):
     flags = f"--model tiny --rows 1 --data_dir {shapes} --output_dir {tmp_path}".split()
     process = start_script("-m", "src.ladder", *flags, "--epochs", 300, start_new_session=True)
     start = time.time()
@@ -105,6 +105,6 @@ def test_an_interrupted_ladder_goes_on_where_it_was(shapes, tmp_path):
     done = torch.load(folder / LAST, weights_only=True)["epoch"]
     config["settings"]["epochs"] = done  # the end is near
     (folder / CONFIG).write_text(json.dumps(config))
-    status, out, err = run_script("-m", "src.ladder", *flags, "--epochs", 300)
-    assert (status, err) == (0, "") and "resumed at epoch" in out
+    assert ladder.main([*flags, "--epochs", "300"]) == 0
+    assert "resumed at epoch" in capfd.readouterr().out
     assert len(json.loads((folder / HISTORY).read_text())) == done

@@ -388,8 +388,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path, monkeypatch, 
 def test_a_full_disk_costs_nothing_that_was_saved(shapes, tmp_path):
     import resource
 
-    status, _, _ = run_script(SCRIPT, *arguments(shapes, tmp_path, epochs=1))
-    assert status == 0
+    assert main(*arguments(shapes, tmp_path, epochs=1)) == 0
     before = outcome(tmp_path)
 
     def limit():
@@ -400,8 +399,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(shapes, tmp_path):
     status, _, err = run_script(SCRIPT, *arguments(shapes, other), preexec_fn=limit)
     assert status == 1 and "could not be written" in err and len(err.splitlines()) == 1
     assert not [name for name in os.listdir(other) if name.endswith((".pt", ".partial"))]
-    status, _, _ = run_script(SCRIPT, "--synthetic", "--output_dir", tmp_path, "--resume")
-    assert status == 0
+    assert main("--synthetic", "--output_dir", tmp_path, "--resume") == 0
     assert_same(before, outcome(tmp_path))
 
 
