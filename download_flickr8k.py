@@ -32,7 +32,7 @@ from src.utils.tokenizers import CharTokenizer
 URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 TEXT, PHOTOS = "Flickr8k_text.zip", "Flickr8k_Dataset.zip"
 MD5 = {TEXT: "bf6c1abcb8e4a833b7f922104de18627", PHOTOS: "f18a1e2920de5bd84dae7cf08ec78978"}
-TIMEOUT = 60  # seconds without a byte, then the connection counts as lost
+TIMEOUT = 60  # seconds without a byte
 
 
 class DownloadError(Exception):

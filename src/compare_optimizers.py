@@ -141,8 +141,8 @@ def compare(args):
         model=args.model or ("small" if args.data_dir else "tiny"))
     device = settings.find_device(chosen.device)
     settings.allow_fast_kernels(device)
-    name = f"{Path(chosen.data_dir).name}_{chosen.model}_{args.epochs}_epochs.json"
-    path = Path(args.output_dir) / name
+    what = [Path(chosen.data_dir).name, chosen.model, args.epochs, "epochs", "seeds", *args.seeds]
+    path = Path(args.output_dir) / ("_".join(map(str, what)) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     results = settings.describe(chosen, device) | {"runs": []}
     if path.exists():
@@ -158,7 +158,7 @@ def compare(args):
         save_json(results, path)
         print(f"{name:<8} lr {lr:<8g} seed {seed}  {runs[-1]['avg_r1']:6.2f}", flush=True)
 
-    for name in (name for name in RATES if name in args.optimizers):
+    for name in filter(args.optimizers.__contains__, RATES):
         sgd_lr = None
         if name == "Muon":  # the rest of its model is SGD's, at SGD's best rate
             for lr in RATES["SGD"]:

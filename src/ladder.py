@@ -120,6 +120,7 @@ def run_rows(args, results):
 
 def main(argv=None):
     args, results, status = parse_args(argv), [], 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the training hears of it
     try:
         run_rows(args, results)
     except (CheckpointError, UsageError, training.TrainingError) as error:

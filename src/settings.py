@@ -24,8 +24,8 @@ class UsageError(Exception):
 
 
 def setting(default, meaning=None, bounds=None, choices=None, auto=None, architecture=False):
-    """A field of Settings. meaning: the flag's help; without it there is no flag. bounds: say "[0,
-    1)". auto: in words, a default that depends on the machine. architecture: the model takes it."""
+    """A field of Settings. meaning: the flag's help; without it there is no flag. bounds: such as
+    "[0, 1)". auto: a default that depends on the machine. architecture: the model takes it."""
     return dataclasses.field(default=default, metadata=dict(
         meaning=meaning, bounds=bounds, choices=choices, auto=auto, architecture=architecture))
 
@@ -78,7 +78,8 @@ class Settings:
                          "is validated and kept; 0: none", "[0, 1)")
     caption_contrast: float = setting(
         1.0, "weight of a contrast among captions, those of one photo being positives", "[0, 1e6]")
-    hard_negatives: float = setting(0.0, "weight of a triplet loss on the nearest", "[0, 1e6]")
+    hard_negatives: float = setting(
+        0.0, "weight of a triplet loss on the nearest negative", "[0, 1e6]")
     queue_size: int = setting(0, "pairs of earlier batches that are negatives too", "[0, inf)")
     seed: int = setting(0, "of weights, order and augmentation", "[0, 4294967295]")
 

@@ -171,7 +171,7 @@ def open_photo_store(store, folder, names, size, num_workers=0, progress=None):
     and opened by memory map; nothing is cached where a photo has a fault or the folder cannot be
     written. num_workers: threads that decode, 0 for one a core. `progress(done, total)` is called
     as photos are decoded. Raises DataError for a full disk."""
-    def as_photos(content):  # channels last, as Pillow gives them and convolutions like them
+    def as_photos(content):  # channels last
         return content.view(-1, size, size, 3).permute(0, 3, 1, 2)
 
     path, partial, num_bytes = None, None, len(names) * 3 * size * size
