@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import time
+import types
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from src import ladder
 from src.settings import PRESETS, make_settings, parse_args
 from src.utils.checkpoint import BEST, CONFIG, HISTORY, LAST
-from tests.conftest import start_script
+from tests.conftest import main, start_script
 
 
 def settings(preset, flags):
@@ -33,24 +34,21 @@ def test_steps_lead_from_the_reference_to_the_presets_own_recipe(preset):
         assert len(differences) <= 1
 
 
-def test_rows_are_run_kept_and_gone_on_with(shapes, tmp_path, capfd):
+class InProcess:
+    """subprocess.Popen of the training script, without the start of a process."""
+
+    def __init__(self, command, **options):
+        self.status = main(*command[2:])
+
+    def wait(self):
+        return self.status
+
+
+def test_rows_are_run_kept_and_gone_on_with(shapes, tmp_path, capfd, monkeypatch):
     no_memory = 1 + [what for what, _ in ladder.rows("tiny")].index("no memory")
-    given = [
-        "--model",
-        "tiny",
-        "--data_dir",
-        str(shapes),
-        "--epochs",
-        "2",
-        "--output_dir",
-        str(tmp_path),
-        "--rows",
-        "1",
-        str(no_memory),
-        "--seeds",
-        "0",
-        "1",
-    ]
+    given = f"--model tiny --epochs 2 --rows 1 {no_memory} --seeds 0 1".split()
+    given += ["--data_dir", str(shapes), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(ladder, "subprocess", types.SimpleNamespace(Popen=InProcess))
     assert ladder.main(given) == 0
     printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(printed) == 4 and "`--model tiny --recipe reference --epochs 2`" in printed[2]

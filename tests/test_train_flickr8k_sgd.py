@@ -25,7 +25,7 @@ from src.utils.checkpoint import BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TE
 from src.utils.flickr8k_simple import epoch_batches, iterate_batches
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
-from tests.conftest import arguments, run_script, start_script
+from tests.conftest import arguments, main, run_script, start_script
 
 SCRIPT = "train_flickr8k_sgd.py"
 VAL_KEYS = {
@@ -40,20 +40,6 @@ VAL_KEYS = {
     "avg_r1",
     "pair_avg_r1",
 }
-
-
-def main(*given):
-    """The script inside this process: a second instead of five."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    log = training.logging.getLogger("flickr8k_sgd")
-    try:
-        return training.main([str(argument) for argument in given])
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
-            signal.signal(number, handler)
-        for handler in list(log.handlers):
-            log.removeHandler(handler)
-            handler.close()
 
 
 def outcome(output_dir):
@@ -149,8 +135,7 @@ def test_resume_is_bit_for_bit(shapes, finished, tmp_path, number):
         assert "Traceback" not in err
         if number != signal.SIGKILL:
             assert "interrupted; go on with: python train_flickr8k_sgd.py --resume" in err
-    status, out, err = run_script(SCRIPT, "--synthetic", "--output_dir", output_dir, "--resume")
-    assert (status, err) == (0, "") and stops >= 1
+    assert main("--synthetic", "--output_dir", output_dir, "--resume") == 0 and stops >= 1
     assert_same(outcome(finished[0]), outcome(output_dir))
 
 
