@@ -6,7 +6,6 @@
 
 Run it again when in doubt: it verifies what is there and mends what is not whole. The dataset is
 for non-commercial research; the photos belong to their owners on Flickr."""
-import argparse
 import errno
 import http.client
 import shutil
@@ -18,15 +17,16 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from src.utils.flickr8k_simple import (
+from src.settings import Parser, text
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.layouts import (
     SPLIT_FILES,
     DataError,
-    Flickr8kImageTextDataset,
     find_caption_file,
     read_captions,
     read_split,
 )
-from src.utils.report import ProgressLine
+from src.utils.report import ProgressLine, prepare_output
 from src.utils.tokenizers import CharTokenizer
 
 URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
@@ -125,13 +125,15 @@ def unpack(archive, data_dir):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data_dir", type=Path, default="data/flickr8k", help="where to (default: %(default)s)")
-    add("--archive_dir", help="folder that holds the two zips already (default: fetch them)")
-    add("--url", default=URL, help="folder that holds the two zips (default: %(default)s)")
+    add("--data_dir", type=text, default="data/flickr8k", help="where to (default: %(default)s)")
+    add("--archive_dir", type=text, help="folder that holds the two zips (default: fetch them)")
+    add("--url", type=text, default=URL, help="where the two zips lie (default: %(default)s)")
     add("--text_only", action="store_true", help="captions and splits, 2 MB (default: photos too)")
     args = parser.parse_args(argv)
+    args.data_dir = Path(args.data_dir)
+    prepare_output()
     socket.setdefaulttimeout(TIMEOUT)
 
     def ensure(name, check):

@@ -5,7 +5,7 @@
     python show_flickr8k_results.py --image my_photo.jpg        captions for a photo
     python show_flickr8k_results.py --compare outputs/*         several runs
 """
-import argparse
+import collections
 import random
 import signal
 import sys
@@ -15,16 +15,20 @@ from src.inference import (
     EmbeddingCache,
     embed_photos,
     embed_texts,
+    kinds,
     load_model,
     photos_of_folder,
     photos_of_split,
 )
-from src.settings import UsageError
+from src.settings import Parser, UsageError, text
 from src.utils import report
-from src.utils.checkpoint import CheckpointError, load_run
-from src.utils.flickr8k_simple import SPLIT_FILES, DataError, Flickr8kImageTextDataset
+from src.utils.checkpoint import CheckpointError, check_data_dir, load_run
+from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset
+from src.utils.layouts import SPLIT_FILES, DataError
 from src.utils.pictures import contact_sheet, plot_curves
 from src.utils.retrieval import compare_test_time_training, retrieval_ranks
+
+NAMED = 5  # photos that are named where more cannot be read
 
 
 def same(text):
@@ -32,21 +36,39 @@ def same(text):
     return " ".join(text.lower().replace(".", " ").split())
 
 
+def data_dir_of(args, run_dir):
+    """--data_dir, or the folder that the run was trained on. Raises UsageError where that is gone.
+    """
+    data_dir = args.data_dir or load_run(run_dir).settings.data_dir
+    if not args.data_dir:
+        check_data_dir(data_dir)
+    return data_dir
+
+
 def open_gallery(args):
-    """-> (cache, photos, captions of each, "1,000 photos of val"): the split's, or --photos."""
-    cache = EmbeddingCache(args.output_dir[0])
-    if args.photos:
-        photos = photos_of_folder(args.photos)
-        return cache, photos, [[] for _ in photos], f"{len(photos):,} photos in {args.photos}"
-    data_dir = args.data_dir or load_run(args.output_dir[0]).settings.data_dir
-    photos, captions = photos_of_split(data_dir, args.split)
-    return cache, photos, captions, f"{len(photos):,} photos of {args.split}"
+    """-> (photos, captions of each, "1,000 photos of val"): the split's, or those in --photos."""
+    if not args.photos:
+        photos, captions = photos_of_split(data_dir_of(args, args.output_dir[0]), args.split)
+        return photos, captions, f"{len(photos):,} photos of {args.split}"
+    left_out = collections.Counter()
+    photos = photos_of_folder(args.photos, left_out)
+    if left_out:
+        print(f"left out, not photos that can be read: {kinds(left_out)}", file=sys.stderr)
+    return photos, [[] for _ in photos], f"{len(photos):,} photos in {args.photos}"
 
 
-def embed_gallery(cache, photos):
+def embed_gallery(cache, photos, faults=None):
+    """The embeddings of the photos less the faulty, which are said and put in `faults`."""
     line = report.ProgressLine(stream=sys.stderr)
-    embeddings = cache.photos(photos, line.counter("embedding"))
-    line.clear()
+    try:
+        embeddings = cache.photos(photos, line.counter("embedding"), faults)
+    finally:
+        line.clear()
+    if faults:
+        said = "; ".join(list(faults.values())[:NAMED])
+        more = f"; and {len(faults) - NAMED:,} more" if len(faults) > NAMED else ""
+        print(f"left out, {len(faults):,} photos that cannot be read: {said}{more}",
+              file=sys.stderr)
     return embeddings
 
 
@@ -65,15 +87,29 @@ def print_ranking(title, scores, top, about):
     return title, cells
 
 
+def cut(query):
+    """What the model reads of a query."""
+    if len(query) > MAX_LENGTH:
+        print(f"the query is cut to its first {MAX_LENGTH:,} characters", file=sys.stderr)
+    return query[:MAX_LENGTH]
+
+
 def show_photos(args):
     """--query: the photos nearest to each text."""
-    cache, photos, captions, gallery = open_gallery(args)
-    for query in args.query:
+    cache, queries = EmbeddingCache(args.output_dir[0]), [cut(query) for query in args.query]
+    for query in queries:
         if not cache.tokenizer.knows(query):
-            raise UsageError(f"the query {query!r} has nothing that the model has learned to read")
-    texts = embed_texts(cache.model, cache.tokenizer, args.query)
+            raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
+                             "read")
+    photos, captions, gallery = open_gallery(args)
+    faults = {} if args.photos else None  # in the dataset itself a bad photo is an error
+    embeddings = embed_gallery(cache, photos, faults)
+    if faults:
+        photos = [photo for photo in photos if photo not in faults]
+        gallery = f"{len(photos):,} photos in {args.photos}"
+    texts = embed_texts(cache.model, cache.tokenizer, queries)
     rows = []
-    for query, scores in zip(args.query, texts @ embed_gallery(cache, photos).T):
+    for query, scores in zip(queries, texts @ embeddings.T):
         def about(i, query=query):
             name = photos[i].relative_to(args.photos) if args.photos else photos[i].name
             caption = captions[i][0] if captions[i] else ""
@@ -86,7 +122,7 @@ def show_photos(args):
 
 def show_captions(args):
     """--image: the captions nearest to a photo, its own marked where it is one of the split's."""
-    cache, photos, captions, _ = open_gallery(args)
+    cache, (photos, captions, _) = EmbeddingCache(args.output_dir[0]), open_gallery(args)
     texts = [text for own in captions for text in own]
     of_photo = [i for i, own in enumerate(captions) for _ in own]
     image = embed_photos(cache.model, cache.transform, [args.image])[0]
@@ -104,7 +140,7 @@ def show_captions(args):
 
 def show_examples(args):
     """--examples: captions drawn at random among hits and misses, and how many hit."""
-    cache, photos, captions, gallery = open_gallery(args)
+    cache, (photos, captions, gallery) = EmbeddingCache(args.output_dir[0]), open_gallery(args)
     texts = [text for own in captions for text in own]
     of_photo = [i for i, own in enumerate(captions) for _ in own]
     image_rows, text_rows = embed_gallery(cache, photos), cache.texts(texts)
@@ -134,7 +170,7 @@ def show_test_time(args):
         if model.memory is None:
             raise UsageError(f"{folder}: the model has no memory that could adapt")
         settings = load_run(folder).settings
-        data = Flickr8kImageTextDataset(args.data_dir or settings.data_dir, args.split,
+        data = Flickr8kImageTextDataset(data_dir_of(args, folder), args.split,
                                         settings.eval_pixels, tokenizer, settings.allow_incomplete)
         results[Path(folder).name] = compare_test_time_training(model, data)
     title = f"Test-time training of the memory: avg R@1, {len(data.names):,} photos of {args.split}"
@@ -159,24 +195,28 @@ def runs_of(paths):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     epilog="Without one of these: the tables of the run.")
+    parser = Parser(description=__doc__.split("\n")[0],
+                    epilog="Without one of these: the tables of the run.")
     add, what = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--output_dir", nargs="+", default=["outputs/flickr8k_sgd"], help="of the run; several "
-        "for --plot, --test_time and the tables (default: outputs/flickr8k_sgd)")
+    add("--output_dir", type=text, nargs="+", default=["outputs/flickr8k_sgd"], help="of the run; "
+        "several for --plot, --test_time and the tables (default: outputs/flickr8k_sgd)")
     what.add_argument("--plot", action="store_true", help="draw loss, R@K and learning rate")
-    what.add_argument("--query", nargs="+", metavar="TEXT", help="rank photos by each text")
-    what.add_argument("--image", help="rank a split's captions by this photo")
+    what.add_argument("--query", nargs="+", metavar="TEXT", help="rank photos by each "
+                      f"text, of which the first {MAX_LENGTH:,} characters are read")
+    what.add_argument("--image", type=text, help="rank a split's captions by this photo")
     what.add_argument("--examples", type=int, metavar="N", help="show N hits and N misses")
     what.add_argument("--test_time", action="store_true",
                       help="measure what the memory's test-time training adds")
-    what.add_argument("--compare", nargs="+", metavar="DIR", help="runs, best on validation first")
-    add("--photos", metavar="DIR", help="with --query: rank the photos in this folder and below it")
+    what.add_argument("--compare", type=text, nargs="+", metavar="DIR",
+                      help="runs, best on validation first")
+    add("--photos", type=text, metavar="DIR",
+        help="with --query: rank the photos in this folder and below it")
     add("--split", choices=list(SPLIT_FILES), help="whose photos and captions are ranked "
         "(default: test; val with --test_time)")
-    add("--data_dir", help="Flickr8k's folder (default: the one that the run was trained on)")
+    add("--data_dir", type=text,
+        help="Flickr8k's folder (default: the one that the run was trained on)")
     add("--top", type=int, default=5, metavar="K", help="results to show (default: 5)")
-    add("--out", metavar="FILE", help="picture to write (default: none; in --output_dir "
+    add("--out", type=text, metavar="FILE", help="picture to write (default: none; in --output_dir "
         "examples.png of --examples, curves.png of --plot)")
     add("--format", choices=["terminal", "markdown"], default="terminal",
         help="of --compare (default: terminal)")
@@ -221,6 +261,7 @@ def show(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    report.prepare_output()
     try:
         out = show(args)
         if out:
@@ -228,6 +269,9 @@ def main(argv=None):
     except (CheckpointError, DataError, UsageError, ValueError) as error:  # a text of no tokens
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was embedded is kept", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -32,12 +32,13 @@ from src.utils import distributed, report
 from src.utils.augment import color_jitter, drop_words, normalize, random_resized_crop_and_flip
 from src.utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_json
 from src.utils.flickr8k_simple import (
-    DataError,
+    MAX_LENGTH,
     Flickr8kImageTextDataset,
     epoch_batches,
     iterate_batches,
     place_photos,
 )
+from src.utils.layouts import SPLIT_FILES, DataError
 from src.utils.retrieval import evaluate
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import build_tokenizer, tokenizer_from_state
@@ -63,21 +64,25 @@ def find_tokenizer(settings, state=None):
 
 
 def load_data(settings, tokenizer):
-    """{split: dataset}. Training photos are an eighth larger than the model takes, for the crops to
-    choose from."""
+    """{split: dataset}, no photo in two of them. Training photos are an eighth larger than the
+    model takes, for the crops to choose from."""
     line, splits = report.ProgressLine(), {}
-    for split in ("train", "val", "test"):
+    for split in ("test", "val", "train"):
         size = settings.image_size * 8 // 7 if split == "train" else settings.eval_pixels
-        splits[split] = data = Flickr8kImageTextDataset(
+        data = Flickr8kImageTextDataset(
             settings.data_dir, split, size, tokenizer, settings.allow_incomplete,
             num_workers=settings.num_workers,
-            progress=line.counter(f"reading the photos of {split}"))
+            progress=line.counter(f"reading the photos of {split}"), held_out=splits.values())
+        splits[split] = data
         line.clear()
         if data.left_out:
             log.info(f"{split}: {len(data.left_out)} photos left out, such as {data.left_out[0]}")
-    if len(splits["train"]) < 2:
-        raise DataError(f"{settings.data_dir}: training needs at least two pairs")
-    return splits
+        long = sum(len(caption) > MAX_LENGTH for caption in data.captions)
+        if long:
+            log.info(f"{split}: {long} captions are cut to {MAX_LENGTH:,} characters")
+    if len(data.names) < 2:
+        raise DataError(f"{settings.data_dir}: training needs at least two photos")
+    return {split: splits[split] for split in SPLIT_FILES}
 
 
 def share_of_epoch(data, settings, epoch):
@@ -191,6 +196,12 @@ class RunState:
         for name in PROGRESS:
             setattr(self, name, state[name])
 
+    def reschedule(self):
+        """Take the learning rate of this schedule where a checkpoint came with another's."""
+        step = self.scheduler.last_epoch
+        for group, schedule in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas):
+            group["lr"] = group["initial_lr"] * schedule(step)
+
 
 def augment(run, batch):
     """Crop, mirror and colour the photos of a batch, drop words of its captions; in its place."""
@@ -231,7 +242,7 @@ def training_step(run, batch):
     return loss
 
 
-def set_up(settings, output_dir, checkpoint, device, command):
+def set_up(settings, output_dir, checkpoint, replace, device, command):
     """-> (run, splits), ready for the loop, and the run's folder with its config."""
     rank, world = distributed.rank_and_world()
     with distributed.main_process_first():  # which makes the photo store
@@ -241,30 +252,48 @@ def set_up(settings, output_dir, checkpoint, device, command):
         splits = load_data(settings, tokenizer)
     batches = share_of_epoch(splits["train"], settings, 1)
     if not batches[0]:
-        raise UsageError(f"a batch has fewer pairs than there are processes ({world})")
+        raise UsageError(f"a batch has fewer pairs than there are processes, {world}")
 
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.dir, run.is_main = output_dir, rank == 0
     run.config = describe(settings, device, world) | {
         "command": command,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "data": {name: split.counts() for name, split in splits.items()}}
+        "data": {name: split.counts() for name, split in splits.items()},
+        "fingerprints": {name: split.fingerprint() for name, split in splits.items()}}
     if checkpoint is not None:
         began = checkpoint["config"]
         run.config |= {"date": began["date"], "command": began["command"]}
-        if began["data"] != run.config["data"]:
-            raise UsageError(f"{settings.data_dir} is not the dataset that the run began with")
+        changed = [name for name, fingerprint in run.config["fingerprints"].items()
+                   if fingerprint != began["fingerprints"][name]]
+        if changed:
+            raise UsageError(f"{settings.data_dir} is not the dataset that the run began with: "
+                             f"photos, captions or order of {', '.join(changed)} have changed")
         run.load_state_dict(checkpoint)
     if run.is_main:
-        files.open_output_dir(output_dir, run.config, run.history, checkpoint is None, log)
+        files.open_output_dir(output_dir, run.config, run.history, checkpoint is None, replace, log)
     log.info("{model}: {parameters:,} parameters, {precision}, on {device}".format(
         model=settings.model, **run.config))
     data = splits["train"]
     log.info(f"{len(data):,} pairs of {len(data.names):,} photos in {settings.data_dir}: "
              f"{settings.epochs} epochs of {len(batches)} steps of {len(batches[0]) * world} pairs")
     if checkpoint is not None:
-        log.info(f"resumed at epoch {run.epoch}, step {run.step}")
+        log_resumed(run, began["settings"]["epochs"])
     return run, splits
+
+
+def log_resumed(run, epochs_before):
+    """Say where the run goes on, and give it its new schedule where --epochs has changed."""
+    epochs = run.settings.epochs
+    if run.epoch > epochs:
+        log.info("the run is done; to train on: " + files.resume_command(run.dir, "--epochs", "N"))
+        return
+    log.info(f"resumed at epoch {run.epoch}, step {run.step}")
+    if epochs != epochs_before:
+        before = run.optimizer.param_groups[0]["lr"]
+        run.reschedule()
+        log.info(f"the schedule is now that of {epochs} epochs, not {epochs_before}: the learning "
+                 f"rate goes from {before:.3g} to {run.optimizer.param_groups[0]['lr']:.3g}")
 
 
 def fit(run, splits, stop):
@@ -374,7 +403,8 @@ def main(argv=None):
         if "model" not in args and not args.resume:
             log.info("preset {}: {}".format(*default_model(settings.synthetic, settings.device)))
         command = shlex.join(["python", "train_flickr8k_sgd.py", *argv])
-        run, splits = set_up(settings, output_dir, checkpoint, device, command)
+        replace = args.overwrite or args.resume
+        run, splits = set_up(settings, output_dir, checkpoint, replace, device, command)
         with stop.watch():
             fit(run, splits, stop)
         evaluate_best(run, splits["test"])
@@ -398,8 +428,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         status, message = 130, "interrupted before the run began"
         if output_dir is not None and (output_dir / files.CONFIG).exists():
-            message = ("interrupted; go on with: python train_flickr8k_sgd.py --resume "
-                       f"--output_dir {output_dir}")
+            message = f"interrupted; go on with: {files.resume_command(output_dir)}"
     finally:
         distributed.stop()
     report.ProgressLine().clear()

@@ -28,14 +28,8 @@ from src import settings as options
 from src.losses import PairEncoder
 from src.utils.augment import MEAN, STD
 from src.utils.checkpoint import HISTORY, load_json, save_json
-from src.utils.flickr8k_simple import (
-    DataError,
-    epoch_batches,
-    find_photo_folder,
-    iterate_batches,
-    pad_texts,
-    place_photos,
-)
+from src.utils.flickr8k_simple import epoch_batches, iterate_batches, pad_texts, place_photos
+from src.utils.layouts import DataError, find_photo_folder
 from src.utils.retrieval import evaluate
 
 # Dense bfloat16 or float16 peak with float32 accumulation, FLOP/s, from NVIDIA's data sheets.
@@ -85,7 +79,7 @@ class PlainDataset(Dataset):
     """The plain way: a pair's JPEG decoded and augmented each time, its text of 77 tokens."""
 
     def __init__(self, data, settings):
-        self.data, self.folder = data, find_photo_folder(settings.data_dir)
+        self.data, self.folder = data, find_photo_folder(settings.data_dir, data.names)
         self.transform = v2.Compose([
             v2.RandomResizedCrop(settings.image_size, (settings.min_crop, 1.0)),
             v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
@@ -271,8 +265,8 @@ def table(results):
 
 def parse_args(argv):
     """-> (this program's options, the settings that were given)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+    parser = options.Parser(description=__doc__.split("\n")[0],
+                            argument_default=argparse.SUPPRESS)
     add = parser.add_argument_group("benchmark").add_argument
     add("--baseline", action="store_true", default=False, help="the plain way as well: JPEGs "
         "decoded in a DataLoader, text of 77 tokens, one caption a photo, float32, no compile")
@@ -280,7 +274,8 @@ def parse_args(argv):
         help=f"only: how long fresh trainings take to val avg_r1 {SPEEDRUN_TARGETS}")
     add("--steps", type=options.number(int, "[1, inf)"), default=10,
         help="measured steps of each kind (default: 10)")
-    add("--output", default="outputs/benchmark.json", help="JSON (default: %(default)s)")
+    add("--output", type=options.text, default="outputs/benchmark.json",
+        help="JSON (default: %(default)s)")
     options.add_flags(parser)
     args = parser.parse_args(argv)
     given = dict(vars(args))

@@ -6,7 +6,6 @@ The built-in dataset and the preset `tiny`, or with --data_dir Flickr8k and `sma
 many pairs as there are photos. Every optimizer trains with each of its rates and the first seed,
 then with the best one, on validation after the last epoch, and the other seeds. The rest is
 torch.optim's default, but SGD has Nesterov momentum. Interrupted, the same command goes on."""
-import argparse
 import math
 import statistics
 import sys
@@ -19,7 +18,8 @@ from torch import nn
 import train_flickr8k_sgd as training
 from src import settings
 from src.utils.checkpoint import CheckpointError, load_json, save_json
-from src.utils.flickr8k_simple import DataError, epoch_batches, iterate_batches, place_photos
+from src.utils.flickr8k_simple import epoch_batches, iterate_batches, place_photos
+from src.utils.layouts import DataError
 from src.utils.report import markdown_table
 from src.utils.retrieval import evaluate
 
@@ -123,14 +123,15 @@ def table(results, first):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = settings.Parser(description=__doc__.split("\n")[0])
     add, names = parser.add_argument, list(RATES)
-    add("--data_dir", help="Flickr8k's folder (default: the built-in dataset)")
+    add("--data_dir", type=settings.text, help="Flickr8k's folder (default: the built-in dataset)")
     add("--model", choices=list(settings.PRESETS), help="(default: tiny, small with --data_dir)")
     add("--epochs", type=int, default=20, help="of every run (default: 20)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     add("--optimizers", nargs="+", choices=names, default=names, help="(default: all)")
-    add("--output_dir", default="outputs/optimizers", help="(default: %(default)s)")
+    add("--output_dir", type=settings.text, default="outputs/optimizers",
+        help="(default: %(default)s)")
     return parser.parse_args(argv)
 
 

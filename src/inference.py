@@ -6,14 +6,16 @@
     print(texts @ photos.T)
 
 Everything is computed in float32."""
+import collections
 import contextlib
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from src.model import MultiModalMemoryNetwork
 from src.settings import default_device, settings_of
@@ -27,18 +29,25 @@ from src.utils.checkpoint import (
     save_checkpoint,
 )
 from src.utils.flickr8k_simple import (
+    MAX_LENGTH,
+    STORE_VERSION,
+    decoding_threads,
+    load_photo,
+    pad_texts,
+)
+from src.utils.layouts import (
     DataError,
     find_caption_file,
     find_photo_folder,
-    load_photo,
-    pad_texts,
     read_captions,
     read_split,
 )
 from src.utils.tokenizers import tokenizer_from_state
 
 CACHE = "embeddings_flickr8k.pt"
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SAVE_INTERVAL = 60  # seconds between two savings of the cache while photos are embedded
+# Formats that Pillow only recognises, or has another program draw.
+NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 def load_model(run_dir):
@@ -68,25 +77,43 @@ def load_model(run_dir):
 
 
 @torch.no_grad()
-def embed_photos(model, transform, paths, batch_size=100, progress=None):
-    """Photo files -> (N, latent_dim) on the CPU, of unit length. `progress(done, total)` is called
-    after each batch. Raises DataError, with the file's name, for a photo that cannot be read."""
-    device, parts = next(model.parameters()).device, []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+def embed_in_batches(model, transform, paths, batch_size=100, faults=None):
+    """Yields (paths, their embeddings) batch by batch. faults: a dict that gets {path: what is
+    wrong} of photos that cannot be read, which are left out; without it they raise DataError."""
+    def read(path):
+        try:
+            return transform(path)
+        except DataError as error:
+            if faults is None:
+                raise
+            faults[path] = str(error)
+            return None
+
+    device = next(model.parameters()).device
+    with decoding_threads() as pool:
         for start in range(0, len(paths), batch_size):
-            images = torch.stack(list(pool.map(transform, paths[start:start + batch_size])))
-            parts.append(model(images=images.to(device))["central_latent"].cpu())
-            if progress:
-                progress(min(start + batch_size, len(paths)), len(paths))
-    return F.normalize(torch.cat(parts), dim=-1)
+            batch = paths[start:start + batch_size]
+            images = list(pool.map(read, batch))
+            batch = [path for path, image in zip(batch, images) if image is not None]
+            if batch:
+                images = torch.stack([image for image in images if image is not None])
+                latents = model(images=images.to(device))["central_latent"].cpu()
+                yield batch, F.normalize(latents, dim=-1)
+
+
+def embed_photos(model, transform, paths, batch_size=100):
+    """Photo files -> (N, latent_dim) on the CPU, of unit length. Raises DataError, with the file's
+    name, for a photo that cannot be read."""
+    batches = embed_in_batches(model, transform, paths, batch_size)
+    return torch.cat([rows for _, rows in batches])
 
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, batch_size=256):
-    """Texts -> (N, latent_dim) on the CPU, of unit length. Raises ValueError for one of no tokens.
-    """
+    """Texts, of which MAX_LENGTH characters are read -> (N, latent_dim) on the CPU, of unit length.
+    Raises ValueError for one of no tokens."""
     device = next(model.parameters()).device
-    ids = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    ids = [torch.tensor(tokenizer.encode(text[:MAX_LENGTH])) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     parts = []
     for start in range(0, len(ids), batch_size):
@@ -104,60 +131,115 @@ class EmbeddingCache:
         self.path = Path(run_dir) / CACHE
         self.model, self.tokenizer, self.transform = load_model(run_dir)
         with open(Path(run_dir) / BEST, "rb") as file:
-            weights = hashlib.file_digest(file, "sha256").hexdigest()
+            weights = f"{hashlib.file_digest(file, 'sha256').hexdigest()} {STORE_VERSION}"
         self.state = {"weights": weights, "photos": {}, "texts": {}, "photo_rows": None,
                       "text_rows": None}
         with contextlib.suppress(CheckpointError):  # none there, or damaged: it is only a cache
             state = load_checkpoint(self.path, self.state)
             self.state = state if state["weights"] == weights else self.state
 
-    def photos(self, paths, progress=None):
-        """(N, latent_dim), see `embed_photos`."""
-        keys = []
-        for path in map(Path, paths):
+    def photos(self, paths, progress=None, faults=None):
+        """(N, latent_dim) of the photos, less those in `faults`, see `embed_in_batches`. What was
+        embedded is kept, whatever ends it. `progress(done, total)` is called after each batch.
+        Raises DataError where there is nothing to give."""
+        keys = {}
+        for path in paths:
             try:
                 stat = path.stat()
+                keys[path] = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
             except OSError as error:
-                raise DataError(f"{path}: {error.strerror}") from None
-            keys.append(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}")
-        path_of = dict(zip(keys, paths))
-        return self._rows("photo", keys, lambda new: embed_photos(
-            self.model, self.transform, [path_of[key] for key in new], progress=progress))
+                if faults is None:
+                    raise DataError(f"{path}: {error.strerror}") from None
+                faults[path] = f"{path}: {error.strerror}"
+        row_of, saved, done = self.state["photos"], time.time(), 0
+        new = [path for path, key in keys.items() if key not in row_of]
+        try:
+            for batch, rows in embed_in_batches(self.model, self.transform, new, faults=faults):
+                self._add("photo", [keys[path] for path in batch], rows)
+                done += len(batch)
+                if progress:
+                    progress(done, len(new))
+                if time.time() - saved > SAVE_INTERVAL:
+                    self._save()
+                    saved = time.time()
+        finally:
+            if done:
+                self._save()
+        found = [row_of[keys[path]] for path in paths if keys.get(path) in row_of]
+        if not found:
+            raise DataError(f"not one of {len(paths):,} photos can be read: "
+                            f"{next(iter(faults.values()))}")
+        return self.state["photo_rows"][found]
 
     def texts(self, texts):
         """(N, latent_dim), see `embed_texts`."""
-        return self._rows("text", texts, lambda new: embed_texts(self.model, self.tokenizer, new))
-
-    def _rows(self, kind, keys, embed):
-        row_of, rows = self.state[f"{kind}s"], self.state[f"{kind}_rows"]
-        new = [key for key in dict.fromkeys(keys) if key not in row_of]
+        row_of = self.state["texts"]
+        new = [text for text in dict.fromkeys(texts) if text not in row_of]
         if new:
-            rows = embed(new) if rows is None else torch.cat([rows, embed(new)])
-            row_of.update({key: len(row_of) + i for i, key in enumerate(new)})
-            self.state[f"{kind}_rows"] = rows
-            with contextlib.suppress(CheckpointError):  # a folder that cannot be written
-                save_checkpoint(self.state, self.path)
-        return rows[[row_of[key] for key in keys]]
+            self._add("text", new, embed_texts(self.model, self.tokenizer, new))
+            self._save()
+        return self.state["text_rows"][[row_of[text] for text in texts]]
+
+    def _add(self, kind, keys, rows):
+        before = self.state[f"{kind}_rows"]
+        first = 0 if before is None else len(before)
+        self.state[f"{kind}s"].update({key: first + i for i, key in enumerate(keys)})
+        self.state[f"{kind}_rows"] = rows if before is None else torch.cat([before, rows])
+
+    def _save(self):
+        with contextlib.suppress(CheckpointError):  # a folder that cannot be written
+            save_checkpoint(self.state, self.path)
 
 
 def photos_of_split(data_dir, split):
     """-> ([path of each photo], [its captions]). Raises DataError for what is missing."""
-    data_dir = Path(data_dir)
-    names, folder = read_split(data_dir, split), find_photo_folder(data_dir)
-    captions = read_captions(find_caption_file(data_dir))
+    names = read_split(data_dir, split)
+    captions, folder = read_captions(find_caption_file(data_dir)), find_photo_folder(data_dir, names)
     for name in names:
         if name not in captions:
             raise DataError(f"{data_dir}: {name} has no captions")
     return [folder / name for name in names], [captions[name] for name in names]
 
 
-def photos_of_folder(folder):
-    """Paths of the photos in a folder and below it, in order. Raises DataError where are none."""
-    folder = Path(folder)
-    if not folder.is_dir():
+def photo_suffixes():
+    """Of all files that this Pillow reads."""
+    Image.init()
+    readable = (Image.OPEN.keys() | {"MPO"}) - NO_PHOTOS
+    return {suffix for suffix, kind in Image.EXTENSION.items() if kind in readable}
+
+
+def photos_of_folder(folder, left_out=None):
+    """Paths of the photos in a folder and below it, in order. Links are followed, each folder is
+    entered once, and what is hidden, its name beginning with a dot, is not looked at. left_out: a
+    Counter that gets {kind: number} of what is no photo. Raises DataError where there are none."""
+    if not Path(folder).is_dir():
         raise DataError(f"{folder}: there is no such folder")
-    paths = sorted(path for path in folder.rglob("*")
-                   if path.suffix.lower() in PHOTO_SUFFIXES and path.is_file())
+    left_out = collections.Counter() if left_out is None else left_out
+    paths, entered, suffixes = [], set(), photo_suffixes()
+
+    def count_folder(error):
+        left_out["folders that cannot be opened"] += 1
+
+    for place, folders, names in os.walk(folder, onerror=count_folder, followlinks=True):
+        if os.path.realpath(place) in entered:
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            suffix = path.suffix.lower()
+            if not path.is_file():
+                left_out["broken links and the like"] += 1
+            elif suffix in suffixes:
+                paths.append(path)
+            else:
+                left_out[suffix or "files without a suffix"] += 1
     if not paths:
-        raise DataError(f"{folder}: holds no photos ({', '.join(PHOTO_SUFFIXES)})")
-    return paths
+        found = f" (left out: {kinds(left_out)})" if left_out else ""
+        raise DataError(f"{folder}: holds no photos that can be read{found}")
+    return sorted(paths)
+
+
+def kinds(left_out):
+    """{kind: number} -> "3 .heic, 1 .txt"."""
+    return ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items()))

@@ -3,7 +3,6 @@
 Goes, step by step, from the recipe of the run that this project began with to the preset's own;
 then tries changes to that one, each alone. A row is a run of the training script, by the command
 beside it. Runs that are done are kept: stopped, the same command goes on."""
-import argparse
 import hashlib
 import re
 import signal
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 
 import train_flickr8k_sgd as training
-from src.settings import PRESETS, REFERENCE, UsageError, make_settings
+from src.settings import PRESETS, REFERENCE, Parser, UsageError, make_settings, text
 from src.utils.checkpoint import CONFIG, TEST, CheckpointError, load_run
 from src.utils.report import markdown_table
 
@@ -89,14 +88,15 @@ def table(results):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", choices=list(PRESETS), default="small", help="preset (default: small)")
-    add("--data_dir", default="data/flickr8k", help="Flickr8k's folder (default: %(default)s)")
+    add("--data_dir", type=text, default="data/flickr8k",
+        help="Flickr8k's folder (default: %(default)s)")
     add("--epochs", type=int, default=8, help="of every run (default: 8)")
     add("--seeds", type=int, nargs="+", default=[0], help="of a run of each row (default: 0)")
     add("--rows", type=int, nargs="+", help="which, from 1 (default: all)")
-    add("--output_dir", default="outputs/ladder", help="(default: %(default)s)")
+    add("--output_dir", type=text, default="outputs/ladder", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     number_of_rows = len(rows(args.model))
     args.rows = args.rows or range(1, number_of_rows + 1)

@@ -162,6 +162,23 @@ def settings_of(config, run_dir):
     return Settings(**found)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, flags never abbreviated, an error being one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def text(value):
+    """argparse's type for a path or a name: an empty one is an unset variable of the shell."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return value
+
+
 def number(kind, bounds):
     """argparse's type for a number of that kind within bounds such as "[0, 1)"."""
     low, high = map(float, bounds[1:-1].split(","))
@@ -193,6 +210,8 @@ def add_flag(group, setting):
         options["choices"] = about["choices"]
     elif about["bounds"]:
         options["type"] = number(setting.type, about["bounds"])
+    else:
+        options["type"] = text
     group.add_argument(f"--{setting.name}", **options)
 
 
@@ -208,14 +227,14 @@ def add_flags(parser):
 def parse_args(description, argv=None):
     """The training script's flags -> a namespace of those that were given, for `make_settings`,
     and of output_dir, resume and overwrite."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     add_flags(parser)
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default=None, help="folder that the run writes (default: "
+    add("--output_dir", type=text, default=None, help="folder that the run writes (default: "
         "outputs/flickr8k_sgd, or outputs/synthetic_sgd with --synthetic)")
     add("--resume", action="store_true", default=False,
-        help="go on with the run in --output_dir, with its own settings")
+        help="go on with the run in --output_dir, with its own settings; with more --epochs, "
+        "train on when it is done")
     add("--overwrite", action="store_true", default=False,
         help="delete the run in --output_dir first")
     args = parser.parse_args(argv)
@@ -275,7 +294,8 @@ def device_name(device):
         return torch.cuda.get_device_name(device)
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():  # on Linux platform.processor() says nothing of use
-        named = re.search(r"\nmodel name\s*: (.*)\n", Path("/proc/cpuinfo").read_text())
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        named = re.search(r"\nmodel name\s*: (.*)\n", facts)
         processor = named[1] if named else processor
     return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import train_flickr8k_sgd
 from src.settings import make_settings
-from src.utils.flickr8k_simple import SPLIT_FILES
+from src.utils.layouts import SPLIT_FILES
 from src.utils.synthetic import write_synthetic
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -13,16 +13,14 @@ from src.utils import flickr8k_simple
 from src.utils.flickr8k_simple import (
     STORE_FOLDER,
     TEXT_BUCKET,
-    DataError,
     Flickr8kImageTextDataset,
     epoch_batches,
     iterate_batches,
     load_photo,
     pad_texts,
     place_photos,
-    read_captions,
-    read_split,
 )
+from src.utils.layouts import DataError, read_captions, read_split
 from src.utils.tokenizers import CharTokenizer
 
 

@@ -18,7 +18,8 @@ from src.inference import (
 from src.settings import UsageError
 from src.utils import checkpoint
 from src.utils.checkpoint import BEST, HISTORY, CheckpointError
-from src.utils.flickr8k_simple import DataError, Flickr8kImageTextDataset
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.layouts import DataError
 from src.utils.retrieval import evaluate, retrieval_metrics
 from tests.conftest import arguments, run_script
 

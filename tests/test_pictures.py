@@ -5,7 +5,7 @@ from PIL import Image, ImageFont
 
 from src.settings import UsageError
 from src.utils.checkpoint import CheckpointError, Run
-from src.utils.flickr8k_simple import DataError
+from src.utils.layouts import DataError
 from src.utils.pictures import CELL, GAP, RIGHT, contact_sheet, plot_curves, wrap
 from tests.test_show_flickr8k_results import metrics
 

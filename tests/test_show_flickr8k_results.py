@@ -14,7 +14,8 @@ import show_flickr8k_results
 from src.inference import load_model
 from src.settings import make_settings
 from src.utils.checkpoint import BEST, CONFIG, HISTORY, TEST
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset, read_captions
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.layouts import read_captions
 from src.utils.retrieval import chance_metrics, evaluate
 from tests.conftest import run_script
 

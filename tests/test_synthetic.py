@@ -2,7 +2,8 @@ import hashlib
 
 import pytest
 
-from src.utils.flickr8k_simple import DataError, Flickr8kImageTextDataset, read_captions
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.layouts import DataError, read_captions
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 

@@ -4,10 +4,16 @@ import json
 import logging
 import os
 import pickle
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: there no lock keeps a second run out of a folder
+    fcntl = None
 
 from src.settings import Settings, UsageError, make_settings, settings_of
 
@@ -85,11 +91,22 @@ def resolve(args):
         return resume_run(output_dir, given)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir} is a file, not a folder")
+    if not overwrite:
+        refuse_a_run(output_dir)
+    return make_settings(**given), output_dir, None
+
+
+def refuse_a_run(output_dir):
+    """Raises UsageError where there is a run."""
     found = [name for name in RUN_FILES if name != LOG and (output_dir / name).exists()]
-    if found and not overwrite:
+    if found:
         raise UsageError(f"{output_dir} holds a run already ({found[0]}); --resume goes on with "
                          "it, --overwrite deletes it, or name another --output_dir")
-    return make_settings(**given), output_dir, None
+
+
+def resume_command(output_dir, *flags):
+    flags = ["--resume", "--output_dir", str(output_dir), *flags]
+    return shlex.join(["python", "train_flickr8k_sgd.py", *flags])
 
 
 def resume_run(output_dir, given):
@@ -97,28 +114,64 @@ def resume_run(output_dir, given):
     if not (output_dir / CONFIG).exists():
         raise UsageError(f"nothing to resume in {output_dir}: it holds no {CONFIG}")
     settings = settings_of(load_json(output_dir / CONFIG), output_dir)
+    checkpoint, done = None, 0  # stopped before its first checkpoint, it goes on from its start
+    if (output_dir / LAST).exists():
+        checkpoint = load_checkpoint(output_dir / LAST, LAST_KEYS)
+        done = checkpoint["epoch"] - (checkpoint["step"] == 0)
     for name, value in given.items():
-        if name in ("data_dir", "device", "num_workers"):  # where it runs, not what is computed
+        if name == "epochs" and value < done:
+            raise UsageError(f"the run has {done} epochs already; --epochs {value} is fewer")
+        if name in ("data_dir", "device", "num_workers", "epochs"):  # the rest is the run's
             setattr(settings, name, value)
         elif getattr(settings, name) != value:
             raise UsageError(f"--resume goes on with the run's own --{name} "
                              f"{getattr(settings, name)}, not {value}; leave the flag out")
-    checkpoint = None  # a run stopped before its first checkpoint goes on from its start
-    if (output_dir / LAST).exists():
-        checkpoint = load_checkpoint(output_dir / LAST, LAST_KEYS)
+    if not settings.synthetic:
+        check_data_dir(settings.data_dir)
     return settings, output_dir, checkpoint
 
 
-def open_output_dir(output_dir, config, history, fresh, log):
-    """Make a run's folder, with config and log; a fresh run's without the files of an earlier one.
-    """
+def check_data_dir(data_dir):
+    """Raises UsageError where the data that a run was trained on is not there any more."""
+    if not Path(data_dir).is_dir():
+        raise UsageError(f"there is no folder {data_dir} any more, which the run was trained on "
+                         f"(seen from {Path.cwd()}); name it with --data_dir")
+
+
+def hold(stream, output_dir):
+    """Lock a run's log, which a kill undoes. Raises UsageError where another process has it."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"another run is writing into {output_dir}; name another --output_dir"
+                         ) from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def open_output_dir(output_dir, config, history, fresh, replace, log):
+    """Make a run's folder, with config and log, and keep other runs out until the log is closed; a
+    fresh run's without the files of an earlier one. Raises UsageError where there is one and not
+    `replace`, or where another run is writing."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    if fresh:  # what --overwrite deletes, now that nothing else can be wrong
-        for name in RUN_FILES:
-            (output_dir / name).unlink(missing_ok=True)
-    to_file = logging.FileHandler(output_dir / LOG, encoding="utf-8")
+    to_file = logging.FileHandler(output_dir / LOG, encoding="utf-8", errors="replace")
     to_file.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
+    try:
+        hold(to_file.stream, output_dir)
+        if fresh and not replace:
+            refuse_a_run(output_dir)
+    except UsageError:
+        to_file.close()
+        raise
     log.addHandler(to_file)
+    if fresh:  # what --overwrite deletes, now that nothing else can be wrong
+        to_file.stream.truncate(0)
+        for name in RUN_FILES:
+            if name != LOG:
+                (output_dir / name).unlink(missing_ok=True)
+    elif len(history) < config["settings"]["epochs"]:  # trained on: the test is still to come
+        (output_dir / TEST).unlink(missing_ok=True)
     save_json(config, output_dir / CONFIG)
     if history:  # a kill may have come between this file and the checkpoint
         save_json(history, output_dir / HISTORY)

@@ -53,7 +53,7 @@ def parallel(encode, device):
         return encode
     if device.type == "cuda":  # on a CPU there is none: each process normalises its own photos
         encode = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encode)
-    return torch.nn.parallel.DistributedDataParallel(encode, broadcast_buffers=False)
+    return torch.nn.parallel.DistributedDataParallel(encode)
 
 
 def same_buffers(model):

@@ -1,20 +1,11 @@
-"""Flickr8k on disk -> photos, captions, splits, batches. Two layouts:
-
-    the official archives'                           Kaggle's copy
-    Flicker8k_Dataset/*.jpg   (spelled so)           Images/*.jpg
-    Flickr8k.token.txt                               captions.txt   (CSV: image,caption)
-    Flickr_8k.{train,dev,test}Images.txt             the same three, which that copy lacks
-
-The text files lie at the root or in Flickr8k_text/.
-"""
-import collections
-import csv
+"""Photos decoded once into a store, the dataset of photo-caption pairs, and its batches."""
+import contextlib
 import hashlib
 import io
 import json
 import os
-import re
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,128 +14,64 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-SPLIT_FILES = {
-    "train": "Flickr_8k.trainImages.txt",
-    "val": "Flickr_8k.devImages.txt",
-    "test": "Flickr_8k.testImages.txt",
-}
-CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt")
-PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images")
+from src.utils.layouts import (
+    DataError,
+    download_command,
+    find_caption_file,
+    find_photo_folder,
+    place_of_caption,
+    read_captions,
+    read_split,
+)
+
 STORE_FOLDER = "photo_store"
-STORE_VERSION = 3  # to be raised with any change to what `load_photo` gives
+STORE_VERSION = 4  # to be raised with any change to what `load_photo` gives
+DIGEST_BYTES = 32  # of SHA-256
 SECONDS_TO_BUILD = 3600  # a half-written store that old is nobody's any more
 GPU_SHARE = 0.5  # photos stay on the GPU if they take no more than this share of its free memory
+MAX_LENGTH = 1000  # characters of a text that are read; Flickr8k's longest caption has 199
 TEXT_BUCKET = 16  # a batch's text is as long as a multiple of this: few shapes
-# What Pillow raises for files that it cannot read:
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# Pillow warns of odd tags and of pictures of over 89 megapixels, which are read all the same.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-class DataError(Exception):
-    """The dataset is missing, incomplete or damaged; the message says what and where."""
-
-
-def find_text_file(root_dir, name):
-    """Path of a text file at the root or in Flickr8k_text/, None where there is none."""
-    for folder in (Path(root_dir), Path(root_dir) / "Flickr8k_text"):
-        if (folder / name).is_file():
-            return folder / name
-    return None
-
-
-def find_photo_folder(root_dir):
-    """Path of the photos' folder. Raises DataError where there is none."""
-    for name in PHOTO_FOLDERS:
-        if (Path(root_dir) / name).is_dir():
-            return Path(root_dir) / name
-    raise DataError(f"{root_dir}: no folder of photos, none of {', '.join(PHOTO_FOLDERS)}")
-
-
-def _read_lines(path):
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")  # -sig: a byte order mark or none
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def read_captions(path):
-    """Caption file, either layout -> {photo's file name: [captions, in the file's order]}, whether
-    or not a split lists the photo. Raises DataError with the file and line for a line that does not
-    parse."""
-    captions, lines = {}, _read_lines(path)
-    if path.name != "captions.txt":
-        for number, line in enumerate(lines, start=1):
-            match = re.fullmatch(r"([^\t]+)#\d+\t\s*(\S.*)", line.rstrip())
-            if match:
-                captions.setdefault(match[1], []).append(match[2])
-            elif line.strip():
-                raise DataError(f"{path}, line {number}: expected 'photo.jpg#0<tab>caption', "
-                                f"found {line[:80]!r}")
-        return captions
-    rows = csv.reader(lines, strict=True)
-    try:
-        if [column.strip().lower() for column in next(rows, [])] != ["image", "caption"]:
-            raise DataError(f"{path}, line 1: expected the header 'image,caption', "
-                            f"found {lines[0][:80]!r}")
-        for row in filter(None, rows):
-            cells = [cell.strip() for cell in row]
-            if len(cells) != 2 or not all(cells):
-                raise DataError(f"{path}, line {rows.line_num}: expected 'image,caption', "
-                                f"found {','.join(row)[:80]!r}")
-            captions.setdefault(cells[0], []).append(cells[1])
-    except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: not CSV ({error})") from None
-    return captions
-
-
-def find_caption_file(root_dir):
-    """Path of the captions, of either layout. Raises DataError where there are none."""
-    if not Path(root_dir).is_dir():
-        raise DataError(f"no Flickr8k in {root_dir}. Either fetch it: python download_flickr8k.py "
-                        f"--data_dir {root_dir}\nor train on the built-in shapes: python "
-                        "train_flickr8k_sgd.py --synthetic")
-    for name in CAPTION_FILES:
-        path = find_text_file(root_dir, name)
-        if path is not None:
-            return path
-    raise DataError(f"{root_dir}: no captions, neither {CAPTION_FILES[0]} nor {CAPTION_FILES[1]}")
-
-
-def read_split(root_dir, split):
-    """The photos' file names of "train", "val" or "test", in the split file's order. Raises
-    DataError where that is missing, empty or lists a photo twice."""
-    path = find_text_file(root_dir, SPLIT_FILES[split])
-    if path is None:
-        raise DataError(f"{root_dir}: {SPLIT_FILES[split]} is missing. `python "
-                        "download_flickr8k.py --text_only` (2 MB) brings it.")
-    names = [line.strip() for line in _read_lines(path) if line.strip()]
-    if not names:
-        raise DataError(f"{path}: lists no photos")
-    name, count = collections.Counter(names).most_common(1)[0]
-    if count > 1:
-        raise DataError(f"{path}: lists {name} twice")
-    return names
+def to_8_bits(photo):
+    """A grey PIL image of more than 8 bits, or of floats -> of 8. Integers are scaled by as many
+    bits as the brightest needs of 8, 10, 12, 14 and 16, for cameras store fewer in 16; floats, and
+    integers beyond 16 bits, by their range. Raises ValueError where no pixel is finite."""
+    values = np.asarray(photo, np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("not one pixel is a finite number")
+    low, high = finite.min(), finite.max()
+    if photo.mode != "F" and low >= 0 and high < 2 ** 16:
+        low, high = 0, next(2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2 ** bits)
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-9)
+    return Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
 
 
 def open_photo(path, size):
-    """A photo file of any mode Pillow reads -> PIL image, RGB, upright by EXIF. JPEG is decoded to
-    a smaller scale, no less than size, which is faster. Raises DataError with the file's name for
-    one that is missing, empty, truncated or no image."""
+    """A photo file of any mode Pillow reads -> PIL image, RGB, upright by EXIF, what is transparent
+    on white. JPEG is decoded to a smaller scale, no less than size, which is faster. Raises
+    DataError with the file's name for one that is missing, empty, truncated or no image."""
     try:
         with Image.open(path) as photo:
             photo.draft("RGB", (size, size))
             ImageOps.exif_transpose(photo, in_place=True)
-            if "transparency" in photo.info:
+            if photo.mode in ("I", "F") or photo.mode.startswith("I;"):
+                photo = to_8_bits(photo)
+            if photo.has_transparency_data:
                 photo = photo.convert("RGBA")
+                photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
             return photo.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{path}: the file is missing") from None
     except UnidentifiedImageError:
         fault = "not an image" if os.path.getsize(path) else "the file is empty"
         raise DataError(f"{path}: {fault}") from None
-    except PILLOW_ERRORS as error:
-        raise DataError(f"{path}: {error}") from None
+    except Exception as error:  # Pillow's decoders raise anything for a damaged file
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"{path}: {' '.join(reason.split())}") from None
 
 
 def load_photo(path, size):
@@ -163,22 +90,36 @@ def store_path(store, folder, names, size):
     return Path(f"{store}_{key}.uint8")
 
 
+@contextlib.contextmanager
+def decoding_threads(number=0):
+    """A pool of threads, 0: one a core; Pillow decodes outside Python's lock. What is not begun
+    when the block is left, by Ctrl-C for one, is not done."""
+    pool = ThreadPoolExecutor(number or os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def open_photo_store(store, folder, names, size, num_workers=0, progress=None):
-    """Photos of a folder, decoded once -> uint8 (N, 3, size, size), and {name: fault} of those that
-    cannot be read, which are left out.
+    """Photos of a folder, decoded once -> uint8 (N, 3, size, size), their files' digests, and
+    {name: fault} of those that cannot be read, which are left out.
 
-    store: path of the cache less its key, or None. The cache is moved into place when it is whole
-    and opened by memory map; nothing is cached where a photo has a fault or the folder cannot be
-    written. num_workers: threads that decode, 0 for one a core. `progress(done, total)` is called
-    as photos are decoded. Raises DataError for a full disk."""
-    def as_photos(content):  # channels last
-        return content.view(-1, size, size, 3).permute(0, 3, 1, 2)
+    store: path of the cache less its key, or None. The cache, pixels and then digests, is moved
+    into place when it is whole and opened by memory map; nothing is cached where a photo has a
+    fault or the folder cannot be written. num_workers: threads that decode, 0 for one a core.
+    `progress(done, total)` is called as photos are decoded. Raises DataError for a full disk."""
+    def parts(content):  # channels last
+        num_photos = len(content) // (3 * size * size + DIGEST_BYTES)
+        pixels = content[:num_photos * 3 * size * size].reshape(-1, size, size, 3)
+        digests = content[pixels.size:].reshape(-1, DIGEST_BYTES)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), [row.tobytes() for row in digests]
 
-    path, partial, num_bytes = None, None, len(names) * 3 * size * size
+    path, partial, num_bytes = None, None, len(names) * (3 * size * size + DIGEST_BYTES)
     if store is not None:
         path = store_path(store, folder, names, size)
         if path.is_file() and path.stat().st_size == num_bytes:
-            return as_photos(torch.from_file(str(path), size=num_bytes, dtype=torch.uint8)), {}
+            return *parts(np.memmap(path, np.uint8, "c")), {}
         try:
             path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(f".partial{os.getpid()}")
@@ -190,8 +131,7 @@ def open_photo_store(store, folder, names, size, num_workers=0, progress=None):
             faults = _decode(file, folder, names, size, num_workers, progress)
             if path is None or faults:
                 file.seek(0)
-                content = np.frombuffer(bytearray(file.read()), np.uint8)
-                return as_photos(torch.from_numpy(content)), faults
+                return *parts(np.frombuffer(bytearray(file.read()), np.uint8)), faults
             file.flush()
             os.fsync(file.fileno())  # before the name points to the bytes
         for old in path.parent.glob(f"{Path(store).name}_*"):  # of other files, or a kill's
@@ -208,24 +148,27 @@ def open_photo_store(store, folder, names, size, num_workers=0, progress=None):
 
 
 def _decode(file, folder, names, size, num_workers, progress):
-    """Write the photos one after the other -> {name: fault} of those left out."""
+    """Write the photos one after the other, then their digests -> {name: fault} of those left out.
+    """
     def decode(name):
         try:
-            return load_photo(folder / name, size).transpose(1, 2, 0).tobytes(), None
+            photo = load_photo(folder / name, size)
+            digest = hashlib.sha256((folder / name).read_bytes()).digest()
+            return photo.transpose(1, 2, 0).tobytes(), digest, None
         except DataError as error:
-            return b"", str(error).removeprefix(f"{folder}{os.sep}")
+            return b"", b"", str(error).removeprefix(f"{folder}{os.sep}")
 
-    faults = {}
-    pool = ThreadPoolExecutor(num_workers or os.cpu_count())  # Pillow decodes outside Python's lock
-    try:
-        for done, (name, (photo, fault)) in enumerate(zip(names, pool.map(decode, names)), start=1):
+    digests, faults = [], {}
+    with decoding_threads(num_workers) as pool:
+        for done, (name, decoded) in enumerate(zip(names, pool.map(decode, names)), start=1):
+            photo, digest, fault = decoded
             file.write(photo)
+            digests.append(digest)
             if fault:
                 faults[name] = fault
             if progress:
                 progress(done, len(names))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    file.write(b"".join(digests))
     return faults
 
 
@@ -233,29 +176,30 @@ class Flickr8kImageTextDataset:
     """One split of Flickr8k as photo-caption pairs, each photo decoded once (`open_photo_store`).
 
     `photos` (N, 3, image_size, image_size), uint8, and `names` stand in the split file's order;
-    `captions` (strings), `texts` (token ids) and `photo_of_caption` (M,) in the caption file's.
+    `captions` (strings), `texts` (token ids of their first MAX_LENGTH characters) and
+    `photo_of_caption` (M,) in the caption file's.
 
-    Raises DataError when a photo is missing, cannot be read or has no captions; with
-    `allow_incomplete`, such photos are left out and listed in `left_out`. `cache` keeps the decoded
-    photos in a file under root_dir."""
+    Raises DataError when a photo is missing, cannot be read, has no captions, or is, by its name or
+    its content, one of the datasets in `held_out`; with `allow_incomplete`, such photos are left
+    out and listed in `left_out`. `cache` keeps the decoded photos in a file under root_dir."""
 
     def __init__(self, root_dir, split, image_size, tokenizer, allow_incomplete=False, cache=True,
-                 num_workers=0, progress=None):
+                 num_workers=0, progress=None, held_out=()):
         root_dir = Path(root_dir)
-        caption_file, photo_folder = find_caption_file(root_dir), find_photo_folder(root_dir)
-        captions_of = read_captions(caption_file)
-        names = read_split(root_dir, split)
+        caption_file, names = find_caption_file(root_dir), read_split(root_dir, split)
+        captions_of, photo_folder = read_captions(caption_file), find_photo_folder(root_dir, names)
         self.split, self.root_dir, self.allow_incomplete = split, root_dir, allow_incomplete
         self.left_out = []
 
-        names = self._without(names, "missing", set(names) - set(os.listdir(photo_folder)))
-        names = self._without(names, "without captions", set(names) - captions_of.keys())
+        missing = {name for name in names if not (photo_folder / name).is_file()}
+        names = self._without(names, "missing", missing, photo_folder)
+        silent = set(names) - captions_of.keys()
+        names = self._without(names, "without captions", silent, caption_file)
         store = root_dir / STORE_FOLDER / f"{split}_{image_size}" if cache else None
-        self.photos, unreadable = open_photo_store(
+        self.photos, digests, unreadable = open_photo_store(
             store, photo_folder, names, image_size, num_workers, progress)
-        self.names = self._without(names, "unreadable", unreadable)
-        if not self.names:
-            raise DataError(f"{root_dir}: not one photo of {split} is usable")
+        names = self._without(names, "unreadable", unreadable, photo_folder)
+        self._read(names, digests, held_out)
 
         self.captions = [caption for name in self.names for caption in captions_of[name]]
         counts = torch.tensor([len(captions_of[name]) for name in self.names])
@@ -263,20 +207,37 @@ class Flickr8kImageTextDataset:
         self.texts = []
         for caption, photo in zip(self.captions, self.photo_of_caption.tolist()):
             try:
-                self.texts.append(torch.tensor(tokenizer.encode(caption)))
+                self.texts.append(torch.tensor(tokenizer.encode(caption[:MAX_LENGTH])))
             except ValueError as error:
-                raise DataError(f"{caption_file}, {self.names[photo]}: {error}") from None
+                place = place_of_caption(caption_file, self.names[photo], caption)
+                raise DataError(f"{place}: {error}") from None
 
-    def _without(self, names, fault, faulty):
+    def _read(self, names, digests, held_out):
+        """Keep what was read, less what is held out."""
+        seen = {digest: f"{name} of {other.split}" for other in held_out
+                for digest, name in zip(other.digests, other.names)}
+        twice = {name: f"{name} is {seen[digest]}" for name, digest in zip(names, digests)
+                 if digest in seen}
+        self.names = self._without(names, "in another split, too", twice, self.root_dir,
+                                   "Take them out of one of the lists")
+        self.digests = digests
+        if twice:
+            kept = [i for i, name in enumerate(names) if name not in twice]
+            self.photos, self.digests = self.photos[kept], [digests[i] for i in kept]
+
+    def _without(self, names, fault, faulty, place, advice=None):
         """The names less the faulty ones, {name} or {name: what is wrong}, if that is allowed."""
         found = [name for name in names if name in faulty]
         if found and not self.allow_incomplete:
             said = [faulty[name] if isinstance(faulty, dict) else name for name in found]
             more = f" and {len(said) - 3} more" if len(said) > 3 else ""
+            advice = advice or f"`{download_command(self.root_dir)}` mends it"
             raise DataError(
                 f"{self.root_dir} is incomplete: {len(found)} of the {len(names)} photos of "
-                f"{self.split} are {fault} ({', '.join(said[:3])}{more}).\n`python "
-                "download_flickr8k.py` mends it; --allow_incomplete trains without them.")
+                f"{self.split} are {fault} ({', '.join(said[:3])}{more}) in {place}.\n{advice}; "
+                "--allow_incomplete trains without them.")
+        if len(found) == len(names):
+            raise DataError(f"{self.root_dir}: not one photo of {self.split} is usable")
         self.left_out += found
         return [name for name in names if name not in faulty]
 
@@ -291,26 +252,32 @@ class Flickr8kImageTextDataset:
                 "left_out": len(self.left_out),
                 "captions_per_photo": {str(k): n for k, n in photos.items() if n}}
 
+    def fingerprint(self):
+        """Changes with names, order, captions and the content of photo files."""
+        content = [self.names, [digest.hex() for digest in self.digests], self.captions,
+                   self.photo_of_caption.tolist()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
 
 def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
     """One epoch's batches, a list of lists of pairs, in an order that follows from the seed.
 
-    The captions of a photo stand side by side in groups of captions_per_image, drawn anew each
-    epoch; a photo with fewer captions gives them all. What fills no group, and the groups that fill
-    no batch at the end, sit this epoch out: all batches have one shape, batch_size //
-    captions_per_image groups, at least one."""
+    The captions of a photo stand side by side in groups of captions_per_image, or of half the batch
+    if that is fewer, drawn anew each epoch; a photo with fewer captions gives them all. What fills
+    no group, and no batch at the end, sits this epoch out. All batches have batch_size pairs, or
+    all that there are; a group that lies across the end of one is divided."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(photo_of_caption), generator=generator)
     order = order[torch.argsort(photo_of_caption[order], stable=True)]  # by photo, then shuffled
+    together = min(captions_per_image, batch_size // 2)  # a batch of one photo has no negatives
     groups = []
     for captions in order.split(torch.bincount(photo_of_caption).tolist()):
-        whole = min(captions_per_image, len(captions))
-        groups += [group for group in captions.split(captions_per_image) if len(group) == whole]
+        whole = min(together, len(captions))
+        groups += [group for group in captions.split(together) if len(group) == whole]
     shuffled = torch.randperm(len(groups), generator=generator).tolist()
-    groups_a_batch = min(max(1, batch_size // captions_per_image), len(groups))
-    starts = range(0, len(groups) - groups_a_batch + 1, groups_a_batch)
-    return [torch.cat([groups[i] for i in shuffled[start:start + groups_a_batch]]).tolist()
-            for start in starts]
+    pairs = torch.cat([groups[i] for i in shuffled])
+    batch_size = min(batch_size, len(pairs))
+    return [batch.tolist() for batch in pairs.split(batch_size) if len(batch) == batch_size]
 
 
 def place_photos(photos, device):

@@ -1,5 +1,8 @@
 """Pictures of what a run learned: contact sheets of photos (Pillow) and curves of its history
 (matplotlib, an extra)."""
+import functools
+import importlib.util
+import unicodedata
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -12,6 +15,44 @@ CELL, GAP, FRAME = 220, 16, 5  # pixels: a photo's square, space around it, widt
 RIGHT = (0, 150, 60)  # its colour
 TITLE_SIZE, LABEL_SIZE = 20, 14
 TITLE_LINE, LABEL_LINE = TITLE_SIZE + 6, LABEL_SIZE + 4
+# With Latin, Greek and Cyrillic letters; one of them is on most machines.
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "FreeSans.ttf",
+         "arial.ttf", "Arial.ttf", "Arial Unicode.ttf")
+NO_CHARACTER = "\uffff"
+
+
+@functools.cache
+def load_font(size):
+    """One of FONTS, from the system or matplotlib's copy; else Pillow's, whose letters are ASCII's.
+    """
+    paths, matplotlib = list(FONTS), importlib.util.find_spec("matplotlib")
+    if matplotlib is not None:
+        paths.append(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / FONTS[0])
+    for path in paths:
+        try:
+            return ImageFont.truetype(path, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
+@functools.cache
+def has_glyph(font, character):
+    if "\ud800" <= character <= "\udfff":  # a byte of a file's name that is not UTF-8
+        return False
+    mask, none = font.getmask(character), font.getmask(NO_CHARACTER)
+    return mask.size != none.size or bytes(mask) != bytes(none)
+
+
+def drawable(text, font):
+    """The text in what the font can draw: without accents where it lacks them, else "?"."""
+    drawn = ""
+    for character in unicodedata.normalize("NFC", text):
+        if not has_glyph(font, character):
+            base = unicodedata.normalize("NFKD", character)[0]
+            character = base if base != character and has_glyph(font, base) else "?"
+        drawn += character
+    return drawn
 
 
 def wrap(text, font, width):
@@ -37,13 +78,13 @@ def contact_sheet(rows, path):
     """Write rows of labelled photos, [(title, [(photo's path, label, marked)])], to a PNG or JPEG
     file, a marked photo in a green frame. Raises DataError for what cannot be read, UsageError for
     a path that cannot be written."""
-    title_font, label_font = ImageFont.load_default(TITLE_SIZE), ImageFont.load_default(LABEL_SIZE)
+    title_font, label_font = load_font(TITLE_SIZE), load_font(LABEL_SIZE)
     columns = max(3, *(len(cells) for _, cells in rows))  # room for a title above a single photo
     width = GAP + columns * (CELL + GAP)
     laid, height = [], GAP
     for title, cells in rows:
-        titles = wrap(title, title_font, width - 2 * GAP)
-        labels = [wrap(label, label_font, CELL) for _, label, _ in cells]
+        titles = wrap(drawable(title, title_font), title_font, width - 2 * GAP)
+        labels = [wrap(drawable(label, label_font), label_font, CELL) for _, label, _ in cells]
         laid.append((height, titles, labels))
         height += len(titles) * TITLE_LINE + CELL + max(map(len, labels)) * LABEL_LINE + 3 * GAP
     sheet = Image.new("RGB", (width, height), "white")
@@ -83,6 +124,7 @@ def plot_curves(runs, path):
     try:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise UsageError("curves need matplotlib: pip install -r requirements-extra.txt") from None
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -93,12 +135,14 @@ def plot_curves(runs, path):
         try:
             epochs = [row["epoch"] for row in rows]
             losses = [row["train"]["loss"] for row in rows]
-            loss.plot(epochs, losses, color, label=str(run.dir))
-            rate.plot(epochs, [row["lr"] for row in rows], color)
+            name = drawable(str(run.dir), load_font(LABEL_SIZE))
+            mark = "o" if len(rows) == 1 else None  # a line of one point cannot be seen
+            loss.plot(epochs, losses, color, marker=mark, label=name)
+            rate.plot(epochs, [row["lr"] for row in rows], color, marker=mark)
             for axes, direction in ((i2t, "i2t"), (t2i, "t2i")):
                 for k in (1, 5, 10):
                     recall = [row["val"][f"{direction}_r{k}"] for row in rows]
-                    axes.plot(epochs, recall, color, linestyle=styles[k])
+                    axes.plot(epochs, recall, color, linestyle=styles[k], marker=mark)
         except (KeyError, TypeError):
             raise CheckpointError(f"{run.dir}: an epoch of its history lacks what it should "
                                   "hold") from None
@@ -109,6 +153,7 @@ def plot_curves(runs, path):
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (i2t, t2i):
         axes.set_ylim(bottom=0)
         handles = [Line2D([], [], color="black", linestyle=style, label=f"R@{k}")

@@ -2,6 +2,7 @@
 import contextlib
 import logging
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -14,12 +15,35 @@ from src.utils.retrieval import KS, chance_metrics
 WIDTH = 80
 
 
+def prepare_output():
+    """Let standard output take any text: what its encoding lacks is replaced by "?", and where it
+    or standard error is closed, all goes to nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):  # where it is a stream of characters, all is printed
+        sys.stdout.reconfigure(errors="replace")
+
+
+class ConsoleHandler(logging.StreamHandler):
+    """Where the reader has gone (`| head`, a closed terminal), the run goes on in silence."""
+
+    def handleError(self, record):
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
 def log_to_console(log):
     """The main process's lines to standard output, all errors to the other."""
     def is_plain(record):
         return record.levelno < logging.ERROR and rank_and_world()[0] == 0
 
-    to_stdout, to_stderr = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    prepare_output()
+    to_stdout, to_stderr = ConsoleHandler(sys.stdout), ConsoleHandler(sys.stderr)
     to_stdout.addFilter(is_plain)
     to_stderr.setLevel(logging.ERROR)
     log.setLevel(logging.INFO)
@@ -42,18 +66,23 @@ class ProgressLine:
         self.live = on and self.stream.isatty()
         self.started = time.time()
 
+    def _write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:  # the terminal was closed
+            self.live = False
+
     def update(self, text):
         if self.live:
             columns = shutil.get_terminal_size().columns - 1
-            self.stream.write(f"\r{text[:columns]:<{columns}}")
-            self.stream.flush()
+            self._write(f"\r{text[:columns]:<{columns}}")
 
     def clear(self):
         """Take the line away, so that a plain line can follow."""
         if self.live:
             self.update("")
-            self.stream.write("\r")
-            self.stream.flush()
+            self._write("\r")
 
     def counter(self, what):
         """-> function(done, total) that says, now and then, how far it is."""

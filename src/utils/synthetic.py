@@ -2,14 +2,14 @@
 
 A scene holds one or two groups of shapes: a count, a size, a colour, a shape and a place. No two
 scenes are the same. Of five captions two leave things out. Everything follows from the seed."""
-import os
+import contextlib
 import random
-import shutil
+import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from src.utils.flickr8k_simple import SPLIT_FILES, DataError
+from src.utils.layouts import CAPTION_FILES, PHOTO_FOLDERS, SPLIT_FILES, DataError, read_split
 
 NUM_PICTURES = {"train": 2000, "val": 200, "test": 200}
 PICTURE_SIZE = 80  # pixels
@@ -86,24 +86,49 @@ def paint_scene(scene, rng):
     return picture
 
 
+def is_whole(root_dir):
+    """Whether all is there that the split files list."""
+    try:
+        names = [name for split in SPLIT_FILES for name in read_split(root_dir, split)]
+    except DataError:
+        return False
+    paths = [root_dir / PHOTO_FOLDERS[0] / name for name in names]
+    return all(path.is_file() for path in [root_dir / CAPTION_FILES[0], *paths])
+
+
 def write_synthetic(root_dir, seed=0, num_pictures=None):
-    """Write the dataset into root_dir, unless it is there -> whether it was written. It is moved
-    there when it is whole. Raises DataError when root_dir holds something else."""
+    """Write the dataset into root_dir, unless it is there and whole -> whether it was written. It
+    is made in a folder of this process's own and moved into place, so that several processes may do
+    it at once. Raises DataError when root_dir holds something else."""
     root_dir = Path(root_dir)
-    readme = f"Captioned scenes of shapes, made by src/utils/synthetic.py from seed {seed}.\n"
-    if root_dir.exists():
-        if (root_dir / "README.txt").is_file() and (root_dir / "README.txt").read_text() == readme:
-            return False
-        if any(root_dir.iterdir()):
+    readme = root_dir / "README.txt"
+    about = f"Captioned scenes of shapes, made by src/utils/synthetic.py from seed {seed}.\n"
+    if root_dir.exists() and any(root_dir.iterdir()):
+        if not (readme.is_file() and readme.read_text(encoding="utf-8") == about):
             raise DataError(f"{root_dir}: holds something other than the synthetic dataset; name "
                             "another --data_dir")
-    partial = root_dir.with_name(root_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "Flicker8k_Dataset").mkdir(parents=True)
+        if is_whole(root_dir):
+            return False
+    root_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{root_dir.name}.", dir=root_dir.parent) as staging:
+        made = Path(staging) / root_dir.name
+        _write_files(made, seed, num_pictures or NUM_PICTURES)
+        (made / readme.name).write_text(about, encoding="utf-8")
+        with contextlib.suppress(OSError):  # where rename() does not replace an empty folder
+            root_dir.rmdir()
+        try:
+            made.rename(root_dir)
+        except OSError:  # another process was first, or what is there is not whole
+            _complete(made, root_dir)
+    return True
 
+
+def _write_files(folder, seed, num_pictures):
+    photos = folder / PHOTO_FOLDERS[0]
+    photos.mkdir(parents=True)
     rng = random.Random(seed)
     seen, captions, index = set(), [], 0
-    for split, count in (num_pictures or NUM_PICTURES).items():
+    for split, count in num_pictures.items():
         names = []
         while len(names) < count:
             scene = draw_scene(rng)
@@ -114,12 +139,17 @@ def write_synthetic(root_dir, seed=0, num_pictures=None):
             index += 1
             for i, caption in enumerate(caption_scene(scene, rng)):
                 captions.append(f"{names[-1]}#{i}\t{caption}")
-            path = partial / "Flicker8k_Dataset" / names[-1]
-            paint_scene(scene, rng).save(path, "JPEG", quality=92)
-        (partial / SPLIT_FILES[split]).write_bytes("".join(f"{name}\n" for name in names).encode())
-    (partial / "Flickr8k.token.txt").write_bytes("".join(f"{line}\n" for line in captions).encode())
-    (partial / "README.txt").write_text(readme)
-    if root_dir.exists():
-        root_dir.rmdir()
-    os.replace(partial, root_dir)
-    return True
+            paint_scene(scene, rng).save(photos / names[-1], "JPEG", quality=92)
+        (folder / SPLIT_FILES[split]).write_bytes("".join(f"{name}\n" for name in names).encode())
+    (folder / CAPTION_FILES[0]).write_bytes("".join(f"{line}\n" for line in captions).encode())
+
+
+def _complete(made, root_dir):
+    """Replace the files of a dataset that is not whole, one by one: photos, then lists."""
+    if is_whole(root_dir):
+        return
+    for path in sorted(made.rglob("*")):
+        if path.is_file():
+            place = root_dir / path.relative_to(made)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)

@@ -4,7 +4,7 @@ import heapq
 import re
 import unicodedata
 
-from src.utils.flickr8k_simple import find_caption_file, read_captions, read_split
+from src.utils.layouts import find_caption_file, read_captions, read_split
 
 PAD_ID = 0
 VOCAB_SIZE = 4000  # ids of the bpe tokenizer, padding and 256 bytes included
@@ -50,7 +50,8 @@ class CharTokenizer:
         """str -> list of ids. Raises ValueError when nothing of the text is left."""
         ids = [self.id_of[character] for character in self.normalize(text)]
         if not ids:
-            raise ValueError(f"the text {text!r} has no character that the tokenizer knows")
+            raise ValueError(f"the text {text[:80]!r} has no character that the char tokenizer "
+                             "knows; --tokenizer bpe reads any text")
         return ids
 
     def decode(self, ids):
@@ -163,7 +164,7 @@ class BPETokenizer:
                 self.cache[piece] = self._encode_piece(piece)
             ids += self.cache[piece]
         if not ids:
-            raise ValueError(f"the text {text!r} has no character but white space")
+            raise ValueError(f"the text {text[:80]!r} has no character but white space")
         return ids
 
     def _encode_piece(self, piece):
