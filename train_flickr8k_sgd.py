@@ -196,12 +196,6 @@ class RunState:
         for name in PROGRESS:
             setattr(self, name, state[name])
 
-    def reschedule(self):
-        """Take the learning rate of this schedule where a checkpoint came with another's."""
-        step = self.scheduler.last_epoch
-        for group, schedule in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas):
-            group["lr"] = group["initial_lr"] * schedule(step)
-
 
 def augment(run, batch):
     """Crop, mirror and colour the photos of a batch, drop words of its captions; in its place."""
@@ -264,11 +258,7 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     if checkpoint is not None:
         began = checkpoint["config"]
         run.config |= {"date": began["date"], "command": began["command"]}
-        changed = [name for name, fingerprint in run.config["fingerprints"].items()
-                   if fingerprint != began["fingerprints"][name]]
-        if changed:
-            raise UsageError(f"{settings.data_dir} is not the dataset that the run began with: "
-                             f"photos, captions or order of {', '.join(changed)} have changed")
+        files.check_same_data(began, run.config, settings.data_dir)
         run.load_state_dict(checkpoint)
     if run.is_main:
         files.open_output_dir(output_dir, run.config, run.history, checkpoint is None, replace, log)
@@ -278,22 +268,24 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     log.info(f"{len(data):,} pairs of {len(data.names):,} photos in {settings.data_dir}: "
              f"{settings.epochs} epochs of {len(batches)} steps of {len(batches[0]) * world} pairs")
     if checkpoint is not None:
-        log_resumed(run, began["settings"]["epochs"])
+        resume_schedule(run, began["settings"]["epochs"])
     return run, splits
 
 
-def log_resumed(run, epochs_before):
-    """Say where the run goes on, and give it its new schedule where --epochs has changed."""
-    epochs = run.settings.epochs
+def resume_schedule(run, epochs_before):
+    """Say where the run goes on. Where --epochs has changed, it goes on as if it had been begun
+    with that many: the learning rate jumps to where that schedule stands by now."""
+    epochs, groups, schedule = run.settings.epochs, run.optimizer.param_groups, run.scheduler
     if run.epoch > epochs:
         log.info("the run is done; to train on: " + files.resume_command(run.dir, "--epochs", "N"))
         return
     log.info(f"resumed at epoch {run.epoch}, step {run.step}")
     if epochs != epochs_before:
-        before = run.optimizer.param_groups[0]["lr"]
-        run.reschedule()
+        before = groups[0]["lr"]
+        for group, multiple in zip(groups, schedule.lr_lambdas):
+            group["lr"] = group["initial_lr"] * multiple(schedule.last_epoch)
         log.info(f"the schedule is now that of {epochs} epochs, not {epochs_before}: the learning "
-                 f"rate goes from {before:.3g} to {run.optimizer.param_groups[0]['lr']:.3g}")
+                 f"rate goes from {before:.3g} to {groups[0]['lr']:.3g}")
 
 
 def fit(run, splits, stop):

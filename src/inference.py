@@ -194,7 +194,8 @@ class EmbeddingCache:
 def photos_of_split(data_dir, split):
     """-> ([path of each photo], [its captions]). Raises DataError for what is missing."""
     names = read_split(data_dir, split)
-    captions, folder = read_captions(find_caption_file(data_dir)), find_photo_folder(data_dir, names)
+    captions = read_captions(find_caption_file(data_dir))
+    folder = find_photo_folder(data_dir, names)
     for name in names:
         if name not in captions:
             raise DataError(f"{data_dir}: {name} has no captions")
@@ -233,7 +234,7 @@ def photos_of_folder(folder, left_out=None):
             elif suffix in suffixes:
                 paths.append(path)
             else:
-                left_out[suffix or "files without a suffix"] += 1
+                left_out[suffix or "without a suffix"] += 1
     if not paths:
         found = f" (left out: {kinds(left_out)})" if left_out else ""
         raise DataError(f"{folder}: holds no photos that can be read{found}")

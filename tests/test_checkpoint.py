@@ -1,22 +1,25 @@
 import dataclasses
 import json
+import logging
 import os
 import sys
 
 import pytest
 import torch
 
-from src.settings import make_settings
+from src.settings import UsageError, make_settings
 from src.utils import checkpoint
 from src.utils.checkpoint import (
     BEST,
     CONFIG,
     HISTORY,
+    LOG,
     TEST,
     CheckpointError,
     load_checkpoint,
     load_json,
     load_run,
+    open_output_dir,
     save_checkpoint,
     save_json,
 )
@@ -119,3 +122,26 @@ def test_a_run_is_loaded_without_its_weights(tmp_path):
     assert run.best == history[1] and run.minutes == 1.5  # the first of equals, as in training
     save_json({"avg_r1": 2.0}, tmp_path / TEST)
     assert load_run(tmp_path).test == {"avg_r1": 2.0}
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    config = {"settings": {"epochs": 2}}
+
+    def begin(fresh=True, replace=False):
+        log = logging.Logger("a run")
+        open_output_dir(tmp_path / "run", config, [], fresh, replace, log)
+        return log
+
+    first = begin()
+    first.info("hello")
+    for given in ({}, {"replace": True}, {"fresh": False}):
+        with pytest.raises(UsageError, match="another run is writing into .*run; name another"):
+            begin(**given)
+    assert "hello" in (tmp_path / "run" / LOG).read_text()
+    first.handlers[0].close()  # as the end of the process does, a kill included
+    with pytest.raises(UsageError, match="holds a run already"):  # it came in between
+        begin()
+    begin(fresh=False).handlers[0].close()
+    assert "hello" in (tmp_path / "run" / LOG).read_text()
+    begin(replace=True).handlers[0].close()
+    assert (tmp_path / "run" / LOG).read_text() == ""

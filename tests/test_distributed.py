@@ -18,7 +18,7 @@ from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 from src.utils.retrieval import evaluate
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
-from tests.conftest import model_arguments, start_script
+from tests.conftest import model_arguments, start_script, write_dataset
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed"
@@ -105,14 +105,15 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     assert any(name.startswith("logit_scale") and value != 0 for name, value in one.items())
 
 
-def torchrun(*arguments):
+def torchrun(*arguments, nproc=2):
     return start_script(
         "-m",
         "torch.distributed.run",
-        "--nproc_per_node=2",
+        f"--nproc_per_node={nproc}",
         f"--master_port={free_port()}",
         "train_flickr8k_sgd.py",
-        "--synthetic",
+        "--model",
+        "tiny",
         "--device",
         "cpu",
         *arguments,
@@ -138,6 +139,23 @@ def worker_pids(process):
         except OSError:
             pass
     return pids
+
+
+def test_few_pairs_and_uneven_captions_are_shared_or_refused(tmp_path):
+    data = write_dataset(tmp_path / "data", {"train": 3, "val": 2, "test": 2}, captions=3)
+    tokens = data / "Flickr8k.token.txt"
+    lines = tokens.read_text().splitlines(True)
+    tokens.write_text("".join(lines[:4] + lines[6:7] + lines[9:]))  # 3, 1 and 1 of train
+    given = ["--data_dir", data, "--epochs", 2, "--batch_size", 4, "--captions_per_image", 3]
+    process = torchrun("--output_dir", tmp_path / "a", *given)
+    printed, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and "of 1 steps of 4 pairs" in printed, err
+    assert "Warning" not in err  # neither of torch's own
+    process = torchrun("--output_dir", tmp_path / "b", *given, "--batch_size", 3, nproc=4)
+    printed, err = process.communicate(timeout=240)
+    assert process.returncode != 0 and not (tmp_path / "b").exists()
+    assert "a batch has fewer pairs than there are processes, 4" in err
+    assert "train_flickr8k_sgd.py\", line" not in err  # a traceback of ours
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes in /proc")

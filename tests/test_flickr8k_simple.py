@@ -2,6 +2,7 @@
 import errno
 import io
 import os
+import shutil
 import struct
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from src.utils import flickr8k_simple
 from src.utils.flickr8k_simple import (
+    MAX_LENGTH,
     STORE_FOLDER,
     TEXT_BUCKET,
     Flickr8kImageTextDataset,
@@ -20,7 +22,7 @@ from src.utils.flickr8k_simple import (
     pad_texts,
     place_photos,
 )
-from src.utils.layouts import DataError, read_captions, read_split
+from src.utils.layouts import DataError, read_split
 from src.utils.tokenizers import CharTokenizer
 
 
@@ -70,6 +72,25 @@ def test_an_epoch_holds_no_pair_twice_and_captions_of_a_photo_side_by_side(
         )
 
 
+@pytest.mark.parametrize("counts, captions_per_image, batch_size, steps, pairs", [
+    ([1] * 60, 5, 20, 3, 20),  # one caption a photo
+    ([1] * 60, 1, 20, 3, 20),
+    ([2] * 30, 5, 20, 3, 20),
+    ([1, 2, 3, 4, 5] * 4, 5, 20, 3, 20),  # uneven
+    ([5] * 12, 5, 7, 5, 7),  # half a batch is fewer captions than asked together
+    ([5] * 12, 5, 2, 30, 2),
+    ([3] * 2, 3, 100, 1, 6),  # all that there are
+])
+def test_a_step_has_as_many_pairs_as_asked(counts, captions_per_image, batch_size, steps, pairs):
+    photo_of_caption = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    for seed in range(5):
+        batches = epoch_batches(photo_of_caption, captions_per_image, batch_size, seed)
+        assert [len(batch) for batch in batches] == [pairs] * steps
+        assert len(set(sum(batches, []))) == pairs * steps
+        photos = [len(photo_of_caption[batch].unique()) for batch in batches]
+        assert min(photos) > 1 or batch_size == 2  # whose two may be of one photo by chance
+
+
 def test_texts_are_padded_to_the_longest():
     texts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
     assert pad_texts(texts).tolist() == [[5, 6, 7], [8, 0, 0]]
@@ -85,114 +106,6 @@ def test_every_caption_has_its_turn_over_the_epochs():
         for pair in batch
     }
     assert seen == set(range(50))
-
-
-def test_text_files_may_lie_in_a_folder_of_their_own(dataset_dir):
-    (dataset_dir / "Flickr8k_text").mkdir()
-    for path in list(dataset_dir.glob("*.txt")):
-        path.rename(dataset_dir / "Flickr8k_text" / path.name)
-    assert len(dataset(dataset_dir)) == 30
-
-
-def test_crlf_and_byte_order_mark(dataset_dir):
-    plain = dataset(dataset_dir)
-    for path in dataset_dir.glob("*.txt"):
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    windows = dataset(dataset_dir)
-    assert windows.names == plain.names and windows.captions == plain.captions
-
-
-def test_captions_of_a_photo_that_does_not_exist_do_no_harm(dataset_dir):
-    with open(dataset_dir / "Flickr8k.token.txt", "a") as file:
-        file.write("2258277193_586949ec62.jpg.1#0\tA man rides .\n\n")
-    assert len(dataset(dataset_dir)) == 30
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "no tab here",
-        "1000_abc.jpg\tno number",
-        "1000_abc.jpg#x\tno number",
-        "#0\tno name",
-        "1000_abc.jpg#0\t  ",
-    ],
-)
-def test_a_caption_line_that_does_not_parse(dataset_dir, line):
-    path = dataset_dir / "Flickr8k.token.txt"
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(DataError, match=r"Flickr8k.token.txt, line 56: expected"):
-        dataset(dataset_dir)
-
-
-def test_a_caption_of_unknown_characters_only(dataset_dir):
-    path = dataset_dir / "Flickr8k.token.txt"
-    path.write_text(path.read_text() + "1000_abc.jpg#5\t\u72d7\n", encoding="utf-8")
-    with pytest.raises(DataError, match="1000_abc.jpg: the text '\u72d7' has no character"):
-        dataset(dataset_dir)
-
-
-def test_text_that_is_not_utf8(dataset_dir):
-    path = dataset_dir / "Flickr8k.token.txt"
-    path.write_bytes(path.read_bytes() + b"1000_abc.jpg#5\tcaf\xe9\n")
-    with pytest.raises(DataError, match="Flickr8k.token.txt: not UTF-8"):
-        dataset(dataset_dir)
-
-
-def kaggle(root):
-    """Turn the official layout into Kaggle's: another folder, CSV captions, no split files."""
-    (root / "Flicker8k_Dataset").rename(root / "Images")
-    rows = ["image,caption"]
-    for name, captions in read_captions(root / "Flickr8k.token.txt").items():
-        rows += [f'{name},"{caption}"' for caption in captions]
-    (root / "captions.txt").write_text("\n".join(rows) + "\n")
-    (root / "Flickr8k.token.txt").unlink()
-
-
-def test_kaggle_layout(dataset_dir):
-    official = dataset(dataset_dir)
-    kaggle(dataset_dir)
-    data = dataset(dataset_dir)
-    # which have commas in them
-    assert data.names == official.names and data.captions == official.captions
-    for path in dataset_dir.glob("Flickr_8k.*"):
-        path.unlink()
-    with pytest.raises(
-        DataError, match=r"Flickr_8k.trainImages.txt.*missing.*download_flickr8k.py --text_only"
-    ):
-        dataset(dataset_dir)
-
-
-@pytest.mark.parametrize("content, message", [
-    ("name,text\n", "line 1: expected the header"),
-    ("", "line 1: expected the header"),
-    ("image,caption\na.jpg,one, two\n", "line 2: expected 'image,caption'"),
-    ("image,caption\na.jpg\n", "line 2: expected 'image,caption'"),
-    ('image,caption\na.jpg,"open\n', "not CSV"),
-])
-def test_kaggle_captions_that_do_not_parse(tmp_path, content, message):
-    (tmp_path / "captions.txt").write_text(content)
-    with pytest.raises(DataError, match=message):
-        read_captions(tmp_path / "captions.txt")
-
-
-def test_kaggle_captions_with_quotes(tmp_path):
-    (tmp_path / "captions.txt").write_text(
-        'image,caption\na.jpg,"A dog , ""big"" , runs ."\na.jpg,Plain .\n'
-    )
-    assert read_captions(tmp_path / "captions.txt") == {
-        "a.jpg": ['A dog , "big" , runs .', "Plain ."]
-    }
-
-
-def test_split_files(dataset_dir):
-    path = dataset_dir / "Flickr_8k.devImages.txt"
-    path.write_text(path.read_text() * 2)
-    with pytest.raises(DataError, match="lists 1006_abc.jpg twice"):
-        read_split(dataset_dir, "val")
-    path.write_text("\n")
-    with pytest.raises(DataError, match="lists no photos"):
-        read_split(dataset_dir, "val")
 
 
 def image_bytes(mode="RGB", kind="JPEG", size=(40, 30), colour=None, **options):
@@ -232,6 +145,71 @@ def test_palette_with_transparency(tmp_path):
     picture.putpalette([0, 0, 0, 250, 120, 0])
     picture.save(tmp_path / "a.png", transparency=b"\x00\xff")
     assert np.abs(load_photo(tmp_path / "a.png", 8).mean((1, 2)) - (250, 120, 0)).max() < 2
+
+
+GREY = np.linspace(0, 255, 64 * 64).reshape(64, 64).round()  # every level of 8 bits
+
+
+@pytest.mark.parametrize("name, values", [
+    ("a.png", (GREY * 257).astype(np.uint16)),
+    ("a.tif", (GREY * 257).astype(np.uint16)),
+    ("a.tif", (GREY * 257).astype(">u2")),
+    ("a.png", (GREY * 16 + 15).astype(np.uint16)),  # 12 bits in 16, as cameras store them
+    ("a.tif", GREY.astype(np.int32)),
+    ("a.tif", (GREY * 1e6 - 9e7).astype(np.int32)),
+    ("a.tif", GREY.astype(np.float32)),
+    ("a.tif", (GREY / 255).astype(np.float32)),
+    ("a.tif", (GREY * 20 - 700).astype(np.float32)),
+])
+def test_more_than_8_bits_and_floats_are_scaled_to_8(tmp_path, name, values):
+    Image.fromarray(values).save(tmp_path / name)
+    photo = load_photo(tmp_path / name, 64)
+    assert np.abs(photo - GREY).max() <= 1
+
+
+def test_16_bits_a_channel_in_portable_anymaps(tmp_path):
+    (tmp_path / "a.pgm").write_bytes(b"P5 64 64 65535\n" + (GREY * 257).astype(">u2").tobytes())
+    assert np.abs(load_photo(tmp_path / "a.pgm", 64) - GREY).max() <= 1
+
+
+def test_floats_that_are_no_numbers(tmp_path):
+    values = GREY.astype(np.float32)
+    values[:8], values[8:16] = np.nan, np.inf
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    photo = load_photo(tmp_path / "a.tif", 64)
+    assert photo[:, :7].max() < 5 and photo[:, 9:15].min() > 250 and photo[:, 18:60].std() > 40
+    values[:] = np.nan
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="a.tif: not one pixel is a finite number"):
+        load_photo(tmp_path / "a.tif", 64)
+
+
+def drawing(mode):
+    """A black square on transparent black."""
+    picture = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    picture.paste((0, 0, 0, 255), (10, 10, 30, 30))
+    if mode == "P":
+        picture = Image.new("P", (40, 40), 1)
+        picture.putpalette([0, 0, 0, 5, 5, 5])
+        picture.paste(0, (10, 10, 30, 30))
+        picture.info["transparency"] = 1
+    if mode == "RGB":
+        picture = Image.new("RGB", (40, 40), (5, 5, 5))
+        picture.paste((0, 0, 0), (10, 10, 30, 30))
+        picture.info["transparency"] = (5, 5, 5)
+    return picture.convert(mode)
+
+
+@pytest.mark.parametrize("mode, name", [
+    ("RGBA", "a.png"), ("LA", "a.png"), ("P", "a.png"), ("RGB", "a.png"), ("P", "a.gif"),
+    ("RGBA", "a.webp"), ("RGBA", "a.tif"), ("LA", "a.tif"), ("RGBA", "a.ico")])
+def test_what_is_transparent_is_laid_on_white(tmp_path, mode, name):
+    options = {"lossless": True} if name == "a.webp" else {}
+    if mode in ("P", "RGB"):
+        options["transparency"] = drawing(mode).info["transparency"]
+    drawing(mode).save(tmp_path / name, **options)
+    photo = load_photo(tmp_path / name, 40)
+    assert photo[:, 2:8].min() > 250 and photo[:, 13:27, 13:27].max() < 5
 
 
 def test_exif_rotation(tmp_path):
@@ -322,6 +300,56 @@ def test_a_photo_without_captions_is_refused(dataset_dir):
         DataError, match=r"1 of the 6 photos of train are without captions \(1002_abc.jpg\)"
     ):
         dataset(dataset_dir)
+
+
+def test_a_photo_in_two_splits_is_refused_unless_allowed(dataset_dir):
+    folder = dataset_dir / "Flicker8k_Dataset"
+    train = dataset_dir / "Flickr_8k.trainImages.txt"
+    shutil.copy(folder / "1007_abc.jpg", folder / "1002_abc.jpg")  # of val, under another name
+    train.write_text(train.read_text() + "1006_abc.jpg\n")  # of val
+    val = dataset(dataset_dir, "val")
+    with pytest.raises(DataError) as error:
+        dataset(dataset_dir, held_out=[val])
+    assert ("2 photos of train are in another split as well (1002_abc.jpg is 1007_abc.jpg of val, "
+            "1006_abc.jpg is 1006_abc.jpg of val)") in str(error.value)
+    data = dataset(dataset_dir, held_out=[val], allow_incomplete=True)
+    assert data.left_out == ["1002_abc.jpg", "1006_abc.jpg"] and len(data) == 25
+    assert [round(photo[0].float().mean().item() / 20) for photo in data.photos] == [0, 1, 3, 4, 5]
+    assert len(data.digests) == 5
+    again = dataset(dataset_dir, held_out=[val], allow_incomplete=True)  # from the store
+    assert again.names == data.names and again.photos.equal(data.photos)
+    (dataset_dir / "Flickr_8k.devImages.txt").write_text(train.read_text())
+    with pytest.raises(DataError, match="not one photo of train is usable"):
+        dataset(dataset_dir, held_out=[dataset(dataset_dir, "val")], allow_incomplete=True)
+
+
+def test_the_fingerprint_is_of_names_order_captions_and_photos(dataset_dir, tmp_path):
+    before = dataset(dataset_dir).fingerprint()
+    shutil.copytree(dataset_dir, tmp_path / "copy", copy_function=shutil.copyfile)  # new times
+    shutil.rmtree(tmp_path / "copy" / STORE_FOLDER)
+    assert dataset(tmp_path / "copy").fingerprint() == before == dataset(dataset_dir).fingerprint()
+    assert dataset(dataset_dir, image_size=24).fingerprint() == before
+
+    photo, split = "Flicker8k_Dataset/1002_abc.jpg", "Flickr_8k.trainImages.txt"
+    content = (dataset_dir / photo).read_bytes()
+    lines = (dataset_dir / split).read_text().splitlines(True)
+    captions = (dataset_dir / "Flickr8k.token.txt").read_text()
+    found = {before}
+    for name, changed in ((photo, content[:-9] + b"x" + content[-8:]),
+                          (split, "".join(reversed(lines)).encode()),
+                          ("Flickr8k.token.txt", captions.replace("dog", "cat", 1).encode())):
+        old = (dataset_dir / name).read_bytes()
+        (dataset_dir / name).write_bytes(changed)
+        found.add(dataset(dataset_dir).fingerprint())
+        (dataset_dir / name).write_bytes(old)
+    assert len(found) == 4
+
+
+def test_a_caption_is_read_up_to_its_documented_length(dataset_dir):
+    path = dataset_dir / "Flickr8k.token.txt"
+    path.write_text(path.read_text() + f"1000_abc.jpg#5\t{'a dog ' * 5000}\n")
+    data = dataset(dataset_dir)
+    assert len(data.texts[5]) <= MAX_LENGTH < len(data.captions[5])
 
 
 def test_nothing_usable_is_refused_even_when_incomplete_is_allowed(dataset_dir):
@@ -427,7 +455,8 @@ def test_a_half_written_store_is_never_used(dataset_dir, monkeypatch):
     whole = dataset(dataset_dir).photos.clone()
     path = dataset_dir / STORE_FOLDER / stores(dataset_dir)[0]
     path.write_bytes(path.read_bytes()[:-1])  # cut off by something else
-    assert torch.equal(dataset(dataset_dir).photos, whole) and path.stat().st_size == whole.numel()
+    assert torch.equal(dataset(dataset_dir).photos, whole)
+    assert path.stat().st_size == whole.numel() + 32 * len(whole)  # and a digest a photo
 
 
 def test_what_a_kill_left_behind_goes_but_not_what_another_process_writes(dataset_dir):

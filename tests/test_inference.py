@@ -1,6 +1,10 @@
+import functools
 import json
 import os
 import shutil
+import struct
+import zlib
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from src.inference import (
     EmbeddingCache,
     embed_photos,
     embed_texts,
+    kinds,
     load_model,
     photos_of_folder,
     photos_of_split,
@@ -186,6 +191,94 @@ def test_photos_of_a_folder(tmp_path):
     assert photos_of_folder(tmp_path) == [
         tmp_path / name for name in ("a.png", "b.JPG", "holidays/c.webp")
     ]
+
+
+def test_all_kinds_that_pillow_reads_links_and_what_is_left_out(tmp_path):
+    own, album = tmp_path / "own", tmp_path / "album"
+    (own / "below").mkdir(parents=True)
+    (own / ".trash").mkdir()
+    album.mkdir()
+    kept = ["a.avif", "b.jfif", "c.JPG", "d.mpo", "e.tga", "below/f.qoi"]
+    for name in (*kept, "._c.jpg", ".DS_Store", ".trash/g.jpg", "IMG_1.HEIC", "IMG_2.heic",
+                 "film.mpg", "notes"):
+        (own / name).touch()
+    (album / "h.png").touch()
+    os.mkfifo(own / "pipe.jpg")
+    (own / "album").symlink_to(album)
+    (album / "loop").symlink_to(own)
+    (own / "i.jpg").symlink_to(own / "c.JPG")
+    (own / "broken.jpg").symlink_to(own / "none.jpg")
+    left_out = Counter()
+    photos = photos_of_folder(own, left_out)
+    assert photos == sorted(own / name for name in [*kept, "album/h.png", "i.jpg"])
+    expected = "2 .heic, 1 .mpg, 2 broken links and the like, 1 without a suffix"
+    assert kinds(left_out) == expected
+    for name in kept:
+        (own / name).unlink()
+    (own / "i.jpg").unlink()
+    (album / "h.png").unlink()
+    with pytest.raises(DataError, match="holds no photos that can be read .left out: 2 .heic"):
+        photos_of_folder(own)
+
+
+def bad_photos(folder):
+    """Files that have a photo's name and are none."""
+    noise = Image.effect_noise((90, 90), 60)
+    noise.save(folder / "truncated.jpg")
+    content = (folder / "truncated.jpg").read_bytes()
+    (folder / "truncated.jpg").write_bytes(content[:len(content) // 2])
+    (folder / "empty.jpg").touch()
+    (folder / "page.jpg").write_text("<html>403</html>")
+    # 40,000 x 40,000 pixels in a few bytes
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    (folder / "large.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
+        + struct.pack(">I", zlib.crc32(b"IHDR" + header)))
+    return {folder / name for name in ("truncated.jpg", "empty.jpg", "page.jpg", "large.png")}
+
+
+def test_bad_photos_are_left_out_where_that_is_allowed(run_dir, shapes, tmp_path, monkeypatch):
+    good = photos_of_split(shapes, "test")[0]
+    for photo in good:
+        shutil.copy(photo, tmp_path / photo.name)
+    bad = bad_photos(tmp_path) | {tmp_path / "gone.jpg"}
+    expected = EmbeddingCache(run_dir).photos([tmp_path / photo.name for photo in good])
+    (run_dir / inference.CACHE).unlink()
+    monkeypatch.setattr(
+        inference, "embed_in_batches", functools.partial(inference.embed_in_batches, batch_size=3))
+    paths = sorted(bad | {tmp_path / photo.name for photo in good})
+    for _ in range(2):  # the second time from the cache
+        faults = {}
+        assert torch.allclose(EmbeddingCache(run_dir).photos(paths, faults=faults), expected,
+                              rtol=1e-4, atol=1e-6)
+        assert faults.keys() == bad and "truncated" in faults[tmp_path / "truncated.jpg"]
+        assert all(str(path) in fault for path, fault in faults.items())
+    with pytest.raises(DataError, match="not one of 5 photos can be read: .*gone.jpg"):
+        EmbeddingCache(run_dir).photos(sorted(bad), faults={})
+    with pytest.raises(DataError, match="empty.jpg: the file is empty"):
+        EmbeddingCache(run_dir).photos([tmp_path / "empty.jpg"])
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, DataError("a bad one")])
+def test_what_was_embedded_is_kept_whatever_ends_it(run_dir, shapes, monkeypatch, end):
+    photos = photos_of_split(shapes, "test")[0]
+    seen, load = [], inference.load_photo
+
+    def load_three(path, size):
+        if len(seen) == 3:
+            raise end
+        seen.append(path)
+        return load(path, size)
+
+    monkeypatch.setattr(
+        inference, "embed_in_batches", functools.partial(inference.embed_in_batches, batch_size=1))
+    monkeypatch.setattr(inference, "load_photo", load_three)
+    with pytest.raises((KeyboardInterrupt, DataError)):
+        EmbeddingCache(run_dir).photos(photos)
+    monkeypatch.setattr(inference, "load_photo", lambda path, size: (
+        seen.append(path), load(path, size))[1])
+    EmbeddingCache(run_dir).photos(photos)
+    assert sorted(seen) == sorted(photos)  # none was read twice
 
 
 def test_photos_of_a_split(dataset_dir):

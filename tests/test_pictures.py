@@ -6,7 +6,17 @@ from PIL import Image, ImageFont
 from src.settings import UsageError
 from src.utils.checkpoint import CheckpointError, Run
 from src.utils.layouts import DataError
-from src.utils.pictures import CELL, GAP, RIGHT, contact_sheet, plot_curves, wrap
+from src.utils.pictures import (
+    CELL,
+    GAP,
+    NO_CHARACTER,
+    RIGHT,
+    contact_sheet,
+    drawable,
+    load_font,
+    plot_curves,
+    wrap,
+)
 from tests.test_show_flickr8k_results import metrics
 
 WORDS = (
@@ -28,11 +38,11 @@ def test_a_sheet_shows_the_right_photos_and_marks(tmp_path):
     for name, size, colour in (
         ("red", (80, 40), (250, 0, 0)),
         ("blue", (40, 80), (0, 0, 250)),
-        ("gray", (5, 5), (99, 99, 99)),
+        ("plum", (5, 5), (99, 0, 99)),
     ):
         Image.new("RGB", size, colour).save(tmp_path / f"{name}.png")
     rows = [("first", [(tmp_path / "red.png", "1.", False), (tmp_path / "blue.png", WORDS, True)]),
-            ("second " * 40, [(tmp_path / "gray.png", "only", False)])]
+            ("second " * 40, [(tmp_path / "plum.png", "only", False)])]
     contact_sheet(rows, tmp_path / "made" / "sheet.png")
     sheet = Image.open(tmp_path / "made" / "sheet.png")
     assert sheet.width == 3 * CELL + 4 * GAP
@@ -44,7 +54,7 @@ def test_a_sheet_shows_the_right_photos_and_marks(tmp_path):
             for y in range(sheet.height)
             if pixels[x, y] == colour
         ]
-        for colour in ((250, 0, 0), (0, 0, 250), (99, 99, 99), RIGHT)
+        for colour in ((250, 0, 0), (0, 0, 250), (99, 0, 99), RIGHT)
     }
     boxes = {
         colour: (
@@ -57,7 +67,7 @@ def test_a_sheet_shows_the_right_photos_and_marks(tmp_path):
     }
     # left of it, in the same row
     assert boxes[(250, 0, 0)][2] < boxes[(0, 0, 250)][0] < boxes[(0, 0, 250)][2]
-    assert boxes[(99, 99, 99)][1] > boxes[(0, 0, 250)][3] and boxes[(99, 99, 99)][2] < GAP + CELL
+    assert boxes[(99, 0, 99)][1] > boxes[(0, 0, 250)][3] and boxes[(99, 0, 99)][2] < GAP + CELL
     blue, mark = boxes[(0, 0, 250)], boxes[RIGHT]
     assert (
         mark[0] < blue[0]
@@ -75,6 +85,24 @@ def test_a_sheet_of_what_cannot_be_read_or_written(tmp_path):
     for name in ("sheet.abc", "broken.jpg/sheet.png"):
         with pytest.raises(UsageError, match="cannot be written"):
             contact_sheet([("", [(tmp_path / "good.png", "", False)])], tmp_path / name)
+
+
+def test_letters_of_other_alphabets_and_what_no_font_has(tmp_path):
+    font = load_font(14)
+    assert drawable("Plain text, 3 $", font) == "Plain text, 3 $"
+    strange = "donn\udce9es \ud83d \x00"  # a name that is not UTF-8, half an emoji
+    assert drawable(strange, font).startswith("donn?es ? ")
+    assert drawable("e\u0301", ImageFont.load_default(14)) == "e"  # whose letters are ASCII's
+    assert drawable("\u72d7", ImageFont.load_default(14)) == "?"
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    contact_sheet([(strange, [(tmp_path / "a.png", strange + "\U0001f436", True)])],
+                  tmp_path / "sheet.png")
+    if font.getname()[0] == "Aileron":
+        pytest.skip("no font with Greek and Cyrillic letters on this machine")
+    text = "Füße café Łódź ñ αβγΩ жЯ"
+    assert drawable(text, font) == text
+    masks = [bytes(font.getmask(letter)) for letter in text.replace(" ", "")]
+    assert bytes(font.getmask(NO_CHARACTER)) not in masks
 
 
 def runs(tmp_path):
@@ -118,6 +146,13 @@ def test_curves(tmp_path, monkeypatch):
     for axes, way in ((i2t, "i2t"), (t2i, "t2i")):
         assert [list(line.get_ydata()) for line in axes.lines] == [
             [metrics(i)[f"{way}_r{k}"] for i in range(1, 5)] for k in (1, 5, 10)] * 2
+    one_epoch = runs(tmp_path)[0]
+    del one_epoch.history[1:]
+    one_epoch.dir = tmp_path / "donn\udce9es $"
+    plot_curves([one_epoch], tmp_path / "curves.png")  # a point that can be seen
+    for axes in drawn[1].axes:
+        assert all(line.get_marker() == "o" for line in axes.lines) and axes.lines
+        assert all(tick % 1 == 0 for tick in axes.get_xticks())  # whole epochs
     broken = runs(tmp_path)
     del broken[1].history[2]["lr"]
     with pytest.raises(CheckpointError, match="other: an epoch of its history lacks"):

@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 
 import pytest
 
@@ -10,6 +11,7 @@ from src.utils.report import (
     comparison,
     duration,
     epoch_line,
+    prepare_output,
 )
 from tests.test_show_flickr8k_results import metrics, write_run
 
@@ -115,3 +117,30 @@ def test_what_adapting_gives():
     assert ["seed0", "10.00", "10.50", "+0.50", "1.50", "3.00"] in lines and len(lines) == 3
     lines = adaptation_table("title", one | {"seed1": results(9.0, 8.7, 4.0)}).splitlines()
     assert lines[-1].endswith("of 2 runs: gain +0.10 ± 0.57")
+
+
+def test_text_that_standard_output_cannot_encode(monkeypatch):
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "cp1252"))
+    prepare_output()
+    print("caf\u00e9 \u72d7 donn\udce9es", flush=True)
+    assert content.getvalue().decode("cp1252").rstrip() == "caf\u00e9 ? donn?es"
+
+
+def test_closed_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    prepare_output()
+    print("to nowhere", file=sys.stderr)
+    assert not ProgressLine().live
+
+
+def test_a_terminal_that_was_closed_ends_the_line_and_no_more():
+    class Closed(Terminal):
+        def write(self, text):
+            raise OSError("Input/output error")
+
+    line = ProgressLine(stream=Closed())
+    line.update("epoch 1")
+    line.clear()
+    assert not line.live

@@ -169,3 +169,13 @@ def test_settings_of_another_version():
     for config in ({"settings": lacking}, {"settings": own | {"qk_norm": False}}, {}, [], None):
         with pytest.raises(UsageError, match="outputs/old: the run is of another version"):
             settings_of(config, "outputs/old")
+
+
+@pytest.mark.parametrize("given", [
+    ["--data_dir", ""], ["--output_dir", " "], ["--device", ""], ["--lr", "much"], ["--nothing"]])
+def test_a_wrong_argument_is_told_in_one_line(capsys, given):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args("", given)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and given[0] in err

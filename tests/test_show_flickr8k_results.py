@@ -2,6 +2,7 @@
 files.
 """
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -11,13 +12,14 @@ import torch
 from PIL import Image
 
 import show_flickr8k_results
+from src import inference
 from src.inference import load_model
 from src.settings import make_settings
 from src.utils.checkpoint import BEST, CONFIG, HISTORY, TEST
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset
 from src.utils.layouts import read_captions
 from src.utils.retrieval import chance_metrics, evaluate
-from tests.conftest import run_script
+from tests.conftest import arguments, main, run_script
 
 
 def metrics(seed):
@@ -261,6 +263,75 @@ def test_photos_of_ones_own(run_dir, shapes, capsys, tmp_path):
     assert sorted(path.name for path in own.rglob("*")) == ["a.jpg", "b.JPG", "more"]
 
 
+def test_a_bad_photo_among_ones_own_is_named_and_left_out(run_dir, shapes, capsys, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    for i in range(3):
+        shutil.copy(shapes / "Flicker8k_Dataset" / f"scene_0000{i}.jpg", own / f"{i}.jpg")
+    (own / "1.jpg").write_bytes((own / "1.jpg").read_bytes()[:700])
+    (own / "._0.jpg").write_bytes(b"Mac OS X")
+    (own / "IMG_0001.HEIC").touch()
+    for _ in range(2):
+        given = ["--photos", own, "--query", "red", "--out", tmp_path / "sheet.png"]
+        status, out, err = use(run_dir, capsys, *given)
+        assert status == 0 and f'"red" in 2 photos in {own}' in out
+        assert sorted(rest for *_, rest in ranking(out)) == ["0.jpg", "2.jpg"]
+        one, other = err.splitlines()
+        assert one == "left out, not photos that can be read: 1 .heic"
+        assert other.startswith("left out, 1 photos that cannot be read: ")
+        assert f"{own / '1.jpg'}: image file is truncated" in other
+
+
+def test_a_bad_photo_of_the_dataset_is_an_error(run_dir, shapes, capsys, tmp_path):
+    shutil.copytree(shapes, tmp_path / "data")
+    name = (shapes / "Flickr_8k.testImages.txt").read_text().split()[5]
+    (tmp_path / "data" / "Flicker8k_Dataset" / name).write_bytes(b"")
+    status, _, err = use(run_dir, capsys, "--query", "red", "--data_dir", tmp_path / "data")
+    assert status == 2 and f"{name}: the file is empty" in err
+
+
+def test_interrupted_while_photos_are_embedded(run_dir, shapes, capsys, monkeypatch):
+    seen, load = [], inference.load_photo
+
+    def load_five(path, size):
+        seen.append(path)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return load(path, size)
+
+    monkeypatch.setattr(inference, "load_photo", load_five)
+    monkeypatch.setattr(
+        inference, "embed_in_batches", functools.partial(inference.embed_in_batches, batch_size=2))
+    status, out, err = use(run_dir, capsys, "--query", "red")
+    assert (status, err) == (130, "interrupted; what was embedded is kept\n")
+    assert len(torch.load(run_dir / inference.CACHE, weights_only=True)["photos"]) == 4
+
+
+def test_data_that_was_moved(shapes, tmp_path, capsys, monkeypatch):
+    shutil.copytree(shapes, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert main(*arguments("data", tmp_path / "run", epochs=1)[1:], "--model", "tiny") == 0
+    capsys.readouterr()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    image = tmp_path / "moved" / "Flicker8k_Dataset" / "scene_00000.jpg"
+    for given in (["--query", "red"], ["--image", image], ["--examples", 2], ["--test_time"]):
+        status, _, err = use(tmp_path / "run", capsys, *given)
+        assert status == 2 and len(err.splitlines()) == 1
+        assert "there is no folder data any more" in err and "name it with --data_dir" in err
+        status, _, _ = use(tmp_path / "run", capsys, *given, "--data_dir", "moved")
+        assert status == 0
+    assert main("--resume", "--output_dir", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert "there is no folder data any more" in err and "name it with --data_dir" in err
+    assert main("--resume", "--output_dir", tmp_path / "run", "--data_dir", "moved") == 0
+
+
+def test_a_long_query_is_cut_to_the_documented_length(run_dir, capsys):
+    status, out, err = use(run_dir, capsys, "--query", "a red circle " * 8000)
+    assert status == 0 and err == f"the query is cut to its first {MAX_LENGTH:,} characters\n"
+    assert ranking(out) == ranking(use(run_dir, capsys, "--query", "a red circle " * 77)[1])
+
+
 def test_captions_for_a_photo(run_dir, shapes, capsys, tmp_path):
     captions = read_captions(shapes / "Flickr8k.token.txt")
     name = (shapes / "Flickr_8k.devImages.txt").read_text().split()[2]
@@ -383,9 +454,15 @@ def test_bad_input(run_dir, tmp_path, capsys, monkeypatch, given, message):
         ["--photos", "c"],
         ["--top", "0"],
         ["--query", "a", "--output_dir", "b", "c"],
+        ["--query", "a", "--photos", ""],
+        ["--query", "a", "--data_dir", ""],
+        ["--image", ""],
+        ["--out", ""],
+        ["--compare", ""],
     ],
 )
 def test_wrong_arguments(given, capsys):
     with pytest.raises(SystemExit) as stopped:
         show_flickr8k_results.main(given)
-    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1

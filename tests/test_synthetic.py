@@ -1,4 +1,6 @@
 import hashlib
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -31,12 +33,28 @@ def test_written_once_and_left_alone(tmp_path):
     assert digest(tmp_path / "a") == before and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_half_written_one_is_made_anew_and_foreign_files_are_refused(tmp_path):
-    (tmp_path / "a.partial").mkdir()
-    (tmp_path / "a.partial" / "junk").write_text("")
-    (tmp_path / "a").mkdir()
+@pytest.mark.parametrize("lost", [
+    "Flicker8k_Dataset/scene_00003.jpg", "Flickr_8k.devImages.txt", "Flickr8k.token.txt"])
+def test_one_that_is_not_whole_is_noticed_and_made_anew(tmp_path, lost):
+    write_synthetic(tmp_path / "a", num_pictures=SMALL)
+    before = digest(tmp_path / "a")
+    (tmp_path / "a" / lost).unlink()
     assert write_synthetic(tmp_path / "a", num_pictures=SMALL)
-    assert not (tmp_path / "a" / "junk").exists()
+    assert digest(tmp_path / "a") == before and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_several_processes_may_make_it_at_once(tmp_path):
+    write_synthetic(tmp_path / "alone", num_pictures=SMALL)
+    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+        for i in range(10):
+            root = tmp_path / "data" / f"set {i}"
+            made = [pool.submit(write_synthetic, root, num_pictures=SMALL) for _ in range(4)]
+            assert any([job.result() for job in made])
+            assert digest(root) == digest(tmp_path / "alone")
+    assert len(list((tmp_path / "data").iterdir())) == 10  # nothing else is left
+
+
+def test_foreign_files_are_refused(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="something other than the synthetic dataset"):

@@ -5,8 +5,10 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -17,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import show_flickr8k_results
 import train_flickr8k_sgd as training
 from src.model import MovingAverage
 from src.settings import make_settings
@@ -25,7 +28,7 @@ from src.utils.checkpoint import BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TE
 from src.utils.flickr8k_simple import epoch_batches, iterate_batches
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
-from tests.conftest import arguments, main, run_script, start_script
+from tests.conftest import REPOSITORY, arguments, main, run_script, start_script
 
 SCRIPT = "train_flickr8k_sgd.py"
 VAL_KEYS = {
@@ -342,6 +345,126 @@ def test_resume_refuses_another_dataset(shapes, finished, tmp_path, capsys):
     )
     assert "not the dataset that the run" in capsys.readouterr().err
     assert main("--synthetic", "--output_dir", finished[0], "--resume", "--data_dir", shapes) == 0
+
+
+@pytest.mark.parametrize("change", ["nothing", "captions", "photo", "order", "names"])
+def test_resume_refuses_data_that_was_changed(shapes, tmp_path, capsys, change):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(shapes, data)
+    assert main(*arguments(data, out, epochs=1)) == 0
+    tokens, split = data / "Flickr8k.token.txt", data / "Flickr_8k.devImages.txt"
+    names, photos = split.read_text().splitlines(), data / "Flicker8k_Dataset"
+    if change == "captions":
+        tokens.write_text(tokens.read_text().replace("red", "blue"))
+    elif change == "photo":
+        (photos / names[0]).write_bytes((photos / names[0]).read_bytes() + b"\n")
+    elif change == "order":
+        split.write_text("".join(f"{name}\n" for name in reversed(names)))
+    elif change == "names":
+        for path in (tokens, split):
+            path.write_text(path.read_text().replace(names[0], "other.jpg"))
+        (photos / names[0]).rename(photos / "other.jpg")
+    data.rename(tmp_path / "moved")
+    capsys.readouterr()
+    given = ["--resume", "--output_dir", out, "--data_dir", tmp_path / "moved", "--epochs", 2]
+    status = main(*given)
+    printed, err = capsys.readouterr()
+    if change == "nothing":
+        assert status == 0 and "resumed at epoch 2" in printed
+    else:
+        assert status == 2 and len(err.splitlines()) == 1
+        assert "is not the dataset that the run began with" in err and "val" in err
+        assert len(json.loads((out / HISTORY).read_text())) == 1
+
+
+def test_a_finished_run_trains_on(shapes, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(*arguments(shapes, out, epochs=2)) == 0
+    two = json.loads((out / HISTORY).read_text())
+    capsys.readouterr()
+    assert main("--synthetic", "--output_dir", out, "--resume") == 0
+    command = f"python train_flickr8k_sgd.py --resume --output_dir {out} --epochs N"
+    assert f"the run is done; to train on: {command}" in capsys.readouterr().out
+    assert main("--synthetic", "--output_dir", out, "--resume", "--epochs", 1) == 2
+    assert "the run has 2 epochs already; --epochs 1 is fewer" in capsys.readouterr().err
+
+    assert main("--synthetic", "--output_dir", out, "--resume", "--epochs", 5) == 0
+    printed = capsys.readouterr().out
+    assert "resumed at epoch 3, step 0" in printed
+    history = json.loads((out / HISTORY).read_text())
+    assert history[:2] == two and [row["epoch"] for row in history] == [1, 2, 3, 4, 5]
+    # The rates are those of a run that was begun with five epochs.
+    settings = make_settings(model="tiny")
+    schedule = training.cosine_schedule(settings.warmup, settings.final_lr, 5 * 20)
+    for row in history[2:]:
+        assert row["lr"] == pytest.approx(settings.lr * schedule(20 * row["epoch"] - 1))
+    jump = f"the learning rate goes from 0 to {settings.lr * schedule(40):.3g}"
+    assert f"the schedule is now that of 5 epochs, not 2: {jump}" in printed
+    assert json.loads((out / CONFIG).read_text())["settings"]["epochs"] == 5
+    assert "5 of 5 epochs" in printed and json.loads((out / TEST).read_text())
+
+
+def test_the_hint_after_an_interruption_can_be_pasted(shapes, tmp_path, capsys, monkeypatch):
+    real = training.evaluate
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*given)
+
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    assert main(*arguments(shapes, tmp_path / "my run")) == 130
+    assert capsys.readouterr().err.strip() == (
+        f"interrupted; go on with: python train_flickr8k_sgd.py --resume --output_dir "
+        f"'{tmp_path / 'my run'}'")
+
+
+def test_val_and_train_may_not_share_a_photo(shapes, tmp_path, capsys):
+    shutil.copytree(shapes, tmp_path / "data")
+    names = (tmp_path / "data" / "Flickr_8k.trainImages.txt").read_text().splitlines(True)
+    with open(tmp_path / "data" / "Flickr_8k.devImages.txt", "a") as file:
+        file.writelines(names[:3])
+    given = arguments(tmp_path / "data", tmp_path / "out", epochs=1)
+    assert main(*given) == 2
+    name = names[0].strip()
+    assert f"3 photos of train are in another split as well ({name} is {name} of val" in (
+        capsys.readouterr().err)
+    assert main(*given, "--allow_incomplete") == 0
+    assert "train: 3 photos left out" in capsys.readouterr().out
+    data = json.loads((tmp_path / "out" / CONFIG).read_text())["data"]
+    assert (data["train"]["photos"], data["val"]["photos"]) == (37, 15)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_folders_whose_names_are_not_utf8(shapes, tmp_path, capsys):
+    data, out = tmp_path / os.fsdecode(b"donn\xe9es"), tmp_path / os.fsdecode(b"sortie \xe9")
+    shutil.copytree(shapes, data)
+    assert main(*arguments(data, out, epochs=1)) == 0
+    assert main("--resume", "--output_dir", out, "--epochs", 2) == 0
+    assert show_flickr8k_results.main(["--output_dir", str(out)]) == 0
+    given = ["--query", "red", "--photos", str(data / "Flicker8k_Dataset"),
+             "--out", str(out / "sheet.png")]
+    assert show_flickr8k_results.main(["--output_dir", str(out), *given]) == 0
+    assert "sortie ?" in (out / LOG).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("variables", [
+    {"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_console_that_lacks_the_letters(shapes, tmp_path, variables):
+    data = tmp_path / "gr\u00f6\u00dfe \u6570"
+    shutil.copytree(shapes, data)
+    given = arguments(data, tmp_path / "out", epochs=1)
+    status, _, err = run_script(SCRIPT, *given, env=os.environ | variables, errors="replace")
+    assert (status, err) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="of a POSIX shell")
+def test_a_reader_that_has_gone_ends_nothing(shapes, tmp_path):
+    command = shlex.join([sys.executable, SCRIPT, *map(str, arguments(shapes, tmp_path / "a"))])
+    script = f"{command} | head -1; echo ${{PIPESTATUS[0]}}; {command} --overwrite >&-; echo $?"
+    done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, text=True, capture_output=True)
+    assert done.stderr == "" and done.stdout.splitlines()[1:] == ["0", "0"]
+    log = (tmp_path / "a" / LOG).read_text()
+    assert len(re.findall(r"  epoch +\d", log)) == 3 and "Test, best model" in log
 
 
 def test_a_damaged_checkpoint_is_named(shapes, tmp_path, capsys):

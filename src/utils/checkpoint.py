@@ -131,6 +131,16 @@ def resume_run(output_dir, given):
     return settings, output_dir, checkpoint
 
 
+def check_same_data(began, config, data_dir):
+    """Raises UsageError where photos, captions or their order are not those that a run, whose
+    config was `began`, has been trained on."""
+    before = began.get("fingerprints", {})  # none in a run of an earlier version
+    changed = [name for name, now in config["fingerprints"].items() if before.get(name) != now]
+    if changed:
+        raise UsageError(f"{data_dir} is not the dataset that the run began with: photos, captions "
+                         f"or order of {', '.join(changed)} are others")
+
+
 def check_data_dir(data_dir):
     """Raises UsageError where the data that a run was trained on is not there any more."""
     if not Path(data_dir).is_dir():

@@ -172,6 +172,12 @@ def _decode(file, folder, names, size, num_workers, progress):
     return faults
 
 
+def first_three(items):
+    items = list(items)
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return ", ".join(items[:3]) + more
+
+
 class Flickr8kImageTextDataset:
     """One split of Flickr8k as photo-caption pairs, each photo decoded once (`open_photo_store`).
 
@@ -199,7 +205,7 @@ class Flickr8kImageTextDataset:
         self.photos, digests, unreadable = open_photo_store(
             store, photo_folder, names, image_size, num_workers, progress)
         names = self._without(names, "unreadable", unreadable, photo_folder)
-        self._read(names, digests, held_out)
+        self._hold_out(names, digests, held_out)
 
         self.captions = [caption for name in self.names for caption in captions_of[name]]
         counts = torch.tensor([len(captions_of[name]) for name in self.names])
@@ -212,30 +218,31 @@ class Flickr8kImageTextDataset:
                 place = place_of_caption(caption_file, self.names[photo], caption)
                 raise DataError(f"{place}: {error}") from None
 
-    def _read(self, names, digests, held_out):
-        """Keep what was read, less what is held out."""
+    def _hold_out(self, names, digests, held_out):
+        """Keep the photos that are in none of those datasets."""
         seen = {digest: f"{name} of {other.split}" for other in held_out
                 for digest, name in zip(other.digests, other.names)}
         twice = {name: f"{name} is {seen[digest]}" for name, digest in zip(names, digests)
                  if digest in seen}
-        self.names = self._without(names, "in another split, too", twice, self.root_dir,
-                                   "Take them out of one of the lists")
-        self.digests = digests
+        if twice and not self.allow_incomplete:
+            raise DataError(f"{self.root_dir}: {len(twice)} photos of {self.split} are in another "
+                            f"split as well ({first_three(twice.values())}).\nTake them out of one "
+                            f"list; --allow_incomplete leaves them out of {self.split}.")
+        self.names, self.digests = self._without(names, "in another split", twice, ""), digests
         if twice:
             kept = [i for i, name in enumerate(names) if name not in twice]
             self.photos, self.digests = self.photos[kept], [digests[i] for i in kept]
 
-    def _without(self, names, fault, faulty, place, advice=None):
+    def _without(self, names, fault, faulty, place):
         """The names less the faulty ones, {name} or {name: what is wrong}, if that is allowed."""
         found = [name for name in names if name in faulty]
         if found and not self.allow_incomplete:
             said = [faulty[name] if isinstance(faulty, dict) else name for name in found]
-            more = f" and {len(said) - 3} more" if len(said) > 3 else ""
-            advice = advice or f"`{download_command(self.root_dir)}` mends it"
             raise DataError(
                 f"{self.root_dir} is incomplete: {len(found)} of the {len(names)} photos of "
-                f"{self.split} are {fault} ({', '.join(said[:3])}{more}) in {place}.\n{advice}; "
-                "--allow_incomplete trains without them.")
+                f"{self.split} are {fault} ({first_three(said)}) in {place}.\n"
+                f"`{download_command(self.root_dir)}` mends it; --allow_incomplete trains without "
+                "them.")
         if len(found) == len(names):
             raise DataError(f"{self.root_dir}: not one photo of {self.split} is usable")
         self.left_out += found

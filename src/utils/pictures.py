@@ -153,7 +153,7 @@ def plot_curves(runs, path):
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.margins(x=0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for axes in (i2t, t2i):
         axes.set_ylim(bottom=0)
         handles = [Line2D([], [], color="black", linestyle=style, label=f"R@{k}")
