@@ -133,7 +133,6 @@ def main(argv=None):
     add("--text_only", action="store_true", help="captions and splits, 2 MB (default: photos too)")
     args = parser.parse_args(argv)
     args.data_dir = Path(args.data_dir)
-    prepare_output()
     socket.setdefaulttimeout(TIMEOUT)
 
     def ensure(name, check):
@@ -168,4 +167,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    prepare_output(end_with_reader=True)
     sys.exit(main())

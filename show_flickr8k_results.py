@@ -7,7 +7,6 @@
 """
 import collections
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -261,7 +260,6 @@ def show(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    report.prepare_output()
     try:
         out = show(args)
         if out:
@@ -276,6 +274,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no failure
+    report.prepare_output(end_with_reader=True)
     sys.exit(main())

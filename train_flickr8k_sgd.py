@@ -67,22 +67,24 @@ def load_data(settings, tokenizer):
     """{split: dataset}, no photo in two of them. Training photos are an eighth larger than the
     model takes, for the crops to choose from."""
     line, splits = report.ProgressLine(), {}
-    for split in ("test", "val", "train"):
+    for split in SPLIT_FILES:
         size = settings.image_size * 8 // 7 if split == "train" else settings.eval_pixels
-        data = Flickr8kImageTextDataset(
+        splits[split] = Flickr8kImageTextDataset(
             settings.data_dir, split, size, tokenizer, settings.allow_incomplete,
             num_workers=settings.num_workers,
-            progress=line.counter(f"reading the photos of {split}"), held_out=splits.values())
-        splits[split] = data
+            progress=line.counter(f"reading the photos of {split}"))
         line.clear()
+    splits["val"].hold_out([splits["test"]])
+    splits["train"].hold_out([splits["val"], splits["test"]])
+    for split, data in splits.items():
         if data.left_out:
             log.info(f"{split}: {len(data.left_out)} photos left out, such as {data.left_out[0]}")
         long = sum(len(caption) > MAX_LENGTH for caption in data.captions)
         if long:
             log.info(f"{split}: {long} captions are cut to {MAX_LENGTH:,} characters")
-    if len(data.names) < 2:
+    if len(splits["train"].names) < 2:
         raise DataError(f"{settings.data_dir}: training needs at least two photos")
-    return {split: splits[split] for split in SPLIT_FILES}
+    return splits
 
 
 def share_of_epoch(data, settings, epoch):

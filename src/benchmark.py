@@ -30,6 +30,7 @@ from src.utils.augment import MEAN, STD
 from src.utils.checkpoint import HISTORY, load_json, save_json
 from src.utils.flickr8k_simple import epoch_batches, iterate_batches, pad_texts, place_photos
 from src.utils.layouts import DataError, find_photo_folder
+from src.utils.report import prepare_output
 from src.utils.retrieval import evaluate
 
 # Dense bfloat16 or float16 peak with float32 accumulation, FLOP/s, from NVIDIA's data sheets.
@@ -313,4 +314,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    prepare_output(end_with_reader=True)
     sys.exit(main())

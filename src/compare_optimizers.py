@@ -20,7 +20,7 @@ from src import settings
 from src.utils.checkpoint import CheckpointError, load_json, save_json
 from src.utils.flickr8k_simple import epoch_batches, iterate_batches, place_photos
 from src.utils.layouts import DataError
-from src.utils.report import markdown_table
+from src.utils.report import markdown_table, prepare_output
 from src.utils.retrieval import evaluate
 
 # As many for all, a factor of about three apart, around the usual one.
@@ -187,4 +187,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    prepare_output(end_with_reader=True)
     sys.exit(main())

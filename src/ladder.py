@@ -14,7 +14,7 @@ from pathlib import Path
 import train_flickr8k_sgd as training
 from src.settings import PRESETS, REFERENCE, Parser, UsageError, make_settings, text
 from src.utils.checkpoint import CONFIG, TEST, CheckpointError, load_run
-from src.utils.report import markdown_table
+from src.utils.report import markdown_table, prepare_output
 
 # Step by step, the settings that turn from the reference's into the preset's own.
 STEPS = {
@@ -134,4 +134,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    prepare_output(end_with_reader=True)
     sys.exit(main())

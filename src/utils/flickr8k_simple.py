@@ -185,12 +185,12 @@ class Flickr8kImageTextDataset:
     `captions` (strings), `texts` (token ids of their first MAX_LENGTH characters) and
     `photo_of_caption` (M,) in the caption file's.
 
-    Raises DataError when a photo is missing, cannot be read, has no captions, or is, by its name or
-    its content, one of the datasets in `held_out`; with `allow_incomplete`, such photos are left
-    out and listed in `left_out`. `cache` keeps the decoded photos in a file under root_dir."""
+    Raises DataError when a photo is missing, cannot be read or has no captions; with
+    `allow_incomplete`, such photos are left out and listed in `left_out`. `cache` keeps the decoded
+    photos in a file under root_dir."""
 
     def __init__(self, root_dir, split, image_size, tokenizer, allow_incomplete=False, cache=True,
-                 num_workers=0, progress=None, held_out=()):
+                 num_workers=0, progress=None):
         root_dir = Path(root_dir)
         caption_file, names = find_caption_file(root_dir), read_split(root_dir, split)
         captions_of, photo_folder = read_captions(caption_file), find_photo_folder(root_dir, names)
@@ -202,10 +202,9 @@ class Flickr8kImageTextDataset:
         silent = set(names) - captions_of.keys()
         names = self._without(names, "without captions", silent, caption_file)
         store = root_dir / STORE_FOLDER / f"{split}_{image_size}" if cache else None
-        self.photos, digests, unreadable = open_photo_store(
+        self.photos, self.digests, unreadable = open_photo_store(
             store, photo_folder, names, image_size, num_workers, progress)
-        names = self._without(names, "unreadable", unreadable, photo_folder)
-        self._hold_out(names, digests, held_out)
+        self.names = self._without(names, "unreadable", unreadable, photo_folder)
 
         self.captions = [caption for name in self.names for caption in captions_of[name]]
         counts = torch.tensor([len(captions_of[name]) for name in self.names])
@@ -217,21 +216,6 @@ class Flickr8kImageTextDataset:
             except ValueError as error:
                 place = place_of_caption(caption_file, self.names[photo], caption)
                 raise DataError(f"{place}: {error}") from None
-
-    def _hold_out(self, names, digests, held_out):
-        """Keep the photos that are in none of those datasets."""
-        seen = {digest: f"{name} of {other.split}" for other in held_out
-                for digest, name in zip(other.digests, other.names)}
-        twice = {name: f"{name} is {seen[digest]}" for name, digest in zip(names, digests)
-                 if digest in seen}
-        if twice and not self.allow_incomplete:
-            raise DataError(f"{self.root_dir}: {len(twice)} photos of {self.split} are in another "
-                            f"split as well ({first_three(twice.values())}).\nTake them out of one "
-                            f"list; --allow_incomplete leaves them out of {self.split}.")
-        self.names, self.digests = self._without(names, "in another split", twice, ""), digests
-        if twice:
-            kept = [i for i, name in enumerate(names) if name not in twice]
-            self.photos, self.digests = self.photos[kept], [digests[i] for i in kept]
 
     def _without(self, names, fault, faulty, place):
         """The names less the faulty ones, {name} or {name: what is wrong}, if that is allowed."""
@@ -247,6 +231,27 @@ class Flickr8kImageTextDataset:
             raise DataError(f"{self.root_dir}: not one photo of {self.split} is usable")
         self.left_out += found
         return [name for name in names if name not in faulty]
+
+    def hold_out(self, others):
+        """Leave out the photos whose files' content is in one of those datasets. Raises DataError
+        where there are any, unless allow_incomplete."""
+        seen = {digest: f"{name} of {other.split}" for other in others
+                for digest, name in zip(other.digests, other.names)}
+        twice = {name: f"{name} is {seen[digest]}"
+                 for name, digest in zip(self.names, self.digests) if digest in seen}
+        if not twice:
+            return
+        if not self.allow_incomplete:
+            raise DataError(f"{self.root_dir}: {len(twice)} photos of {self.split} are in another "
+                            f"split as well ({first_three(twice.values())}).\nTake them out of one "
+                            f"list; --allow_incomplete leaves them out of {self.split}.")
+        kept = torch.tensor([i for i, name in enumerate(self.names) if name not in twice])
+        self.names = self._without(self.names, "in another split", twice, self.root_dir)
+        self.photos, self.digests = self.photos[kept], [self.digests[i] for i in kept]
+        pairs = torch.isin(self.photo_of_caption, kept).nonzero().flatten()
+        self.photo_of_caption = torch.searchsorted(kept, self.photo_of_caption[pairs])
+        self.captions = [self.captions[i] for i in pairs]
+        self.texts = [self.texts[i] for i in pairs]
 
     def __len__(self):
         return len(self.captions)

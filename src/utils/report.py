@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -15,9 +16,12 @@ from src.utils.retrieval import KS, chance_metrics
 WIDTH = 80
 
 
-def prepare_output():
+def prepare_output(end_with_reader=False):
     """Let standard output take any text: what its encoding lacks is replaced by "?", and where it
-    or standard error is closed, all goes to nowhere."""
+    or standard error is closed, all goes to nowhere. end_with_reader: the program ends in silence
+    when nobody reads any more (`| head`)."""
+    if end_with_reader and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
