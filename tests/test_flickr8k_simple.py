@@ -172,6 +172,14 @@ def test_16_bits_a_channel_in_portable_anymaps(tmp_path):
     assert np.abs(load_photo(tmp_path / "a.pgm", 64) - GREY).max() <= 1
 
 
+def test_the_transparent_grey_of_16_bits_is_white(tmp_path):
+    values = np.full((40, 40), 700, np.uint16)
+    values[10:30, 10:30] = 0
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=700)
+    photo = load_photo(tmp_path / "a.png", 40)
+    assert photo[:, 2:8].min() > 250 and photo[:, 13:27, 13:27].max() < 5
+
+
 def test_floats_that_are_no_numbers(tmp_path):
     values = GREY.astype(np.float32)
     values[:8], values[8:16] = np.nan, np.inf

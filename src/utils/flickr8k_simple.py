@@ -47,6 +47,7 @@ def to_8_bits(photo):
     if photo.mode != "F" and low >= 0 and high < 2 ** 16:
         low, high = 0, next(2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2 ** bits)
     scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-9)
+    scaled[values == photo.info.get("transparency", np.nan)] = 1.0  # a PNG's transparent grey
     return Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
 
 
