@@ -30,7 +30,7 @@ def prepare_output(end_with_reader=False):
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Where the reader has gone (`| head`, a closed terminal), the run goes on in silence."""
+    """Where the reader has gone (`| head`), the run goes on in silence."""
 
     def handleError(self, record):
         if not isinstance(sys.exc_info()[1], OSError):
