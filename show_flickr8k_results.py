@@ -5,6 +5,7 @@
     python show_flickr8k_results.py --image my_photo.jpg        captions for a photo
     python show_flickr8k_results.py --compare outputs/*         several runs
 """
+import argparse
 import collections
 import random
 import sys
@@ -71,15 +72,27 @@ def embed_gallery(cache, photos, faults=None):
     return embeddings
 
 
-def print_ranking(title, scores, top, about):
-    """Print the best `top` of the scores (N,) -> (title, cells) for a contact sheet. about(i) gives
+def open_cache(args):
+    cache = EmbeddingCache(args.output_dir[0])
+    if args.bank and cache.bank is None:
+        print(f"{args.output_dir[0]}: no bank, which training makes at its end; the order is that "
+              "of the scores", file=sys.stderr)
+    args.bank = args.bank and cache.bank is not None
+    return cache
+
+
+def print_ranking(title, scores, hubness, args, about):
+    """Print the best --top of the scores (N,) -> (title, cells) for a contact sheet. about(i) gives
     what the line and the sheet say of i, its photo, and whether it is a right one."""
-    order = scores.argsort(descending=True, stable=True).tolist()
+    if args.bank:
+        title += ", in the bank's order"
+    order = (scores - hubness if args.bank else scores).argsort(descending=True, stable=True)
+    order = order.tolist()
     ranks = [rank for rank, i in enumerate(order, start=1) if about(i)[3]]
     title += f"; the right one is ranked {ranks[0]:,}" if ranks else ""
     print(title)
     cells = []
-    for rank, i in enumerate(order[:top], start=1):
+    for rank, i in enumerate(order[:args.top], start=1):
         line, label, photo, right = about(i)
         print(f"{'*' if right else ' '} {rank:3d}  {scores[i]:6.3f}  {line}".rstrip())
         cells.append((photo, f"{rank}.  {scores[i]:.3f}  {label}", right))
@@ -95,7 +108,7 @@ def cut(query):
 
 def show_photos(args):
     """--query: the photos nearest to each text."""
-    cache, queries = EmbeddingCache(args.output_dir[0]), [cut(query) for query in args.query]
+    cache, queries = open_cache(args), [cut(query) for query in args.query]
     for query in queries:
         if not cache.tokenizer.knows(query):
             raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
@@ -106,7 +119,7 @@ def show_photos(args):
     if faults:
         photos = [photo for photo in photos if photo not in faults]
         gallery = f"{len(photos):,} photos in {args.photos}"
-    texts = embed_texts(cache.model, cache.tokenizer, queries)
+    texts, hubness = embed_texts(cache.model, cache.tokenizer, queries), cache.photo_hubness(photos)
     rows = []
     for query, scores in zip(queries, texts @ embeddings.T):
         def about(i, query=query):
@@ -114,18 +127,18 @@ def show_photos(args):
             caption = captions[i][0] if captions[i] else ""
             return f"{name}  {caption}", name, photos[i], same(query) in map(same, captions[i])
 
-        rows.append(print_ranking(f'"{query}" in {gallery}', scores, args.top, about))
+        rows.append(print_ranking(f'"{query}" in {gallery}', scores, hubness, args, about))
         print()
     return rows
 
 
 def show_captions(args):
     """--image: the captions nearest to a photo, its own marked where it is one of the split's."""
-    cache, (photos, captions, _) = EmbeddingCache(args.output_dir[0]), open_gallery(args)
+    cache, (photos, captions, _) = open_cache(args), open_gallery(args)
     texts = [text for own in captions for text in own]
     of_photo = [i for i, own in enumerate(captions) for _ in own]
     image = embed_photos(cache.model, cache.transform, [args.image])[0]
-    scores = cache.texts(texts) @ image
+    scores, hubness = cache.texts(texts) @ image, cache.text_hubness(texts)
     own = [photo.resolve() == Path(args.image).resolve() for photo in photos]
 
     def about(i):
@@ -133,7 +146,7 @@ def show_captions(args):
         return f"{texts[i]}  ({photo.name})", texts[i], photo, own[of_photo[i]]
 
     title = f"{args.image} among {len(texts):,} captions of {args.split}"
-    title, cells = print_ranking(title, scores, args.top, about)
+    title, cells = print_ranking(title, scores, hubness, args, about)
     return [(title, [(args.image, "the photo", False), *cells])]
 
 
@@ -214,6 +227,8 @@ def parse_args(argv):
         "(default: test; val with --test_time)")
     add("--data_dir", type=text,
         help="Flickr8k's folder (default: the one that the run was trained on)")
+    add("--bank", action=argparse.BooleanOptionalAction, default=True,
+        help="order photos and captions with the run's bank (default: on)")
     add("--top", type=int, default=5, metavar="K", help="results to show (default: 5)")
     add("--out", type=text, metavar="FILE", help="picture to write (default: none; in --output_dir "
         "examples.png of --examples, curves.png of --plot)")

@@ -39,7 +39,7 @@ from src.utils.flickr8k_simple import (
     place_photos,
 )
 from src.utils.layouts import SPLIT_FILES, DataError
-from src.utils.retrieval import evaluate
+from src.utils.retrieval import BETA, compare_bank, evaluate, make_bank
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import build_tokenizer, tokenizer_from_state
 
@@ -359,7 +359,8 @@ def end_epoch(run, row):
     if row["val"]["avg_r1"] > best and run.is_main:
         save_checkpoint({"epoch": run.epoch, "model_state_dict": run.kept.state_dict(),
                          "metrics": row["val"], "config": run.config,
-                         "tokenizer": run.tokenizer.state_dict()}, run.dir / files.BEST)
+                         "tokenizer": run.tokenizer.state_dict(), "bank": None},
+                        run.dir / files.BEST)
     run.history.append(row)
     run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
     save_last(run)
@@ -373,14 +374,21 @@ def save_last(run):
         save_checkpoint(state, run.dir / files.LAST)
 
 
-def evaluate_best(run, data):
-    """Score the best model on the test split; its results are the run's last file."""
+def evaluate_best(run, splits):
+    """Give the best model its bank and score it, without and with that, on val and test."""
     distributed.barrier()  # until rank 0 has written the best model
-    best = load_checkpoint(run.dir / files.BEST, files.BEST_KEYS)
+    best, settings = load_checkpoint(run.dir / files.BEST, files.BEST_KEYS), run.settings
     run.model.load_state_dict(best["model_state_dict"])
-    metrics = evaluate(run.model, data, run.amp_dtype)
+    started = time.time()
+    bank = make_bank(run.model, splits["train"], settings.eval_pixels, settings.seed, run.amp_dtype)
+    log.info(f"bank: {len(bank.photos):,} photos and {len(bank.texts):,} captions of train, "
+             f"{bank.nbytes / 1e6:.1f} MB, made in {time.time() - started:.1f} s")
+    results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype)
+               for split in ("val", "test")}
     if run.is_main:
-        save_json(metrics, run.dir / files.TEST)
+        save_checkpoint(best | {"bank": bank.state_dict()}, run.dir / files.BEST)
+        save_json(results | {"beta": BETA}, run.dir / files.BANK)
+        save_json(results["test"]["off"], run.dir / files.TEST)
 
 
 def main(argv=None):
@@ -401,7 +409,7 @@ def main(argv=None):
         run, splits = set_up(settings, output_dir, checkpoint, replace, device, command)
         with stop.watch():
             fit(run, splits, stop)
-        evaluate_best(run, splits["test"])
+        evaluate_best(run, splits)
         if run.is_main:
             log.info(report.summary(files.load_run(output_dir)))
         return 0

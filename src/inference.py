@@ -4,6 +4,8 @@
     photos = embed_photos(model, transform, ["my_dog.jpg"])
     texts = embed_texts(model, tokenizer, ["a dog", "a red car"])
     print(texts @ photos.T)
+    bank = load_bank("outputs/flickr8k_sgd")  # for a better order of many photos
+    print((texts @ photos.T - bank.photo_hubness(photos)).argsort(descending=True))
 
 Everything is computed in float32."""
 import collections
@@ -42,6 +44,7 @@ from src.utils.layouts import (
     read_captions,
     read_split,
 )
+from src.utils.retrieval import Bank
 from src.utils.tokenizers import tokenizer_from_state
 
 CACHE = "embeddings_flickr8k.pt"
@@ -50,16 +53,28 @@ SAVE_INTERVAL = 60  # seconds between two savings of the cache while photos are 
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
+def load_best(run_dir):
+    """The checkpoint of a run's best model. Raises CheckpointError, as `load_model`."""
+    path = Path(run_dir) / BEST
+    check_folder(path.parent)
+    if not path.exists():
+        raise CheckpointError(f"{path.parent}: has no best model yet, which an epoch leaves")
+    return load_checkpoint(path, BEST_KEYS)
+
+
+def load_bank(run_dir):
+    """The `Bank` of a run's best model, None before the end of the run and for one of a version
+    without banks. Raises CheckpointError, as `load_model`."""
+    bank = load_best(run_dir).get("bank")
+    return None if bank is None else Bank(bank["photos"], bank["texts"])
+
+
 def load_model(run_dir):
     """A run's best model, in eval mode on the GPU if there is one -> (model, tokenizer, transform):
     tokenizer.encode(text) gives a list of ids, transform(path) a photo as the model takes it, (3,
     eval_pixels, eval_pixels). Raises CheckpointError for no run, no best model yet or a file that
     does not fit, UsageError for a run of another version."""
-    path = Path(run_dir) / BEST
-    check_folder(path.parent)
-    if not path.exists():
-        raise CheckpointError(f"{path.parent}: has no best model yet, which an epoch leaves")
-    checkpoint = load_checkpoint(path, BEST_KEYS)
+    checkpoint = load_best(run_dir)
     settings = settings_of(checkpoint["config"], run_dir)
     try:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
@@ -67,8 +82,8 @@ def load_model(run_dir):
         model.load_state_dict(checkpoint["model_state_dict"])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path}: its weights and tokenizer are not those of the model that "
-                              f"it describes ({reason})") from None
+        raise CheckpointError(f"{Path(run_dir) / BEST}: its weights and tokenizer are not those of "
+                              f"the model that it describes ({reason})") from None
 
     def transform(photo):
         return normalize(torch.from_numpy(load_photo(photo, settings.eval_pixels))[None])[0]
@@ -124,16 +139,18 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
 
 
 class EmbeddingCache:
-    """Embeddings of photo files and texts, kept beside the run, made once. A photo is known by its
-    path, size and modification time, the weights by their file's content."""
+    """Embeddings of photo files and texts, and their hubness by the run's bank (see `Bank`), kept
+    beside the run, made once. A photo is known by its path, size and modification time, the weights
+    by their file's content."""
 
     def __init__(self, run_dir):
         self.path = Path(run_dir) / CACHE
         self.model, self.tokenizer, self.transform = load_model(run_dir)
+        self.bank, self.keys = load_bank(run_dir), {}
         with open(Path(run_dir) / BEST, "rb") as file:
             weights = f"{hashlib.file_digest(file, 'sha256').hexdigest()} {STORE_VERSION}"
         self.state = {"weights": weights, "photos": {}, "texts": {}, "photo_rows": None,
-                      "text_rows": None}
+                      "text_rows": None, "photo_hubness": None, "text_hubness": None}
         with contextlib.suppress(CheckpointError):  # none there, or damaged: it is only a cache
             state = load_checkpoint(self.path, self.state)
             self.state = state if state["weights"] == weights else self.state
@@ -142,7 +159,7 @@ class EmbeddingCache:
         """(N, latent_dim) of the photos, less those in `faults`, see `embed_in_batches`. What was
         embedded is kept, whatever ends it. `progress(done, total)` is called after each batch.
         Raises DataError where there is nothing to give."""
-        keys = {}
+        keys, paths = self.keys, [Path(path) for path in paths]
         for path in paths:
             try:
                 stat = path.stat()
@@ -150,9 +167,10 @@ class EmbeddingCache:
             except OSError as error:
                 if faults is None:
                     raise DataError(f"{path}: {error.strerror}") from None
+                keys.pop(path, None)
                 faults[path] = f"{path}: {error.strerror}"
         row_of, saved, done = self.state["photos"], time.time(), 0
-        new = [path for path, key in keys.items() if key not in row_of]
+        new = [path for path in dict.fromkeys(paths) if path in keys and keys[path] not in row_of]
         try:
             for batch, rows in embed_in_batches(self.model, self.transform, new, faults=faults):
                 self._add("photo", [keys[path] for path in batch], rows)
@@ -171,6 +189,11 @@ class EmbeddingCache:
                             f"{next(iter(faults.values()))}")
         return self.state["photo_rows"][found]
 
+    def photo_hubness(self, paths):
+        """(N,) of photos that `photos` has given; zeros where the run has no bank."""
+        rows = [self.state["photos"][self.keys[path]] for path in paths]
+        return self.state["photo_hubness"][rows]
+
     def texts(self, texts):
         """(N, latent_dim), see `embed_texts`."""
         row_of = self.state["texts"]
@@ -180,11 +203,18 @@ class EmbeddingCache:
             self._save()
         return self.state["text_rows"][[row_of[text] for text in texts]]
 
+    def text_hubness(self, texts):
+        """(N,) of texts that `texts` has given; zeros where the run has no bank."""
+        return self.state["text_hubness"][[self.state["texts"][text] for text in texts]]
+
     def _add(self, kind, keys, rows):
-        before = self.state[f"{kind}_rows"]
-        first = 0 if before is None else len(before)
+        hubness = torch.zeros(len(rows))
+        if self.bank is not None:
+            hubness = getattr(self.bank, f"{kind}_hubness")(rows)
+        first = 0 if self.state[f"{kind}_rows"] is None else len(self.state[f"{kind}_rows"])
         self.state[f"{kind}s"].update({key: first + i for i, key in enumerate(keys)})
-        self.state[f"{kind}_rows"] = rows if before is None else torch.cat([before, rows])
+        for name, new in ((f"{kind}_rows", rows), (f"{kind}_hubness", hubness)):
+            self.state[name] = torch.cat([self.state[name], new]) if first else new
 
     def _save(self):
         with contextlib.suppress(CheckpointError):  # a folder that cannot be written

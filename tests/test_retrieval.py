@@ -1,31 +1,50 @@
 """The measures against a slow and obvious implementation, and on cases made by hand."""
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from src.utils import retrieval
-from src.utils.retrieval import TIE, chance_metrics, retrieval_metrics, retrieval_ranks
+from src.utils.retrieval import (
+    BETA,
+    TIE,
+    Bank,
+    chance_metrics,
+    hub_share,
+    retrieval_metrics,
+    retrieval_ranks,
+)
 
 
-def slow_metrics(images, texts, photo_of_caption):
-    """Both protocols as one would tell them, one query at a time."""
-    similarity = (
-        torch.nn.functional.normalize(images.double(), dim=-1)
-        @ torch.nn.functional.normalize(texts.double(), dim=-1).T
-    )
+def slow_hubness(gallery, queries):
+    """Of each item, one at a time: how near it stands to the bank's queries in general."""
+    queries = F.normalize(queries.double(), dim=-1)
+    return torch.tensor([math.log(sum(math.exp(BETA * (item @ query).item()) for query in queries))
+                         / BETA for item in gallery])
+
+
+def slow_metrics(images, texts, photo_of_caption, bank=None):
+    """Both protocols as one would tell them, one query at a time. bank: (photos, texts)."""
+    images = F.normalize(images.double(), dim=-1)
+    texts = F.normalize(texts.double(), dim=-1)
+    to_texts = to_photos = similarity = images @ texts.T
+    if bank:
+        to_texts = similarity - slow_hubness(texts, bank[0])
+        to_photos = similarity - slow_hubness(images, bank[1])[:, None]
     num_photos, num_captions = similarity.shape
     owner = photo_of_caption.tolist()
     i2t, t2i, pair_i2t, pair_t2i = [], [], [], {k: [] for k in (1, 5, 10)}
     for photo in range(num_photos):
         own = [c for c in range(num_captions) if owner[c] == photo]
         if own:
-            best = max(similarity[photo, c].item() for c in own)
+            best = max(to_texts[photo, c].item() for c in own)
             i2t.append(
                 1
                 + sum(
-                    similarity[photo, c].item() >= best - TIE
+                    to_texts[photo, c].item() >= best - TIE
                     for c in range(num_captions)
                     if c not in own
                 )
@@ -34,22 +53,22 @@ def slow_metrics(images, texts, photo_of_caption):
             pair_i2t.append(
                 1
                 + sum(
-                    similarity[photo, other].item() >= similarity[photo, c].item() - TIE
+                    to_texts[photo, other].item() >= to_texts[photo, c].item() - TIE
                     for other in range(num_captions)
                     if other != c
                 )
             )
     for c in range(num_captions):
-        own = similarity[owner[c], c].item()
+        own = to_photos[owner[c], c].item()
         t2i.append(
             1
             + sum(
-                similarity[photo, c].item() >= own - TIE
+                to_photos[photo, c].item() >= own - TIE
                 for photo in range(num_photos)
                 if photo != owner[c]
             )
         )
-        ahead = sum(similarity[owner[other], c].item() >= own - TIE for other in range(num_captions)
+        ahead = sum(to_photos[owner[other], c].item() >= own - TIE for other in range(num_captions)
                     if owner[other] != owner[c])
         copies = owner.count(owner[c])
         # the copy of the pair itself is equally likely in each place among the copies of its photo
@@ -89,6 +108,55 @@ def test_equals_the_slow_implementation(seed, chunk_size, monkeypatch):
     assert 0 < expected["avg_r1"] < 100
 
 
+@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
+def test_the_bank_equals_the_slow_implementation(chunk_size, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 7, (23,), generator=generator)
+    photo_of_caption = torch.arange(23).repeat_interleave(counts)
+    hub = torch.randn(6, generator=generator)  # which all are near to
+    texts = torch.randn(len(photo_of_caption), 6, generator=generator) + hub
+    images = torch.randn(23, 6, generator=generator) + hub
+    images.index_add_(0, photo_of_caption, 0.3 * texts)
+    bank = Bank(torch.randn(40, 6, generator=generator) + hub,
+                torch.randn(60, 6, generator=generator) + hub)
+    expected = slow_metrics(images, texts, photo_of_caption, (bank.photos, bank.texts))
+    monkeypatch.setattr(retrieval, "CHUNK_SIZE", chunk_size)
+    assert retrieval_metrics(images, texts, photo_of_caption, bank) == pytest.approx(expected)
+    assert expected != pytest.approx(slow_metrics(images, texts, photo_of_caption))
+
+
+def test_the_bank_takes_hubs_back():
+    generator = torch.Generator().manual_seed(0)
+
+    def directions(number):
+        return F.normalize(torch.randn(number, 16, generator=generator), dim=-1)
+
+    common = torch.eye(16)[0]  # what all texts say and one photo shows
+    own = directions(30)
+    texts, images = own + common, own + 0.5 * directions(30)
+    images[0] = common
+    bank = Bank(directions(50), directions(500) + common)
+    plain = retrieval_metrics(images, texts, torch.arange(30))
+    better = retrieval_metrics(images, texts, torch.arange(30), bank)
+    assert better["t2i_r1"] > plain["t2i_r1"] + 20
+    assert hub_share(images, texts, bank) < hub_share(images, texts) - 20
+    assert hub_share(torch.eye(5), torch.eye(5)) == 100  # no more than ten photos
+    assert hub_share(torch.eye(40), torch.eye(40)) == 25  # each is found once
+
+
+def test_the_bank_in_half_precision_is_that_of_its_latents():
+    latents = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    bank = Bank(7 * latents[:12], latents)
+    again = Bank(**bank.state_dict())
+    for name, tensor in bank.state_dict().items():
+        assert tensor.dtype == torch.float16 and tensor.equal(again.state_dict()[name])
+        assert torch.allclose(tensor.float().norm(dim=1), torch.ones(len(tensor)), atol=1e-3)
+    assert bank.nbytes == 2 * 32 * (12 + 20)
+    for other in (bank.photo_hubness, bank.text_hubness):
+        with pytest.raises(ValueError, match="a width of 32, these of 31"):
+            other(torch.ones(3, 31))
+
+
 def test_perfect_embeddings():
     photo_of_caption = torch.arange(20).repeat_interleave(5)
     metrics = retrieval_metrics(torch.eye(20), torch.eye(20)[photo_of_caption], photo_of_caption)
@@ -109,12 +177,13 @@ def test_pair_protocol_is_a_fifth_of_the_standard_one():
 
 def test_constant_embeddings_are_no_better_than_chance():
     photo_of_caption = torch.arange(50).repeat_interleave(5)
-    metrics = retrieval_metrics(
-        torch.full((50, 7), 0.3), torch.full((250, 7), 0.3), photo_of_caption
-    )
     chance = chance_metrics([5] * 50)
-    assert all(metrics[key] <= chance[key] for key in chance)
-    assert metrics["t2i_medr"] == 50 and metrics["i2t_medr"] == 246
+    for bank in (None, Bank(torch.randn(9, 7), torch.randn(9, 7))):
+        metrics = retrieval_metrics(
+            torch.full((50, 7), 0.3), torch.full((250, 7), 0.3), photo_of_caption, bank
+        )
+        assert all(metrics[key] <= chance[key] for key in chance)
+        assert metrics["t2i_medr"] == 50 and metrics["i2t_medr"] == 246
 
 
 def test_hand_made_case():

@@ -17,10 +17,11 @@ except ImportError:  # Windows: there no lock keeps a second run out of a folder
 
 from src.settings import Settings, UsageError, make_settings, settings_of
 
-HISTORY, BEST, LAST, TEST, LOG, CONFIG = RUN_FILES = (
+HISTORY, BEST, LAST, TEST, BANK, LOG, CONFIG = RUN_FILES = (
     "history_flickr8k.json", "best_model_flickr8k.pt", "last_checkpoint_flickr8k.pt",
-    "test_results_flickr8k.json", "flickr8k_sgd_training.log", "config.json")
-BEST_KEYS = ("epoch", "model_state_dict", "metrics", "config", "tokenizer")
+    "test_results_flickr8k.json", "bank_results_flickr8k.json", "flickr8k_sgd_training.log",
+    "config.json")
+BEST_KEYS = ("epoch", "model_state_dict", "metrics", "config", "tokenizer")  # "bank", too
 LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "history", "config", "tokenizer",
              "model_state_dict", "optimizer_state_dict", "scaler_state_dict",
              "scheduler_state_dict")
@@ -182,6 +183,7 @@ def open_output_dir(output_dir, config, history, fresh, replace, log):
                 (output_dir / name).unlink(missing_ok=True)
     elif len(history) < config["settings"]["epochs"]:  # trained on: the test is still to come
         (output_dir / TEST).unlink(missing_ok=True)
+        (output_dir / BANK).unlink(missing_ok=True)
     save_json(config, output_dir / CONFIG)
     if history:  # a kill may have come between this file and the checkpoint
         save_json(history, output_dir / HISTORY)
@@ -189,13 +191,15 @@ def open_output_dir(output_dir, config, history, fresh, replace, log):
 
 @dataclass
 class Run:
-    """A run as its files tell it. test: metrics, None before the run's end."""
+    """A run as its files tell it. test: metrics, bank: those without and with it (`compare_bank`)
+    of "val" and "test"; None before the run's end."""
 
     dir: Path
     history: list
     config: dict
     settings: Settings
     test: dict | None
+    bank: dict | None
 
     @property
     def best(self):
@@ -227,5 +231,6 @@ def load_run(output_dir):
     history, config = load_json(output_dir / HISTORY), load_json(output_dir / CONFIG)
     if not (isinstance(history, list) and history):
         raise CheckpointError(f"{output_dir / HISTORY}: holds no epochs")
-    test = load_json(output_dir / TEST) if (output_dir / TEST).exists() else None
-    return Run(output_dir, history, config, settings_of(config, output_dir), test)
+    test, bank = (load_json(output_dir / name) if (output_dir / name).exists() else None
+                  for name in (TEST, BANK))
+    return Run(output_dir, history, config, settings_of(config, output_dir), test, bank)

@@ -119,8 +119,8 @@ def _facts(facts):
 
 def _recall_rows(columns):
     """columns: {heading: metrics}. One row a measure, one column a set of metrics."""
-    width = max(12, *(len(name) + 2 for name in columns))
-    lines = [" " * 34 + "".join(f"{name:>{width}}" for name in columns)]
+    widths = [max(9, len(name) + 2) for name in columns]
+    lines = [" " * 24 + "".join(f"{name:>{width}}" for name, width in zip(columns, widths))]
     for protocol, prefix in (("standard", ""), ("pair", "pair_")):
         lines.append(f"  {protocol} protocol")
         keys = {}
@@ -132,7 +132,8 @@ def _recall_rows(columns):
         for name, key in keys.items():
             values = [metrics.get(key) for metrics in columns.values()]
             cells = ["-" if value is None else f"{value:.2f}" for value in values]
-            lines.append(f"    {name:<30}" + "".join(f"{cell:>{width}}" for cell in cells))
+            row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
+            lines.append(f"    {name:<20}{row}")
     return lines
 
 
@@ -171,13 +172,23 @@ def _results(run):
     lines = ["=" * WIDTH, f"{title}, RETRIEVAL WITH SGD", "=" * WIDTH]
     lines += _facts({"run": run.dir, "training": epochs + state})
     lines += _heading(f"Validation: {_counts(data['val'])}")
-    lines += _recall_rows({f"best (epoch {best['epoch']})": best["val"],
-                           f"final (epoch {last['epoch']})": last["val"],
-                           "chance": _chance(data["val"])})
+    lines += _recall_rows({f"best (epoch {best['epoch']})": best["val"]} | _with_bank(run, "val")
+                          | {f"final (epoch {last['epoch']})": last["val"],
+                             "chance": _chance(data["val"])})
     if run.test:
         lines += _heading(f"Test, best model: {_counts(data['test'])}")
-        lines += _recall_rows({"test": run.test, "chance": _chance(data["test"])})
+        lines += _recall_rows({"test": run.test} | _with_bank(run, "test")
+                              | {"chance": _chance(data["test"])})
+    if run.bank:
+        share = run.bank["val"]["hub_share"]
+        lines += ["", f"  {share['off']:.1f} % of val's captions find one of the ten commonest "
+                      f"photos first, {share['on']:.1f} % with the bank"]
     return lines
+
+
+def _with_bank(run, split):
+    """The best model's metrics with its bank, where it has one."""
+    return {"with the bank": run.bank[split]["on"]} if run.bank else {}
 
 
 def _progress(run):
@@ -221,7 +232,8 @@ def _cells(run):
         "model": f"{settings.model}, {config['parameters'] / 1e6:.1f} M",
         "tokens": settings.tokenizer,
         "epochs": f"{best['epoch']} of {len(run.history)}" + ("" if run.finished else "+"),
-        "minutes": f"{run.minutes:.1f}", "avg R@1": f"{val['avg_r1']:.2f}"}
+        "minutes": f"{run.minutes:.1f}", "avg R@1": f"{val['avg_r1']:.2f}",
+        "with the bank": f"{run.bank['val']['on']['avg_r1']:.2f}" if run.bank else "-"}
     cells |= {f"R@{k}": f"{val[f'i2t_r{k}']:.1f} / {val[f't2i_r{k}']:.1f}" for k in KS}
     return cells | {
         "MedR": f"{val['i2t_medr']:g} / {val['t2i_medr']:g}",

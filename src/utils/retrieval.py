@@ -15,17 +15,58 @@ from src.utils.distributed import collect, rank_and_world
 from src.utils.flickr8k_simple import pad_texts
 
 KS = (1, 5, 10)
+HUBS = 10  # photos that come first most often
 TIE = 1e-6  # closer similarities count against the model; those of equals differ by some 1e-7
 CHUNK_SIZE = 256  # captions ranked at a time
 BATCH_SIZE = 256  # embedded at a time
+BANK_SIZE = 5000  # captions in a bank, and photos
+BETA = 15.0  # of the bank: how much more the nearest count
 
 
-def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption):
+class Bank:
+    """Latents of training photos and captions. They show the hubs of a space, the photos that stand
+    near to any text and the texts that stand near to any photo, and take that back: the inverted
+    softmax (Smith et al. 2017) with a bank of training queries (Bogolin et al. 2022).
+
+    photos: (P, D). texts: (T, D). Kept in float16, of unit length."""
+
+    def __init__(self, photos, texts):
+        self.photos = F.normalize(photos.float(), dim=-1).half()
+        self.texts = F.normalize(texts.float(), dim=-1).half()
+
+    @property
+    def nbytes(self):
+        return self.photos.nbytes + self.texts.nbytes
+
+    def state_dict(self):
+        return {"photos": self.photos, "texts": self.texts}
+
+    def photo_hubness(self, photos):
+        """(N, D) of unit length -> (N,) how near each stands to texts in general, to be taken from
+        its similarities where texts look for photos. Raises ValueError for another D."""
+        return self._hubness(photos, self.texts)
+
+    def text_hubness(self, texts):
+        """The same of texts, where photos look for texts."""
+        return self._hubness(texts, self.photos)
+
+    @staticmethod
+    def _hubness(gallery, queries):
+        if gallery.shape[1] != queries.shape[1]:
+            raise ValueError(f"the bank's latents have a width of {queries.shape[1]}, these of "
+                             f"{gallery.shape[1]}")
+        queries = queries.to(gallery.device).float()
+        with full_float32():
+            return torch.cat([(BETA * (chunk @ queries.T)).logsumexp(1) / BETA
+                              for chunk in gallery.split(CHUNK_SIZE)])
+
+
+def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, bank=None):
     """Ranks from 1 (best), ties against the model, of everything that both protocols ask.
 
     image_embeddings: (N, D), each photo once. text_embeddings: (M, D). photo_of_caption: (M,) the
-    row of each caption's photo. Cosine similarity in float32, for CHUNK_SIZE captions at a time:
-    memory grows with N + M, not with N x M.
+    row of each caption's photo. bank: a Bank, whose hubness is taken from the similarities. Cosine
+    similarity in float32, for CHUNK_SIZE captions at a time: memory grows with N + M, not N x M.
 
     Returns a dict of
     - "i2t": (photos with captions,) of the best of the photo's captions among those of other photos
@@ -54,23 +95,30 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption):
     space = torch.empty(min(CHUNK_SIZE, num_captions), num_photos, device=images.device)
     flags = torch.empty_like(space, dtype=torch.bool)
 
-    def chunks():  # of each its captions' photos, similarities with all photos, and flags
+    def chunks(hubness):  # of each its captions' photos, similarities with all photos, and flags
         for start in range(0, num_captions, CHUNK_SIZE):
             chunk = texts[start:start + CHUNK_SIZE]
             with full_float32():
                 similarity = torch.mm(chunk, images.T, out=space[:len(chunk)])
+            if bank is not None:
+                similarity -= hubness.expand(num_captions, -1)[start:start + CHUNK_SIZE]
             yield photo_of_caption[start:start + CHUNK_SIZE], similarity, flags[:len(chunk)]
 
     # Each caption against all photos.
+    photo_hubness = None if bank is None else bank.photo_hubness(images)
     own, t2i, ahead_copies = [], [], []
-    for photo, similarity, ahead in chunks():
+    for photo, similarity, ahead in chunks(photo_hubness):
         own.append(similarity.gather(1, photo[:, None]).squeeze(1))
         torch.ge(similarity, own[-1][:, None] - TIE, out=ahead)
         ahead.scatter_(1, photo[:, None], False)
         t2i.append(ahead.sum(1) + 1)
         ahead_copies.append((similarity.copy_(ahead) @ copies_of_photo.float()).long())
-    others_ahead, pair_i2t = _rank_captions(torch.cat(own), photo_of_caption, copies_of_photo,
-                                            chunks())
+    own, text_hubness = torch.cat(own), None
+    if bank is not None:  # captions have another one than photos
+        text_hubness = bank.text_hubness(texts)[:, None]
+        own += photo_hubness[photo_of_caption] - text_hubness.squeeze(1)
+    others_ahead, pair_i2t = _rank_captions(own, photo_of_caption, copies_of_photo,
+                                            chunks(text_hubness))
     return {
         "i2t": others_ahead[copies_of_photo > 0] + 1,
         "t2i": torch.cat(t2i),
@@ -110,12 +158,12 @@ def _with_averages(metrics):
     return metrics
 
 
-def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption):
+def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption, bank=None):
     """R@K in percent and median rank, floats; arguments and errors as for `retrieval_ranks`:
     {i2t,t2i}_{r1,r5,r10,medr}, avg_r1 = (i2t_r1 + t2i_r1) / 2 and, by the pair protocol,
     pair_{i2t,t2i}_{r1,r5,r10} and pair_avg_r1; the copies of one photo being equal, their order is
     taken as random."""
-    ranks = retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption)
+    ranks = retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, bank)
     metrics = {}
     for direction in ("i2t", "t2i"):
         for k in KS:
@@ -129,16 +177,14 @@ def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, amp_dtype=None):
-    """`retrieval_metrics` of a model on a Flickr8kImageTextDataset, the batches shared out among
-    the processes; the same in all of them. amp_dtype: the autocast type, None for full precision.
-    The model is left in the mode it was in."""
+def embed(model, photos, texts, amp_dtype=None):
+    """uint8 (N, 3, H, W) and M lists of token ids -> latents (N, D) and (M, D), on the model's
+    device, the same in all processes, among which the batches are shared out. amp_dtype: the
+    autocast type, None for full precision. The model is left in the mode it was in."""
     device, was_training = next(model.parameters()).device, model.training
     rank, world = rank_and_world()
-    lengths = [len(text) for text in dataset.texts]
-    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)  # little padding in a batch
 
-    def embed(total, encode):
+    def in_batches(total, encode):
         parts = []
         for start in range(rank * BATCH_SIZE, total, world * BATCH_SIZE):
             latents = encode(slice(start, start + BATCH_SIZE))["central_latent"]
@@ -146,18 +192,61 @@ def evaluate(model, dataset, amp_dtype=None):
         parts = sorted(collect(parts), key=lambda part: part[0])
         return torch.cat([latents for _, latents in parts]).to(device)
 
-    def encode_photos(rows):
-        return model(images=normalize(dataset.photos[rows].to(device)))
-
-    def encode_captions(rows):
-        return model(text=pad_texts([dataset.texts[i] for i in by_length[rows]]).to(device))
-
     model.eval()
     with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        images = embed(len(dataset.photos), encode_photos)
-        texts = embed(len(dataset), encode_captions)
+        photo_latents = in_batches(
+            len(photos), lambda rows: model(images=normalize(photos[rows].to(device))))
+        text_latents = in_batches(
+            len(texts), lambda rows: model(text=pad_texts(texts[rows]).to(device)))
     model.train(was_training)
-    return retrieval_metrics(images, texts, dataset.photo_of_caption[by_length])
+    return photo_latents, text_latents
+
+
+def embed_dataset(model, dataset, amp_dtype=None):
+    """-> photo latents, caption latents, and the row of each caption's photo, see `embed`."""
+    by_length = sorted(range(len(dataset)), key=lambda i: len(dataset.texts[i]))  # little padding
+    texts = [dataset.texts[i] for i in by_length]
+    return *embed(model, dataset.photos, texts, amp_dtype), dataset.photo_of_caption[by_length]
+
+
+def evaluate(model, dataset, amp_dtype=None):
+    """`retrieval_metrics` of a model on a Flickr8kImageTextDataset."""
+    return retrieval_metrics(*embed_dataset(model, dataset, amp_dtype))
+
+
+def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
+    """The Bank of a training split, of BANK_SIZE photos and captions at most, drawn by the seed.
+    pixels: side of the photos that the model is used with."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(dataset.photos), generator=generator)[:BANK_SIZE]
+    captions = torch.randperm(len(dataset), generator=generator)[:BANK_SIZE].tolist()
+    captions.sort(key=lambda i: len(dataset.texts[i]))
+    photos = torch.cat([
+        F.interpolate(part, (pixels, pixels), mode="bicubic", antialias=True)
+        for part in dataset.photos[rows].split(BATCH_SIZE)])
+    texts = [dataset.texts[i] for i in captions]
+    return Bank(*(latents.cpu() for latents in embed(model, photos, texts, amp_dtype)))
+
+
+def compare_bank(model, dataset, bank, amp_dtype=None):
+    """`evaluate` without and with a bank -> {"off": metrics, "on": metrics, "hub_share": alike}."""
+    photos, texts, photo_of_caption = embed_dataset(model, dataset, amp_dtype)
+    results = {"hub_share": {}}
+    for mode, used in (("off", None), ("on", bank)):
+        results[mode] = retrieval_metrics(photos, texts, photo_of_caption, used)
+        results["hub_share"][mode] = hub_share(photos, texts, used)
+    return results
+
+
+def hub_share(photos, texts, bank=None):
+    """Percentage of texts (M, D) whose first photo, of (N, D), is one of the HUBS commonest."""
+    photos, texts = F.normalize(photos, dim=-1), F.normalize(texts, dim=-1)
+    hubness = 0.0 if bank is None else bank.photo_hubness(photos)
+    with full_float32():
+        first = torch.cat([(chunk @ photos.T - hubness).argmax(1)
+                           for chunk in texts.split(CHUNK_SIZE)])
+    times = first.bincount(minlength=HUBS).sort(descending=True).values
+    return 100 * times[:HUBS].sum().item() / len(first)
 
 
 def compare_test_time_training(model, dataset):
