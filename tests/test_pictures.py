@@ -116,6 +116,7 @@ def runs(tmp_path):
             config={},
             settings=None,
             test=None,
+            bank=None,
         )
         for name in ("one", "other")
     ]

@@ -15,7 +15,7 @@ import show_flickr8k_results
 from src import inference
 from src.inference import load_model
 from src.settings import make_settings
-from src.utils.checkpoint import BEST, CONFIG, HISTORY, TEST
+from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, TEST
 from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset
 from src.utils.layouts import read_captions
 from src.utils.retrieval import chance_metrics, evaluate
@@ -141,6 +141,26 @@ def test_every_figure_is_the_runs_own(tmp_path, capsys):
     assert ["2", "4.2143", "32.67", "31.17", "34.17", "0.005", "63.3"] in rows
 
 
+def test_what_the_bank_adds_stands_beside_the_plain_figures(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    (folder / TEST).write_text(json.dumps(metrics(70)))
+    bank = {split: {"off": metrics(seed), "on": metrics(seed + 1),
+                    "hub_share": {"off": seed + 0.4, "on": seed + 0.3}}
+            for split, seed in (("val", 80), ("test", 90))}
+    (folder / BANK).write_text(json.dumps(bank))
+    status, out, err = show(folder, capsys)
+    assert (status, err) == (0, "") and out.count("with the bank") == 3
+    assert "80.4 % of val's captions find one of the ten commonest photos first, 80.3 % with" in out
+    for of_val, seed in ((True, 81), (False, 91)):
+        part = out.split("Test, best model")[0 if of_val else 1]
+        for value in metrics(seed).values():
+            assert f" {value:.2f} " in part
+    assert show_flickr8k_results.main(["--compare", str(folder), "--format", "markdown"]) == 0
+    head, _, row = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert row[head.index("with the bank")] == f"{metrics(81)['avg_r1']:.2f}"
+    assert head.index("with the bank") == head.index("avg R@1") + 1
+
+
 def test_a_run_of_one_epoch_still_going(tmp_path, capsys):
     folder = write_run(tmp_path / "run", avg_r1=(5,), epochs=40)
     (folder / BEST).unlink()
@@ -228,10 +248,11 @@ def test_photos_for_a_text(run_dir, shapes, capsys, tmp_path):
         "two red circles",
         "--top",
         8,
+        "--no-bank",
         "--out",
         tmp_path / "sheet.png",
     )
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "") and "bank" not in out
     found = ranking(out)
     assert [rank for _, rank, _, _ in found] == [*range(1, 9)] * 2 and "8 photos of test" in out
     assert sorted(rest.split()[0] for *_, rest in found[:8]) == sorted(names)
@@ -246,6 +267,53 @@ def test_photos_for_a_text(run_dir, shapes, capsys, tmp_path):
         Image.open(tmp_path / "sheet.png").width > 8 * 200
         and f"wrote {tmp_path / 'sheet.png'}" in out
     )
+
+
+def test_the_banks_order(run_dir, shapes, capsys):
+    cache, bank = inference.EmbeddingCache(run_dir), inference.load_bank(run_dir)
+    photos, captions = inference.photos_of_split(shapes, "val")
+    rows = cache.photos(photos)
+    texts = inference.embed_texts(cache.model, cache.tokenizer, ["two red circles"])
+    expected = (texts @ rows.T)[0] - bank.photo_hubness(rows)
+    given = ["--query", "two red circles", "--split", "val", "--top", 12]
+    for _ in range(2):  # the second time from the cache
+        status, out, err = use(run_dir, capsys, *given)
+        assert (status, err) == (0, "") and "12 photos of val, in the bank's order" in out
+        order = [photos[i].name for i in expected.argsort(descending=True)]
+        assert [rest.split()[0] for *_, rest in ranking(out)] == order
+    cosine = {photo.name: score for photo, score in zip(photos, (texts @ rows.T)[0].tolist())}
+    for _, _, score, rest in ranking(out):  # what is shown is the cosine
+        assert score == pytest.approx(cosine[rest.split()[0]], abs=6e-4)
+    plain = use(run_dir, capsys, *given, "--no-bank")[1]
+    assert sorted(ranking(plain), key=lambda row: row[3]) != ranking(plain)
+    assert {row[3]: row[2] for row in ranking(plain)} == {row[3]: row[2] for row in ranking(out)}
+
+    texts = [text for own in captions for text in own]
+    latents = cache.texts(texts)
+    image = inference.embed_photos(cache.model, cache.transform, [photos[3]])[0]
+    order = (latents @ image - bank.text_hubness(latents)).argsort(descending=True).tolist()
+    out = use(run_dir, capsys, "--image", photos[3], "--split", "val", "--top", 60)[1]
+    assert [rest.rsplit("  (", 1)[0] for *_, rest in ranking(out)] == [texts[i] for i in order]
+
+
+@pytest.mark.parametrize("bank", [None, "missing"])
+def test_a_run_without_a_bank_ranks_by_the_scores_and_says_so(run_dir, capsys, bank):
+    best = torch.load(run_dir / BEST, weights_only=True)
+    if bank == "missing":  # a version without banks
+        del best["bank"]
+    else:  # a run still going
+        best["bank"] = None
+    torch.save(best, run_dir / BEST)
+    for given in (["--query", "red"], ["--image", "IMAGE"]):
+        given = [run_dir / "curve.png" if value == "IMAGE" else value for value in given]
+        Image.new("RGB", (50, 40), "red").save(run_dir / "curve.png")
+        status, out, err = use(run_dir, capsys, *given)
+        scores = [score for _, _, score, _ in ranking(out)]
+        assert status == 0 and scores == sorted(scores, reverse=True)
+        assert "the bank's order" not in out
+        assert err == (f"{run_dir}: no bank, which training makes at its end; the order is that of "
+                       "the scores\n")
+        assert use(run_dir, capsys, *given, "--no-bank")[2] == ""
 
 
 def test_photos_of_ones_own(run_dir, shapes, capsys, tmp_path):

@@ -21,11 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 import show_flickr8k_results
 import train_flickr8k_sgd as training
+from src.inference import load_bank, load_model
 from src.model import MovingAverage
 from src.settings import make_settings
-from src.utils import augment
-from src.utils.checkpoint import BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
-from src.utils.flickr8k_simple import epoch_batches, iterate_batches
+from src.utils import augment, retrieval
+from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset, epoch_batches, iterate_batches
+from src.utils.retrieval import compare_bank, make_bank
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import REPOSITORY, arguments, main, run_script, start_script
@@ -86,7 +88,7 @@ def test_files_of_a_run(finished):
     assert config["data"]["train"] == {
         "photos": 40, "pixels": 36, "captions": 200, "left_out": 0, "captions_per_photo": {"5": 40}}
     best = torch.load(output_dir / BEST, weights_only=True)
-    assert best.keys() == {"epoch", "model_state_dict", "metrics", "config", "tokenizer"}
+    assert best.keys() == {"epoch", "model_state_dict", "metrics", "config", "tokenizer", "bank"}
     assert best["config"] == config
     assert best["metrics"] == max((row["val"] for row in history), key=lambda val: val["avg_r1"])
     buffers = ("running_mean", "running_var", "num_batches_tracked")
@@ -102,6 +104,34 @@ def test_files_of_a_run(finished):
     )
     log = (output_dir / LOG).read_text()
     assert all(line in log for line in out.splitlines() if line.startswith("epoch "))
+
+
+def test_the_bank_of_a_run(finished, shapes):
+    output_dir, out = finished
+    best = torch.load(output_dir / BEST, weights_only=True)
+    assert {name: tensor.shape for name, tensor in best["bank"].items()} == {
+        "photos": (40, 64), "texts": (200, 64)}
+    results = json.loads((output_dir / BANK).read_text())
+    assert results.keys() == {"val", "test", "beta"}
+    for split in ("val", "test"):
+        assert results[split].keys() == {"off", "on", "hub_share"}
+        assert VAL_KEYS <= results[split]["off"].keys() == results[split]["on"].keys()
+    assert results["val"]["off"] == best["metrics"]
+    assert results["test"]["off"] == json.loads((output_dir / TEST).read_text())
+    model, tokenizer, _ = load_model(output_dir)
+    data = Flickr8kImageTextDataset(shapes, "val", 32, tokenizer)
+    again = compare_bank(model, data, load_bank(output_dir))  # in full precision
+    assert again["on"]["avg_r1"] == pytest.approx(results["val"]["on"]["avg_r1"], abs=5)
+    assert re.search(r"bank: 40 photos and 200 captions of train, 0.0 MB, made in \d+\.\d s", out)
+
+
+def test_the_bank_is_drawn_by_the_seed(shapes, monkeypatch):
+    monkeypatch.setattr(retrieval, "BANK_SIZE", 15)
+    run, splits = start_run(shapes)
+    banks = [make_bank(run.model, splits["train"], 32, seed) for seed in (0, 0, 1)]
+    assert banks[0].photos.equal(banks[1].photos) and not banks[0].photos.equal(banks[2].photos)
+    assert banks[0].texts.equal(banks[1].texts) and not banks[0].texts.equal(banks[2].texts)
+    assert banks[0].photos.shape == banks[0].texts.shape == (15, 64)
 
 
 def test_the_loss_falls(finished):
