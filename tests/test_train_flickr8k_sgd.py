@@ -401,6 +401,10 @@ def test_resume_refuses_data_that_was_changed(shapes, tmp_path, capsys, change):
     printed, err = capsys.readouterr()
     if change == "nothing":
         assert status == 0 and "resumed at epoch 2" in printed
+        last = torch.load(out / LAST, weights_only=True)
+        del last["config"]["fingerprints"]  # a run of before
+        torch.save(last, out / LAST)
+        assert main(*given) == 2 and "of another version" in capsys.readouterr().err
     else:
         assert status == 2 and len(err.splitlines()) == 1
         assert "is not the dataset that the run began with" in err and "val" in err

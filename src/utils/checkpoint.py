@@ -135,8 +135,11 @@ def resume_run(output_dir, given):
 def check_same_data(began, config, data_dir):
     """Raises UsageError where photos, captions or their order are not those that a run, whose
     config was `began`, has been trained on."""
-    before = began.get("fingerprints", {})  # none in a run of an earlier version
-    changed = [name for name, now in config["fingerprints"].items() if before.get(name) != now]
+    before = began.get("fingerprints")
+    if before is None:
+        raise UsageError("the run is of another version of this project, which did not keep what "
+                         "its data was; train anew")
+    changed = [name for name, now in config["fingerprints"].items() if before[name] != now]
     if changed:
         raise UsageError(f"{data_dir} is not the dataset that the run began with: photos, captions "
                          f"or order of {', '.join(changed)} are others")
