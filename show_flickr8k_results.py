@@ -65,7 +65,7 @@ def embed_gallery(cache, photos, faults=None):
     finally:
         line.clear()
     if faults:
-        said = "; ".join(list(faults.values())[:NAMED])
+        said = report.printable("; ".join(list(faults.values())[:NAMED]))
         more = f"; and {len(faults) - NAMED:,} more" if len(faults) > NAMED else ""
         print(f"left out, {len(faults):,} photos that cannot be read: {said}{more}",
               file=sys.stderr)
@@ -94,7 +94,8 @@ def print_ranking(title, scores, hubness, args, about):
     cells = []
     for rank, i in enumerate(order[:args.top], start=1):
         line, label, photo, right = about(i)
-        print(f"{'*' if right else ' '} {rank:3d}  {scores[i]:6.3f}  {line}".rstrip())
+        line = report.printable(line).rstrip()
+        print(f"{'*' if right else ' '} {rank:3d}  {scores[i]:6.3f}  {line}")
         cells.append((photo, f"{rank}.  {scores[i]:.3f}  {label}", right))
     return title, cells
 

@@ -350,6 +350,18 @@ def test_a_bad_photo_among_ones_own_is_named_and_left_out(run_dir, shapes, capsy
         assert f"{own / '1.jpg'}: image file is truncated" in other
 
 
+def test_photos_of_odd_names(run_dir, shapes, capsys, tmp_path):
+    names = ["my photo (1).jpg", "F\u00fc\u00dfe & Gr\u00f6\u00dfe.jpg", "\u7167\u7247.jpg",
+             "\U0001f436\u200d.jpg", "quote'\".jpg", "new\nline\x07.jpg", "-dash.jpg",
+             "x;rm -rf.jpg", "$x_{1}$.jpg", "a\u0301\u0644\u0627.jpg"]
+    for name in names:
+        shutil.copy(shapes / "Flicker8k_Dataset" / "scene_00000.jpg", tmp_path / name)
+    given = ["--photos", tmp_path, "--query", "red", "--top", 20, "--out", tmp_path / "s.pdf"]
+    status, out, err = use(run_dir, capsys, *given)
+    assert status == 0 and len(ranking(out)) == len(names) and "new?line?.jpg" in out
+    assert len(out.splitlines()) == len(names) + 3
+
+
 def test_a_bad_photo_of_the_dataset_is_an_error(run_dir, shapes, capsys, tmp_path):
     shutil.copytree(shapes, tmp_path / "data")
     name = (shapes / "Flickr_8k.testImages.txt").read_text().split()[5]

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from src.settings import UsageError
 from src.utils.checkpoint import CheckpointError
 from src.utils.flickr8k_simple import open_photo
+from src.utils.report import printable
 
 CELL, GAP, FRAME = 220, 16, 5  # pixels: a photo's square, space around it, width of a mark
 RIGHT = (0, 150, 60)  # its colour
@@ -30,7 +31,8 @@ def load_font(size):
         paths.append(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / FONTS[0])
     for path in paths:
         try:
-            return ImageFont.truetype(path, size)
+            # Raqm, the other engine, raises for some texts.
+            return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
         except OSError:
             continue
     return ImageFont.load_default(size)
@@ -38,8 +40,6 @@ def load_font(size):
 
 @functools.cache
 def has_glyph(font, character):
-    if "\ud800" <= character <= "\udfff":  # a byte of a file's name that is not UTF-8
-        return False
     mask, none = font.getmask(character), font.getmask(NO_CHARACTER)
     return mask.size != none.size or bytes(mask) != bytes(none)
 
@@ -47,7 +47,7 @@ def has_glyph(font, character):
 def drawable(text, font):
     """The text in what the font can draw: without accents where it lacks them, else "?"."""
     drawn = ""
-    for character in unicodedata.normalize("NFC", text):
+    for character in printable(unicodedata.normalize("NFC", text)):
         if not has_glyph(font, character):
             base = unicodedata.normalize("NFKD", character)[0]
             character = base if base != character and has_glyph(font, base) else "?"

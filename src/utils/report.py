@@ -29,6 +29,12 @@ def prepare_output(end_with_reader=False):
         sys.stdout.reconfigure(errors="replace")
 
 
+def printable(text):
+    """The text in a line: "?" for line breaks, other control characters, and bytes of a file's name
+    that are not UTF-8."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 class ConsoleHandler(logging.StreamHandler):
     """Where the reader has gone (`| head`), the run goes on in silence."""
 
