@@ -283,6 +283,9 @@ def main(argv=None):
     except (CheckpointError, DataError, UsageError, ValueError) as error:  # a text of no tokens
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; what was embedded is kept", file=sys.stderr)
         return 130

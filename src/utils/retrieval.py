@@ -222,8 +222,8 @@ def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
     captions = torch.randperm(len(dataset), generator=generator)[:BANK_SIZE].tolist()
     captions.sort(key=lambda i: len(dataset.texts[i]))
     photos = torch.cat([
-        F.interpolate(part, (pixels, pixels), mode="bicubic", antialias=True)
-        for part in dataset.photos[rows].split(BATCH_SIZE)])
+        F.interpolate(dataset.photos[part], (pixels, pixels), mode="bicubic", antialias=True)
+        for part in rows.split(BATCH_SIZE)])
     texts = [dataset.texts[i] for i in captions]
     return Bank(*(latents.cpu() for latents in embed(model, photos, texts, amp_dtype)))
 
