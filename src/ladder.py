@@ -120,7 +120,8 @@ def run_rows(args, results):
 
 def main(argv=None):
     args, results, status = parse_args(argv), [], 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the training hears of it
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that the training hears of it
+        signal.signal(number, signal.default_int_handler)
     try:
         run_rows(args, results)
     except (CheckpointError, UsageError, training.TrainingError) as error:
