@@ -81,13 +81,12 @@ def open_cache(args):
     return cache
 
 
-def print_ranking(title, scores, hubness, args, about):
-    """Print the best --top of the scores (N,) -> (title, cells) for a contact sheet. about(i) gives
-    what the line and the sheet say of i, its photo, and whether it is a right one."""
-    if args.bank:
-        title += ", in the bank's order"
-    order = (scores - hubness if args.bank else scores).argsort(descending=True, stable=True)
-    order = order.tolist()
+def print_ranking(title, scores, by_bank, args, about):
+    """Print the best --top of the scores (N,), in the order of the bank's where there are such, ->
+    (title, cells) for a contact sheet. about(i) gives what the line and the sheet say of i, its
+    photo, and whether it is a right one."""
+    title += ", in the bank's order" if args.bank else ""
+    order = (by_bank if args.bank else scores).argsort(descending=True, stable=True).tolist()
     ranks = [rank for rank, i in enumerate(order, start=1) if about(i)[3]]
     title += f"; the right one is ranked {ranks[0]:,}" if ranks else ""
     print(title)
@@ -120,15 +119,19 @@ def show_photos(args):
     if faults:
         photos = [photo for photo in photos if photo not in faults]
         gallery = f"{len(photos):,} photos in {args.photos}"
-    texts, hubness = embed_texts(cache.model, cache.tokenizer, queries), cache.photo_hubness(photos)
-    rows = []
-    for query, scores in zip(queries, texts @ embeddings.T):
+    texts = embed_texts(cache.model, cache.tokenizer, queries)
+    scores, rows = texts @ embeddings.T, []
+    by_bank = scores
+    if args.bank:
+        by_bank = cache.bank.text_queries(texts) @ cache.photo_gallery(photos).T
+    for query, own_scores, own_by_bank in zip(queries, scores, by_bank):
         def about(i, query=query):
             name = photos[i].relative_to(args.photos) if args.photos else photos[i].name
             caption = captions[i][0] if captions[i] else ""
             return f"{name}  {caption}", name, photos[i], same(query) in map(same, captions[i])
 
-        rows.append(print_ranking(f'"{query}" in {gallery}', scores, hubness, args, about))
+        title = f'"{query}" in {gallery}'
+        rows.append(print_ranking(title, own_scores, own_by_bank, args, about))
         print()
     return rows
 
@@ -139,7 +142,9 @@ def show_captions(args):
     texts = [text for own in captions for text in own]
     of_photo = [i for i, own in enumerate(captions) for _ in own]
     image = embed_photos(cache.model, cache.transform, [args.image])[0]
-    scores, hubness = cache.texts(texts) @ image, cache.text_hubness(texts)
+    scores = by_bank = cache.texts(texts) @ image
+    if args.bank:
+        by_bank = cache.text_gallery(texts) @ cache.bank.photo_queries(image[None])[0]
     own = [photo.resolve() == Path(args.image).resolve() for photo in photos]
 
     def about(i):
@@ -147,7 +152,7 @@ def show_captions(args):
         return f"{texts[i]}  ({photo.name})", texts[i], photo, own[of_photo[i]]
 
     title = f"{args.image} among {len(texts):,} captions of {args.split}"
-    title, cells = print_ranking(title, scores, hubness, args, about)
+    title, cells = print_ranking(title, scores, by_bank, args, about)
     return [(title, [(args.image, "the photo", False), *cells])]
 
 

@@ -5,7 +5,7 @@
     texts = embed_texts(model, tokenizer, ["a dog", "a red car"])
     print(texts @ photos.T)
     bank = load_bank("outputs/flickr8k_sgd")  # for a better order of many photos
-    print((texts @ photos.T - bank.photo_hubness(photos)).argsort(descending=True))
+    print((bank.text_queries(texts) @ bank.photo_gallery(photos).T).argsort(descending=True))
 
 Everything is computed in float32."""
 import collections
@@ -139,9 +139,9 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
 
 
 class EmbeddingCache:
-    """Embeddings of photo files and texts, and their hubness by the run's bank (see `Bank`), kept
-    beside the run, made once. A photo is known by its path, size and modification time, the weights
-    by their file's content."""
+    """Embeddings of photo files and texts, and what the run's `Bank` makes of them, kept beside the
+    run, made once. A photo is known by its path, size and modification time, the weights by their
+    file's content."""
 
     def __init__(self, run_dir):
         self.path = Path(run_dir) / CACHE
@@ -150,7 +150,7 @@ class EmbeddingCache:
         with open(Path(run_dir) / BEST, "rb") as file:
             weights = f"{hashlib.file_digest(file, 'sha256').hexdigest()} {STORE_VERSION}"
         self.state = {"weights": weights, "photos": {}, "texts": {}, "photo_rows": None,
-                      "text_rows": None, "photo_hubness": None, "text_hubness": None}
+                      "text_rows": None, "photo_gallery": None, "text_gallery": None}
         with contextlib.suppress(CheckpointError):  # none there, or damaged: it is only a cache
             state = load_checkpoint(self.path, self.state)
             self.state = state if state["weights"] == weights else self.state
@@ -189,10 +189,10 @@ class EmbeddingCache:
                             f"{next(iter(faults.values()))}")
         return self.state["photo_rows"][found]
 
-    def photo_hubness(self, paths):
-        """(N,) of photos that `photos` has given; zeros where the run has no bank."""
+    def photo_gallery(self, paths):
+        """The bank's, of photos that `photos` has given."""
         rows = [self.state["photos"][self.keys[path]] for path in paths]
-        return self.state["photo_hubness"][rows]
+        return self.state["photo_gallery"][rows]
 
     def texts(self, texts):
         """(N, latent_dim), see `embed_texts`."""
@@ -203,17 +203,17 @@ class EmbeddingCache:
             self._save()
         return self.state["text_rows"][[row_of[text] for text in texts]]
 
-    def text_hubness(self, texts):
-        """(N,) of texts that `texts` has given; zeros where the run has no bank."""
-        return self.state["text_hubness"][[self.state["texts"][text] for text in texts]]
+    def text_gallery(self, texts):
+        """The bank's, of texts that `texts` has given."""
+        return self.state["text_gallery"][[self.state["texts"][text] for text in texts]]
 
     def _add(self, kind, keys, rows):
-        hubness = torch.zeros(len(rows))
+        made = {f"{kind}_rows": rows}
         if self.bank is not None:
-            hubness = getattr(self.bank, f"{kind}_hubness")(rows)
+            made[f"{kind}_gallery"] = getattr(self.bank, f"{kind}_gallery")(rows)
         first = 0 if self.state[f"{kind}_rows"] is None else len(self.state[f"{kind}_rows"])
         self.state[f"{kind}s"].update({key: first + i for i, key in enumerate(keys)})
-        for name, new in ((f"{kind}_rows", rows), (f"{kind}_hubness", hubness)):
+        for name, new in made.items():
             self.state[name] = torch.cat([self.state[name], new]) if first else new
 
     def _save(self):

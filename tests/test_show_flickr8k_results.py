@@ -274,7 +274,7 @@ def test_the_banks_order(run_dir, shapes, capsys):
     photos, captions = inference.photos_of_split(shapes, "val")
     rows = cache.photos(photos)
     texts = inference.embed_texts(cache.model, cache.tokenizer, ["two red circles"])
-    expected = (texts @ rows.T)[0] - bank.photo_hubness(rows)
+    expected = (bank.text_queries(texts) @ bank.photo_gallery(rows).T)[0]
     given = ["--query", "two red circles", "--split", "val", "--top", 12]
     for _ in range(2):  # the second time from the cache
         status, out, err = use(run_dir, capsys, *given)
@@ -291,7 +291,8 @@ def test_the_banks_order(run_dir, shapes, capsys):
     texts = [text for own in captions for text in own]
     latents = cache.texts(texts)
     image = inference.embed_photos(cache.model, cache.transform, [photos[3]])[0]
-    order = (latents @ image - bank.text_hubness(latents)).argsort(descending=True).tolist()
+    by_bank = bank.text_gallery(latents) @ bank.photo_queries(image[None])[0]
+    order = by_bank.argsort(descending=True).tolist()
     out = use(run_dir, capsys, "--image", photos[3], "--split", "val", "--top", 60)[1]
     assert [rest.rsplit("  (", 1)[0] for *_, rest in ranking(out)] == [texts[i] for i in order]
 

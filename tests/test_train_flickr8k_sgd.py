@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,7 @@ from src.settings import make_settings
 from src.utils import augment, retrieval
 from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset, epoch_batches, iterate_batches
-from src.utils.retrieval import compare_bank, make_bank
+from src.utils.retrieval import compare_bank, embed_dataset, make_bank
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import REPOSITORY, arguments, main, run_script, start_script
@@ -110,7 +111,7 @@ def test_the_bank_of_a_run(finished, shapes):
     output_dir, out = finished
     best = torch.load(output_dir / BEST, weights_only=True)
     assert {name: tensor.shape for name, tensor in best["bank"].items()} == {
-        "photos": (40, 64), "texts": (200, 64)}
+        "photos": (40, 64), "texts": (40, 64)}
     results = json.loads((output_dir / BANK).read_text())
     assert results.keys() == {"val", "test", "beta"}
     for split in ("val", "test"):
@@ -122,16 +123,22 @@ def test_the_bank_of_a_run(finished, shapes):
     data = Flickr8kImageTextDataset(shapes, "val", 32, tokenizer)
     again = compare_bank(model, data, load_bank(output_dir))  # in full precision
     assert again["on"]["avg_r1"] == pytest.approx(results["val"]["on"]["avg_r1"], abs=5)
-    assert re.search(r"bank: 40 photos and 200 captions of train, 0.0 MB, made in \d+\.\d s", out)
+    assert re.search(r"bank: 40 photos of train, each with a caption, 0.0 MB, made in", out)
 
 
 def test_the_bank_is_drawn_by_the_seed(shapes, monkeypatch):
-    monkeypatch.setattr(retrieval, "BANK_SIZE", 15)
+    monkeypatch.setattr(retrieval, "BANK_SIZE", 9)
     run, splits = start_run(shapes)
-    banks = [make_bank(run.model, splits["train"], 32, seed) for seed in (0, 0, 1)]
+    data = splits["val"]  # whose photos have the size that the model is used with
+    banks = [make_bank(run.model, data, 32, seed) for seed in (0, 0, 1)]
     assert banks[0].photos.equal(banks[1].photos) and not banks[0].photos.equal(banks[2].photos)
     assert banks[0].texts.equal(banks[1].texts) and not banks[0].texts.equal(banks[2].texts)
-    assert banks[0].photos.shape == banks[0].texts.shape == (15, 64)
+    assert banks[0].photos.shape == banks[0].texts.shape == (9, 64)
+    # Pair i is a photo and a caption of its own, no photo being there twice.
+    photos, texts, owners = embed_dataset(run.model, data)
+    of_photo = (banks[0].photos.float() @ F.normalize(photos, dim=-1).T).argmax(1)
+    of_text = owners[(banks[0].texts.float() @ F.normalize(texts, dim=-1).T).argmax(1)]
+    assert of_photo.equal(of_text) and len(of_photo.unique()) == 9
 
 
 def test_the_loss_falls(finished):

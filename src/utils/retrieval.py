@@ -19,16 +19,25 @@ HUBS = 10  # photos that come first most often
 TIE = 1e-6  # closer similarities count against the model; those of equals differ by some 1e-7
 CHUNK_SIZE = 256  # captions ranked at a time
 BATCH_SIZE = 256  # embedded at a time
-BANK_SIZE = 5000  # captions in a bank, and photos
+BANK_SIZE = 5000  # photos in a bank
 BETA = 15.0  # of the bank: how much more the nearest count
+NEIGHBOURS = 10  # in the bank, which complete a latent
+NEIGHBOUR_WEIGHT = 0.2  # of their partners, beside the latent itself
 
 
 class Bank:
-    """Latents of training photos and captions. They show the hubs of a space, the photos that stand
-    near to any text and the texts that stand near to any photo, and take that back: the inverted
-    softmax (Smith et al. 2017) with a bank of training queries (Bogolin et al. 2022).
+    """Training photos, each with one of its captions, remembered while ranking, in two ways.
 
-    photos: (P, D). texts: (T, D). Kept in float16, of unit length."""
+    A latent is completed by the partners of its nearest in the bank: a photo by the captions of
+    photos like it, a text by the photos of captions like it (query expansion and database-side
+    augmentation, Arandjelovic and Zisserman 2012, across the modalities). And the hubs of the
+    space, the photos that stand near to any text and the texts that stand near to any photo, are
+    taken back: the inverted softmax (Smith et al. 2017) with a bank of training queries (Bogolin et
+    al. 2022).
+
+    photos, texts: (P, D), pair i in row i. Kept in float16, of unit length. All methods take
+    latents (N, D) of unit length, and raise ValueError for another D. The dot product of a query
+    and an item of the gallery is what to rank by: the cosine of the completed, less hubness."""
 
     def __init__(self, photos, texts):
         self.photos = F.normalize(photos.float(), dim=-1).half()
@@ -41,32 +50,55 @@ class Bank:
     def state_dict(self):
         return {"photos": self.photos, "texts": self.texts}
 
-    def photo_hubness(self, photos):
-        """(N, D) of unit length -> (N,) how near each stands to texts in general, to be taken from
-        its similarities where texts look for photos. Raises ValueError for another D."""
-        return self._hubness(photos, self.texts)
+    def text_queries(self, texts):
+        """-> (N, D + 1), for a gallery of photos."""
+        return self._queries(texts, self.texts, self.photos)
 
-    def text_hubness(self, texts):
-        """The same of texts, where photos look for texts."""
-        return self._hubness(texts, self.photos)
+    def photo_queries(self, photos):
+        """-> (N, D + 1), for a gallery of texts."""
+        return self._queries(photos, self.photos, self.texts)
+
+    def photo_gallery(self, photos):
+        """-> (N, D + 1), for texts that look for photos."""
+        return self._gallery(photos, self.photos, self.texts)
+
+    def text_gallery(self, texts):
+        """-> (N, D + 1), for photos that look for texts."""
+        return self._gallery(texts, self.texts, self.photos)
+
+    def _queries(self, latents, alike, partners):
+        completed, _ = self._complete(latents, alike, partners)
+        return torch.cat([completed, torch.ones_like(completed[:, :1])], 1)
+
+    def _gallery(self, latents, alike, partners):
+        completed, hubness = self._complete(latents, alike, partners)
+        return torch.cat([completed, -hubness[:, None]], 1)
 
     @staticmethod
-    def _hubness(gallery, queries):
-        if gallery.shape[1] != queries.shape[1]:
-            raise ValueError(f"the bank's latents have a width of {queries.shape[1]}, these of "
-                             f"{gallery.shape[1]}")
-        queries = queries.to(gallery.device).float()
+    def _complete(latents, alike, partners):
+        """-> the completed (N, D), of unit length, and their hubness (N,): how near each stands to
+        the partners in general."""
+        if latents.shape[1] != alike.shape[1]:
+            raise ValueError(f"the bank's latents have a width of {alike.shape[1]}, these of "
+                             f"{latents.shape[1]}")
+        alike, partners = (bank.to(latents.device).float() for bank in (alike, partners))
+        completed, hubness = [], []
         with full_float32():
-            return torch.cat([(BETA * (chunk @ queries.T)).logsumexp(1) / BETA
-                              for chunk in gallery.split(CHUNK_SIZE)])
+            for chunk in latents.split(CHUNK_SIZE):
+                nearest, rows = (chunk @ alike.T).topk(min(NEIGHBOURS, len(alike)), 1)
+                weights = NEIGHBOUR_WEIGHT * (BETA * nearest).softmax(1)
+                chunk = chunk + (weights[:, :, None] * partners[rows]).sum(1)
+                completed.append(F.normalize(chunk, dim=-1))
+                hubness.append((BETA * (completed[-1] @ partners.T)).logsumexp(1) / BETA)
+        return torch.cat(completed), torch.cat(hubness)
 
 
 def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, bank=None):
     """Ranks from 1 (best), ties against the model, of everything that both protocols ask.
 
     image_embeddings: (N, D), each photo once. text_embeddings: (M, D). photo_of_caption: (M,) the
-    row of each caption's photo. bank: a Bank, whose hubness is taken from the similarities. Cosine
-    similarity in float32, for CHUNK_SIZE captions at a time: memory grows with N + M, not N x M.
+    row of each caption's photo. bank: a Bank to rank with. Cosine similarity in float32, for
+    CHUNK_SIZE captions at a time: memory grows with N + M, not with N x M.
 
     Returns a dict of
     - "i2t": (photos with captions,) of the best of the photo's captions among those of other photos
@@ -95,30 +127,29 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, bank=No
     space = torch.empty(min(CHUNK_SIZE, num_captions), num_photos, device=images.device)
     flags = torch.empty_like(space, dtype=torch.bool)
 
-    def chunks(hubness):  # of each its captions' photos, similarities with all photos, and flags
+    def chunks(texts, images):  # their photos, similarities with all photos, and flags
         for start in range(0, num_captions, CHUNK_SIZE):
             chunk = texts[start:start + CHUNK_SIZE]
             with full_float32():
                 similarity = torch.mm(chunk, images.T, out=space[:len(chunk)])
-            if bank is not None:
-                similarity -= hubness.expand(num_captions, -1)[start:start + CHUNK_SIZE]
             yield photo_of_caption[start:start + CHUNK_SIZE], similarity, flags[:len(chunk)]
 
     # Each caption against all photos.
-    photo_hubness = None if bank is None else bank.photo_hubness(images)
+    rows = (texts, images)
+    if bank is not None:
+        rows = bank.text_queries(texts), bank.photo_gallery(images)
     own, t2i, ahead_copies = [], [], []
-    for photo, similarity, ahead in chunks(photo_hubness):
+    for photo, similarity, ahead in chunks(*rows):
         own.append(similarity.gather(1, photo[:, None]).squeeze(1))
         torch.ge(similarity, own[-1][:, None] - TIE, out=ahead)
         ahead.scatter_(1, photo[:, None], False)
         t2i.append(ahead.sum(1) + 1)
         ahead_copies.append((similarity.copy_(ahead) @ copies_of_photo.float()).long())
-    own, text_hubness = torch.cat(own), None
-    if bank is not None:  # captions have another one than photos
-        text_hubness = bank.text_hubness(texts)[:, None]
-        own += photo_hubness[photo_of_caption] - text_hubness.squeeze(1)
-    others_ahead, pair_i2t = _rank_captions(own, photo_of_caption, copies_of_photo,
-                                            chunks(text_hubness))
+    own = torch.cat(own)
+    if bank is not None:
+        rows = bank.text_gallery(texts), bank.photo_queries(images)
+        own = (rows[0] * rows[1][photo_of_caption]).sum(1)
+    others_ahead, pair_i2t = _rank_captions(own, photo_of_caption, copies_of_photo, chunks(*rows))
     return {
         "i2t": others_ahead[copies_of_photo > 0] + 1,
         "t2i": torch.cat(t2i),
@@ -215,16 +246,16 @@ def evaluate(model, dataset, amp_dtype=None):
 
 
 def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
-    """The Bank of a training split, of BANK_SIZE photos and captions at most, drawn by the seed.
-    pixels: side of the photos that the model is used with."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(dataset.photos), generator=generator)[:BANK_SIZE]
-    captions = torch.randperm(len(dataset), generator=generator)[:BANK_SIZE].tolist()
-    captions.sort(key=lambda i: len(dataset.texts[i]))
+    """The Bank of a training split, of BANK_SIZE photos at most, drawn by the seed, as is the
+    caption of each. pixels: side of the photos that the model is used with."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    caption_of = dict(zip(dataset.photo_of_caption[order].tolist(), order.tolist()))
+    pairs = list(caption_of.items())[:BANK_SIZE]
+    pairs.sort(key=lambda pair: len(dataset.texts[pair[1]]))  # little padding
     photos = torch.cat([
         F.interpolate(dataset.photos[part], (pixels, pixels), mode="bicubic", antialias=True)
-        for part in rows.split(BATCH_SIZE)])
-    texts = [dataset.texts[i] for i in captions]
+        for part in torch.tensor([photo for photo, _ in pairs]).split(BATCH_SIZE)])
+    texts = [dataset.texts[caption] for _, caption in pairs]
     return Bank(*(latents.cpu() for latents in embed(model, photos, texts, amp_dtype)))
 
 
@@ -241,10 +272,10 @@ def compare_bank(model, dataset, bank, amp_dtype=None):
 def hub_share(photos, texts, bank=None):
     """Percentage of texts (M, D) whose first photo, of (N, D), is one of the HUBS commonest."""
     photos, texts = F.normalize(photos, dim=-1), F.normalize(texts, dim=-1)
-    hubness = 0.0 if bank is None else bank.photo_hubness(photos)
+    if bank is not None:
+        photos, texts = bank.photo_gallery(photos), bank.text_queries(texts)
     with full_float32():
-        first = torch.cat([(chunk @ photos.T - hubness).argmax(1)
-                           for chunk in texts.split(CHUNK_SIZE)])
+        first = torch.cat([(chunk @ photos.T).argmax(1) for chunk in texts.split(CHUNK_SIZE)])
     times = first.bincount(minlength=HUBS).sort(descending=True).values
     return 100 * times[:HUBS].sum().item() / len(first)
 
