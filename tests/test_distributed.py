@@ -82,6 +82,8 @@ def results(rank, world, folder):
                                     distributed.anyone(False, torch.device("cpu"))])
     torch.save(found, folder / f"{rank} of {world}")
     distributed.stop()
+    if world > 1:
+        distributed.leave(0)  # as the training script's processes do
 
 
 def free_port():
