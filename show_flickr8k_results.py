@@ -23,12 +23,10 @@ from src.inference import (
 from src.settings import Parser, UsageError, text
 from src.utils import report
 from src.utils.checkpoint import CheckpointError, check_data_dir, load_run
-from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset
+from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset, first_three
 from src.utils.layouts import SPLIT_FILES, DataError
 from src.utils.pictures import contact_sheet, plot_curves
 from src.utils.retrieval import compare_test_time_training, retrieval_ranks
-
-NAMED = 5  # photos that are named where more cannot be read
 
 
 def same(text):
@@ -65,10 +63,8 @@ def embed_gallery(cache, photos, faults=None):
     finally:
         line.clear()
     if faults:
-        said = report.printable("; ".join(list(faults.values())[:NAMED]))
-        more = f"; and {len(faults) - NAMED:,} more" if len(faults) > NAMED else ""
-        print(f"left out, {len(faults):,} photos that cannot be read: {said}{more}",
-              file=sys.stderr)
+        said = report.printable(first_three(faults.values()))
+        print(f"left out, {len(faults):,} photos that cannot be read: {said}", file=sys.stderr)
     return embeddings
 
 

@@ -44,7 +44,7 @@ from src.utils.layouts import (
     read_captions,
     read_split,
 )
-from src.utils.retrieval import Bank
+from src.utils.retrieval import BETA, NEIGHBOUR_WEIGHT, NEIGHBOURS, Bank
 from src.utils.tokenizers import tokenizer_from_state
 
 CACHE = "embeddings_flickr8k.pt"
@@ -148,7 +148,9 @@ class EmbeddingCache:
         self.model, self.tokenizer, self.transform = load_model(run_dir)
         self.bank, self.keys = load_bank(run_dir), {}
         with open(Path(run_dir) / BEST, "rb") as file:
-            weights = f"{hashlib.file_digest(file, 'sha256').hexdigest()} {STORE_VERSION}"
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
+        # And what else the cached follows from: how photos are read, how the bank is used.
+        weights += f" {STORE_VERSION} {BETA} {NEIGHBOURS} {NEIGHBOUR_WEIGHT}"
         self.state = {"weights": weights, "photos": {}, "texts": {}, "photo_rows": None,
                       "text_rows": None, "photo_gallery": None, "text_gallery": None}
         with contextlib.suppress(CheckpointError):  # none there, or damaged: it is only a cache

@@ -174,6 +174,7 @@ def _decode(file, folder, names, size, num_workers, progress):
 
 
 def first_three(items):
+    """"a, b, c and 9 more" for a message."""
     items = list(items)
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more
