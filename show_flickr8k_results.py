@@ -20,6 +20,7 @@ from src.inference import (
     photos_of_folder,
     photos_of_split,
 )
+from src.pretrained import load_encoders
 from src.settings import Parser, UsageError, text
 from src.utils import report
 from src.utils.checkpoint import CheckpointError, check_data_dir, load_run
@@ -184,8 +185,10 @@ def show_test_time(args):
         if model.memory is None:
             raise UsageError(f"{folder}: the model has no memory that could adapt")
         settings = load_run(folder).settings
-        data = Flickr8kImageTextDataset(data_dir_of(args, folder), args.split,
-                                        settings.eval_pixels, tokenizer, settings.allow_incomplete)
+        encoders = load_encoders(settings)
+        data = Flickr8kImageTextDataset(
+            data_dir_of(args, folder), args.split, settings.eval_pixels, tokenizer,
+            settings.allow_incomplete, image_encoder=encoders.image, text_encoder=encoders.text)
         results[Path(folder).name] = compare_test_time_training(model, data)
     title = f"Test-time training of the memory: avg R@1, {len(data.names):,} photos of {args.split}"
     print(report.adaptation_table(title, results))

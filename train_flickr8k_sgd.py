@@ -16,8 +16,15 @@ import time
 
 import torch
 
-from src.losses import LatentQueue, PairEncoder, contrastive_backward, info_nce_loss
+from src.losses import (
+    LatentQueue,
+    PairEncoder,
+    contrastive_backward,
+    frozen_statistics,
+    info_nce_loss,
+)
 from src.model import MovingAverage, MultiModalMemoryNetwork
+from src.pretrained import Encoders, load_encoders
 from src.settings import (
     UsageError,
     allow_fast_kernels,
@@ -50,6 +57,7 @@ PROGRESS = ("epoch", "step", "loss_sum", "seconds", "history")  # of a run
 LOG_INTERVAL = 10  # steps between two looks at the loss: sync points
 ADVICE = "the last good checkpoint is kept; a smaller --lr may help"
 CHECKPOINT_INTERVAL = 300  # seconds inside a long epoch, so that a power cut costs minutes
+NO_ENCODERS = Encoders()
 
 
 class TrainingError(Exception):
@@ -63,7 +71,7 @@ def find_tokenizer(settings, state=None):
     return build_tokenizer(settings) if state is None else tokenizer_from_state(state)
 
 
-def load_data(settings, tokenizer):
+def load_data(settings, tokenizer, encoders=NO_ENCODERS):
     """{split: dataset}, no photo in two of them. Training photos are an eighth larger than the
     model takes, for the crops to choose from."""
     line, splits = report.ProgressLine(), {}
@@ -72,7 +80,8 @@ def load_data(settings, tokenizer):
         splits[split] = Flickr8kImageTextDataset(
             settings.data_dir, split, size, tokenizer, settings.allow_incomplete,
             num_workers=settings.num_workers,
-            progress=line.counter(f"reading the photos of {split}"))
+            progress=line.counter(f"reading {split}"), image_encoder=encoders.image,
+            text_encoder=encoders.text)
         line.clear()
     splits["val"].hold_out([splits["test"]])
     splits["train"].hold_out([splits["val"], splits["test"]])
@@ -96,32 +105,43 @@ def share_of_epoch(data, settings, epoch):
     return [batch[rank * share:(rank + 1) * share] for batch in batches]
 
 
-def build_model(settings, tokenizer):
+def build_model(settings, tokenizer, encoders=NO_ENCODERS):
     """The model, on the CPU. Raises UsageError for sizes that do not fit."""
     try:
-        model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments())
+        model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments(),
+                                        **encoders.widths)
     except ValueError as error:
         raise UsageError(f"these sizes make no model: {error}") from None
-    if settings.eval_pixels % settings.patch_size:
+    if encoders.image is None and settings.eval_pixels % settings.patch_size:
         raise UsageError(f"--eval_size {settings.eval_pixels} is not a multiple of "
                          f"patch_size={settings.patch_size}")
     with torch.no_grad():
         model.logit_scale.fill_(-math.log(settings.temperature))
         model.clamp_logit_scale_()
+    if settings.finetune:
+        for encoder in encoders:
+            encoder.freeze_unused()
+        encoders.attach(model, settings)
     return model
 
 
 def build_optimizer(model, settings, fused):
-    """SGD with Nesterov momentum. Weight decay shrinks matrices, not norms, biases and the like."""
-    groups = []
-    for text in (False, True):
-        factor = settings.text_lr if text else 1.0
-        for decays in (False, True):
-            parameters = [p for name, p in model.named_parameters()
-                          if name.startswith("text_encoder.") == text and (p.ndim > 1) == decays]
-            weight_decay = settings.weight_decay / factor if decays else 0.0  # lr multiplies it
-            groups.append({"params": parameters, "lr": settings.lr * factor,
-                           "weight_decay": weight_decay})
+    """SGD with Nesterov momentum. Weight decay shrinks matrices, not norms, biases and the like; a
+    pretrained encoder's, less than the others as it learns more slowly."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        part, factor, weight_decay = name.split(".")[0], 1.0, settings.weight_decay
+        if part == "text_encoder":
+            factor = settings.text_lr
+            weight_decay /= factor  # which multiplies it
+        elif part in ("image_backbone", "text_backbone"):
+            factor = settings.finetune
+        key = (factor, weight_decay if parameter.ndim > 1 else 0.0)
+        if parameter.requires_grad:
+            groups.setdefault(key, []).append(parameter)
+    groups = [{"params": parameters, "lr": settings.lr * factor, "weight_decay": weight_decay}
+              for (factor, weight_decay), parameters in groups.items()]
+    groups.sort(key=lambda group: group["lr"] != settings.lr)  # what is logged is --lr's
     return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=True, fused=fused)
 
 
@@ -200,14 +220,19 @@ class RunState:
 
 
 def augment(run, batch):
-    """Crop, mirror and colour the photos of a batch, drop words of its captions; in its place."""
-    if batch["images"].is_floating_point():  # a DataLoader's processes have done it
+    """Crop, mirror and colour the photos of a batch, drop words of its captions; in its place. Of
+    photos that are features, take those of the mirror image instead."""
+    images, settings = batch["images"], run.settings
+    if images.dtype == torch.float32:  # a DataLoader's processes have done it
         return
-    settings = run.settings
-    images = random_resized_crop_and_flip(batch["images"] / 255.0, settings.image_size,
-                                          settings.min_crop, settings.flip)
-    images = normalize(color_jitter(images, settings.color_jitter))
-    batch["images"] = images.contiguous(memory_format=torch.channels_last)
+    if images.dtype == torch.uint8:
+        images = random_resized_crop_and_flip(images / 255.0, settings.image_size,
+                                              settings.min_crop, settings.flip)
+        images = normalize(color_jitter(images, settings.color_jitter))
+        batch["images"] = images.contiguous(memory_format=torch.channels_last)
+    else:
+        mirrored = torch.rand(len(images), 1, device=images.device) < settings.flip
+        batch["images"] = torch.where(mirrored, images[:, 1], images[:, 0]).float()
     batch["text"] = drop_words(batch["text"], settings.word_dropout, run.word_start)
 
 
@@ -243,17 +268,21 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     rank, world = distributed.rank_and_world()
     with distributed.main_process_first():  # which makes the photo store
         tokenizer = find_tokenizer(settings, checkpoint and checkpoint["tokenizer"])
+        encoders = load_encoders(settings, device)
         torch.manual_seed(settings.seed)
-        model = build_model(settings, tokenizer).to(device, memory_format=torch.channels_last)
-        splits = load_data(settings, tokenizer)
+        model = build_model(settings, tokenizer, encoders)
+        model.to(device, memory_format=torch.channels_last)
+        splits = load_data(settings, tokenizer, encoders)
+    encoders.initialize(model, splits["train"], amp_type(settings))
     batches = share_of_epoch(splits["train"], settings, 1)
     if not batches[0]:
         raise UsageError(f"a batch has fewer pairs than there are processes, {world}")
 
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.dir, run.is_main = output_dir, rank == 0
+    run.epoch = 0 if encoders.pair else 1
     run.config = describe(settings, device, world) | {
-        "command": command,
+        "command": command, "encoders": encoders.describe(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": {name: split.counts() for name, split in splits.items()},
         "fingerprints": {name: split.fingerprint() for name, split in splits.items()}}
@@ -272,6 +301,21 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     if checkpoint is not None:
         resume_schedule(run, began["settings"]["epochs"])
     return run, splits
+
+
+def epoch_seconds(run, splits):
+    """About how long an epoch of fine-tuning will take, by one photo in a hundred."""
+    data, settings = splits["train"], run.settings
+    batch = share_of_epoch(data, settings, 1)[0][:10 * settings.captions_per_image]
+    for _ in range(2):  # the first warms up
+        began = time.time()
+        part = next(iterate_batches(data, data.photos, [batch], run.device))
+        augment(run, part)
+        with frozen_statistics(run.encode):
+            outputs = run.encode(part["images"], part["text"], part.get("text_features"))
+        (outputs[0].sum() + outputs[1].sum()).backward()
+        seconds = time.time() - began
+    return seconds * len(data) / len(batch)
 
 
 def resume_schedule(run, epochs_before):
@@ -297,6 +341,8 @@ def fit(run, splits, stop):
     photos = place_photos(data.photos, device)
     rank, world = distributed.rank_and_world()
     line, steps_done = report.ProgressLine(run.is_main), 0
+    if run.epoch == 0:
+        score_zero_shot(run, splits["val"])
     run.model.train()
     while run.epoch <= settings.epochs:
         batches = share_of_epoch(data, settings, run.epoch)
@@ -341,6 +387,15 @@ def fit(run, splits, stop):
         log.info(report.epoch_line(row))
         if distributed.anyone(stop.requested, device):
             raise KeyboardInterrupt
+
+
+def score_zero_shot(run, val):
+    """Epoch 0: what a contrastive model scores by itself, as which the run begins."""
+    began = time.time()
+    row = {"epoch": 0, "train": {"loss": None}, "val": validate(run, val), "lr": 0.0}
+    row["seconds"] = time.time() - began
+    end_epoch(run, row)
+    log.info(report.epoch_line(row))
 
 
 def validate(run, val):
@@ -403,10 +458,13 @@ def main(argv=None):
         distributed.start(device)
         allow_fast_kernels(device)
         if "model" not in args and not args.resume:
-            log.info("preset {}: {}".format(*default_model(settings.synthetic, settings.device)))
+            log.info("preset {}: {}".format(*default_model(
+                settings.synthetic, settings.device, settings.image_encoder)))
         command = shlex.join(["python", "train_flickr8k_sgd.py", *argv])
         replace = args.overwrite or args.resume
         run, splits = set_up(settings, output_dir, checkpoint, replace, device, command)
+        if settings.finetune and device.type == "cpu":
+            log.info(f"an epoch will take about {report.duration(epoch_seconds(run, splits))} here")
         with stop.watch():
             fit(run, splits, stop)
         evaluate_best(run, splits)

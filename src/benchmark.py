@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 import train_flickr8k_sgd as training
 from src import settings as options
 from src.losses import PairEncoder
+from src.pretrained import load_encoders
 from src.utils.augment import MEAN, STD
 from src.utils.checkpoint import HISTORY, load_json, save_json
 from src.utils.flickr8k_simple import epoch_batches, iterate_batches, pad_texts, place_photos
@@ -128,14 +129,14 @@ def count_flops(run, batch):
     return counter.get_total_flops()
 
 
-def measure_training(splits, tokenizer, settings, steps, plain):
+def measure_training(splits, tokenizer, settings, encoders, steps, plain):
     """Step times of one preset, by the training script's way or the plain way -> dict."""
     device, data = torch.device(settings.device), splits["train"]
     if plain:
         settings = dataclasses.replace(
             settings, amp=False, compile=False, ema=0.0, captions_per_image=1)
     torch.manual_seed(0)
-    model = training.build_model(settings, tokenizer)
+    model = training.build_model(settings, tokenizer, encoders)
     layout = torch.contiguous_format if plain else torch.channels_last
     model.to(device, memory_format=layout).train()
     run = training.RunState(settings, model, tokenizer, device, total_steps=1_000_000)
@@ -293,10 +294,14 @@ def measure(args, given):
     results = options.describe(settings, device)
     if args.speedrun:
         return results | {"speedrun": speedrun(given)}
+    encoders = load_encoders(settings, device)
+    if args.baseline and settings.image_encoder:
+        raise options.UsageError("--baseline is of training from scratch, without --image_encoder")
     tokenizer = training.find_tokenizer(settings)
-    splits = training.load_data(settings, tokenizer)
+    splits = training.load_data(settings, tokenizer, encoders)
     for kind in ("ours", "plain") if args.baseline else ("ours",):
-        results[kind] = measure_training(splits, tokenizer, settings, args.steps, kind == "plain")
+        results[kind] = measure_training(
+            splits, tokenizer, settings, encoders, args.steps, kind == "plain")
     return results
 
 

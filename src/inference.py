@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from src.model import MultiModalMemoryNetwork
+from src.pretrained import load_encoders
 from src.settings import default_device, settings_of
 from src.utils.augment import normalize
 from src.utils.checkpoint import (
@@ -35,6 +36,7 @@ from src.utils.flickr8k_simple import (
     STORE_VERSION,
     decoding_threads,
     load_photo,
+    map_tensors,
     pad_texts,
 )
 from src.utils.layouts import (
@@ -72,20 +74,33 @@ def load_bank(run_dir):
 def load_model(run_dir):
     """A run's best model, in eval mode on the GPU if there is one -> (model, tokenizer, transform):
     tokenizer.encode(text) gives a list of ids, transform(path) a photo as the model takes it, (3,
-    eval_pixels, eval_pixels). Raises CheckpointError for no run, no best model yet or a file that
-    does not fit, UsageError for a run of another version."""
+    eval_pixels, eval_pixels) or what its pretrained encoder takes. Raises CheckpointError for no
+    run, no best model yet or a file that does not fit, UsageError for a run of another version and
+    for pretrained encoders that cannot be had."""
     checkpoint = load_best(run_dir)
     settings = settings_of(checkpoint["config"], run_dir)
+    settings.amp = False
+    encoders = load_encoders(settings)
+    if encoders.describe() != checkpoint["config"]["encoders"]:
+        raise CheckpointError(f"{run_dir}: the weights of its pretrained encoders are not those "
+                              f"that it was trained with: {checkpoint['config']['encoders']}")
     try:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-        model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments())
+        model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments(),
+                                        **encoders.widths)
+        if settings.finetune:
+            encoders.attach(model, settings)
         model.load_state_dict(checkpoint["model_state_dict"])
+        if not settings.finetune:  # which the checkpoint leaves out
+            encoders.attach(model, settings)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{Path(run_dir) / BEST}: its weights and tokenizer are not those of "
                               f"the model that it describes ({reason})") from None
 
     def transform(photo):
+        if encoders.image is not None and not settings.finetune:
+            return encoders.image.load(photo)
         return normalize(torch.from_numpy(load_photo(photo, settings.eval_pixels))[None])[0]
 
     return model.eval().to(default_device()), tokenizer, transform
@@ -132,8 +147,13 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     parts = []
     for start in range(0, len(ids), batch_size):
-        text = pad_texts([ids[i] for i in order[start:start + batch_size]])
-        parts.append(model(text=text.to(device))["central_latent"].cpu())
+        rows, features = order[start:start + batch_size], None
+        text = pad_texts([ids[i] for i in rows]).to(device)
+        if model.text_backbone is not None:
+            features = model.text_backbone.prepare([texts[i][:MAX_LENGTH] for i in rows])
+            features = map_tensors(lambda tensor: tensor.to(device), features)
+        latents = model(text=text, text_features=features)["central_latent"]
+        parts.append(latents.cpu())
     sorted_rows = F.normalize(torch.cat(parts), dim=-1)
     return torch.empty_like(sorted_rows).index_copy_(0, torch.tensor(order), sorted_rows)
 

@@ -116,9 +116,9 @@ class LatentQueue(torch.nn.Module):
 
 
 class PairEncoder(torch.nn.Module):
-    """What a step computes of the model in one call: photos (P, ...) and text (B, L) -> image
-    latents (P, D), text latents (B, D), logit_scale, and memory losses (2,) of photos and of
-    captions."""
+    """What a step computes of the model in one call: photos (P, ...), text (B, L) and the features
+    of that, where the model takes such -> image latents (P, D), text latents (B, D), logit_scale,
+    and memory losses (2,) of photos and of captions."""
 
     def __init__(self, model, amp_dtype):
         super().__init__()
@@ -128,16 +128,17 @@ class PairEncoder(torch.nn.Module):
         """By torch.compile, with its options, from now on; one graph for all lengths of text."""
         self.compiled = torch.compile(self.encode, **options)
 
-    def forward(self, images, text):
+    def forward(self, images, text, text_features=None):
         if self.compiled is None:
-            return self.encode(images, text)
+            return self.encode(images, text, text_features)
         torch._dynamo.mark_dynamic(text, 1)
-        return self.compiled(images, text)
+        return self.compiled(images, text, text_features)
 
-    def encode(self, images, text):
+    def encode(self, images, text, text_features):
         enabled = self.amp_dtype is not None
         with torch.autocast(images.device.type, dtype=self.amp_dtype, enabled=enabled):
-            of_images, of_text = self.model(images=images), self.model(text=text)
+            of_images = self.model(images=images)
+            of_text = self.model(text=text, text_features=text_features)
         memory_losses = torch.stack([of_images["memory_loss"], of_text["memory_loss"]])
         return (of_images["central_latent"], of_text["central_latent"], self.model.logit_scale,
                 memory_losses)
@@ -185,13 +186,23 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
     Gao et al. 2021): first without a graph, for the loss, then once more. Loss and gradients are
     the same, if nothing in the encoders is left to chance, except that batch norm sees a chunk."""
     images, text, photo_of_pair = batch["images"], batch["text"], batch["photo_of_pair"]
+    text_features = batch.get("text_features")
+
+    def encode_chunk(photos, captions):
+        inputs = [images[photos], text[captions]]
+        if isinstance(text_features, dict):  # what a pretrained text encoder takes
+            inputs.append({name: tensor[captions] for name, tensor in text_features.items()})
+        elif text_features is not None:
+            inputs.append(text_features[captions])
+        return encode(*inputs)
+
     chunks = split_in_chunks(batch, chunk_size)
     whole = len(chunks) == 1
     if whole:
-        outputs = [encode(images, text)]
+        outputs = [encode_chunk(*chunks[0])]
     else:
         with torch.no_grad(), frozen_statistics(encode):
-            outputs = [encode(images[photos], text[captions]) for photos, captions in chunks]
+            outputs = [encode_chunk(*chunk) for chunk in chunks]
 
     image_latents = torch.cat([output[0].detach() for output in outputs]).requires_grad_()
     text_latents = torch.cat([output[1].detach() for output in outputs]).requires_grad_()
@@ -205,7 +216,7 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
         last = i == len(chunks) - 1  # whose backward pass exchanges the sum of all gradients
         alone = hasattr(encode, "no_sync") and not last
         with encode.no_sync() if alone else contextlib.nullcontext():
-            output = outputs[0] if whole else encode(images[photos], text[captions])
+            output = outputs[0] if whole else encode_chunk(photos, captions)
             chunk_images, chunk_text, chunk_scale, memory_losses = output
             memory_loss = (memory_losses[0] * (len(chunk_images) / len(images))
                            + memory_losses[1] * (len(chunk_text) / len(text)))

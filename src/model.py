@@ -194,6 +194,35 @@ class ImageEncoder(nn.Module):
         return self.projection(self.norm(x).mean(1))
 
 
+class FeatureHead(nn.Module):
+    """Features (B, width) of a pretrained encoder -> latents (B, latent_dim): standardised, dropped
+    out, and mapped by one linear layer, in float32 under autocast too."""
+
+    def __init__(self, width, latent_dim, dropout):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.dropout = nn.Dropout(dropout)
+        self.projection = nn.Linear(width, latent_dim)
+
+    @torch.no_grad()
+    def standardize(self, features, identity=False):
+        """Take mean and deviation of features (N, width). identity: begin by giving back what comes
+        in; latent_dim must be width."""
+        features = features.float()
+        self.mean.copy_(features.mean(0))
+        std = features.std(0)
+        self.std.copy_(std.clamp(min=0.01 * std.square().mean().sqrt()))  # some are always zero
+        if identity:
+            self.projection.weight.copy_(self.std.diag())
+            self.projection.bias.copy_(self.mean)
+
+    def forward(self, features):
+        with torch.autocast(features.device.type, enabled=False):
+            standardized = (features.float() - self.mean) / self.std
+            return self.projection(self.dropout(standardized))
+
+
 class TestTimeMemory(nn.Module):
     """Learned slots (memory_size, dim) that every latent reads by attention: latents (B, M, D) ->
     norm(latents + attention over the slots).
@@ -316,33 +345,65 @@ class MultiModalMemoryNetwork(nn.Module):
     temperature.
 
     Training shows the fusion one modality at a time: what it makes of both together is untrained.
-    """
+
+    image_features, text_features: widths of pretrained encoders' features, 0 for none. With such,
+    `images` are features (B, image_features), and beside `text` come `text_features` (B,
+    text_features), whose latents are added to those of the model's own encoder; memory and fusion
+    begin as nothing beside the latents that they read. With a pretrained encoder itself in
+    `image_backbone` or `text_backbone`, which `src/pretrained.py` makes, `images` may be what that
+    takes, `text_features` the dict of tensors that its `prepare` gives."""
 
     def __init__(self, vocab_size=34, text_embed_dim=512, latent_dim=512, memory_size=128,
                  num_heads=8, num_layers=4, image_layers=4, fusion_layers=4, image_size=224,
-                 patch_size=16, conv_channels=None, text_conv_layers=0):
+                 patch_size=16, conv_channels=None, text_conv_layers=0, dropout=0.0,
+                 image_features=0, text_features=0):
         super().__init__()
         self.text_encoder = TextEncoder(vocab_size, text_embed_dim, latent_dim, num_heads,
                                         num_layers, text_conv_layers)
-        self.image_encoder = ImageEncoder(image_size, patch_size, latent_dim, latent_dim, num_heads,
-                                          image_layers, conv_channels)
+        if image_features:
+            self.image_encoder = FeatureHead(image_features, latent_dim, dropout)
+        else:
+            self.image_encoder = ImageEncoder(image_size, patch_size, latent_dim, latent_dim,
+                                              num_heads, image_layers, conv_channels)
+        self.text_head = FeatureHead(text_features, latent_dim, dropout) if text_features else None
+        self.image_backbone = self.text_backbone = None
         self.memory = TestTimeMemory(latent_dim, memory_size, num_heads) if memory_size else None
         self.fusion = Fusion(latent_dim, num_heads, fusion_layers)
+        self.residual = bool(image_features or text_features)
+        if self.residual:
+            nn.init.zeros_(self.fusion.projection.weight)
+            nn.init.zeros_(self.fusion.projection.bias)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
 
-    def forward(self, text=None, images=None, text_mask=None):
+    def encode_images(self, images):
+        if self.image_backbone is not None and images.ndim == 4:
+            images = self.image_backbone(images)
+        return self.image_encoder(images)
+
+    def encode_text(self, text, text_mask, text_features):
+        latents = self.text_encoder(text, text_mask)
+        if self.text_head is None:
+            return latents
+        if text_features is None:
+            raise ValueError("the model needs text_features beside the text")
+        if isinstance(text_features, dict):
+            text_features = self.text_backbone(text_features)
+        return latents + self.text_head(text_features)
+
+    def forward(self, text=None, images=None, text_mask=None, text_features=None):
         latents, present = [], []
         if images is not None:
-            latents.append(self.image_encoder(images))
+            latents.append(self.encode_images(images))
             present.append(IMAGE)
         if text is not None:
-            latents.append(self.text_encoder(text, text_mask))
+            latents.append(self.encode_text(text, text_mask, text_features))
             present.append(TEXT)
         if not latents:
             raise ValueError("the model needs images, text or both; neither was given")
         latents = torch.stack(latents, dim=1)  # (B, M, D)
         remembered = latents if self.memory is None else self.memory(latents)
-        output = {"central_latent": self.fusion(remembered, present)}
+        central = self.fusion(remembered, present)
+        output = {"central_latent": latents.mean(1) + central if self.residual else central}
         if self.training:
             output["memory_loss"] = (latents.new_zeros(()) if self.memory is None else
                                      self.memory.self_supervised_loss(latents))

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 # The groups of flags in --help, each by the setting that it begins with.
-GROUPS = {"data_dir": "data", "model": "model", "recipe": "training", "min_crop": "augmentation",
-          "device": "machine"}
+GROUPS = {"data_dir": "data", "model": "model", "image_encoder": "pretrained encoders",
+          "recipe": "training", "min_crop": "augmentation", "device": "machine"}
 COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
 
 
@@ -60,6 +60,14 @@ class Settings:
     patch_size: int = architecture(16)
     conv_channels: list | None = architecture(None)
     text_conv_layers: int = architecture(0)
+
+    image_encoder: str = setting("", "a model of torchvision, of transformers (a name or a folder) "
+                                 "or FILE.py:FUNCTION that photos go through first", auto="none")
+    text_encoder: str = setting("", "one of transformers, or FILE.py:FUNCTION, whose features are "
+                                "added to those of the model's own", auto="none")
+    finetune: float = setting(0.0, "learning rate of these two as a multiple of --lr; 0: frozen, "
+                              "everything is encoded once", "[0, inf)")
+    dropout: float = architecture(0.0, "share of their features left out at random", "[0, 1)")
 
     recipe: str = setting("own", "the preset's own, or that of the run which this project started "
                           "from", choices=("own", "reference"))
@@ -122,6 +130,12 @@ PRESETS = {
     "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12, image_layers=12,
                   epochs=100),
 }
+# With a pretrained image encoder, in the place of what the preset has.
+PRETRAINED = dict(
+    latent_dim=512, text_embed_dim=256, num_heads=4, num_layers=0, image_layers=0, fusion_layers=1,
+    patch_size=16, conv_channels=None, text_conv_layers=0, tokenizer="bpe", dropout=0.5, epochs=10,
+    batch_size=1000, captions_per_image=5, lr=0.3, text_lr=1.0, weight_decay=2e-3, temperature=0.07,
+    warmup=0.1, final_lr=0.0, ema=0.99, caption_contrast=0.5, eval_size=0)
 # The run that this project started from; its write-up is silent on temperature and weight decay.
 REFERENCE = dict(
     epochs=30, batch_size=64, captions_per_image=1, caption_contrast=0.0, lr=0.01, text_lr=1.0,
@@ -129,9 +143,11 @@ REFERENCE = dict(
     color_jitter=0.0, word_dropout=0.0, eval_size=0, tokenizer="char")
 
 
-def default_model(synthetic, device):
+def default_model(synthetic, device, image_encoder=""):
     if synthetic:
         return "tiny", "made for the built-in shapes"
+    if image_encoder:
+        return "small", "the default with a pretrained image encoder"
     if device.startswith("cuda"):
         return "base", "the default on a CUDA GPU"
     return "small", "the default where there is no CUDA GPU, as base would take half a day"
@@ -141,10 +157,14 @@ def make_settings(**given):
     """What is given and not None, the rest by preset, recipe and machine -> Settings."""
     given = {name: value for name, value in given.items() if value is not None}
     synthetic, device = given.get("synthetic", False), given.get("device", default_device())
-    chosen = {"device": device, "model": default_model(synthetic, device)[0],
+    image_encoder = given.get("image_encoder", "")
+    chosen = {"device": device, "model": default_model(synthetic, device, image_encoder)[0],
               "data_dir": "data/synthetic" if synthetic else Settings.data_dir} | given
     recipe = REFERENCE if given.get("recipe") == "reference" else {}
-    settings = Settings(**PRESETS[chosen["model"]] | recipe | chosen)
+    pretrained = PRETRAINED if image_encoder else {}
+    settings = Settings(**PRESETS[chosen["model"]] | pretrained | recipe | chosen)
+    if settings.finetune and not (settings.image_encoder or settings.text_encoder):
+        raise UsageError("--finetune needs an --image_encoder or a --text_encoder")
     if settings.amp is None:
         settings.amp = amp_pays(device)
     if settings.compile is None:

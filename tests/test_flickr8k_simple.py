@@ -503,7 +503,7 @@ def test_a_full_disk_is_said(dataset_dir, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="No space left on device; the photo store takes 0 MB"):
+    with pytest.raises(DataError, match="No space left on device; the store takes 0 MB"):
         dataset(dataset_dir)
     assert stores(dataset_dir) == []
 

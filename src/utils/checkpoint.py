@@ -184,7 +184,8 @@ def open_output_dir(output_dir, config, history, fresh, replace, log):
         for name in RUN_FILES:
             if name != LOG:
                 (output_dir / name).unlink(missing_ok=True)
-    elif len(history) < config["settings"]["epochs"]:  # trained on: the test is still to come
+    elif not history or history[-1]["epoch"] < config["settings"]["epochs"]:
+        # Trained on, the test is still to come.
         (output_dir / TEST).unlink(missing_ok=True)
         (output_dir / BANK).unlink(missing_ok=True)
     save_json(config, output_dir / CONFIG)
@@ -210,7 +211,7 @@ class Run:
 
     @property
     def finished(self):
-        return len(self.history) >= self.settings.epochs
+        return self.history[-1]["epoch"] >= self.settings.epochs
 
     @property
     def minutes(self):

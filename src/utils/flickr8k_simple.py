@@ -83,14 +83,6 @@ def load_photo(path, size):
     return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0].numpy()
 
 
-def store_path(store, folder, names, size):
-    """Where the photo store of these files lies; any change to them or to the size changes it."""
-    found = [(name, (folder / name).stat()) for name in names]
-    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
-    key = hashlib.sha256(json.dumps([STORE_VERSION, size, stats]).encode()).hexdigest()[:16]
-    return Path(f"{store}_{key}.uint8")
-
-
 @contextlib.contextmanager
 def decoding_threads(number=0):
     """A pool of threads, 0: one a core; Pillow decodes outside Python's lock. What is not begun
@@ -102,75 +94,114 @@ def decoding_threads(number=0):
         pool.shutdown(cancel_futures=True)
 
 
-def open_photo_store(store, folder, names, size, num_workers=0, progress=None):
-    """Photos of a folder, decoded once -> uint8 (N, 3, size, size), their files' digests, and
-    {name: fault} of those that cannot be read, which are left out.
+def store_key(*parts):
+    """A short name for what JSON can say, which changes with any of it."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    store: path of the cache less its key, or None. The cache, pixels and then digests, is moved
-    into place when it is whole and opened by memory map; nothing is cached where a photo has a
-    fault or the folder cannot be written. num_workers: threads that decode, 0 for one a core.
-    `progress(done, total)` is called as photos are decoded. Raises DataError for a full disk."""
-    def parts(content):  # channels last
-        num_photos = len(content) // (3 * size * size + DIGEST_BYTES)
-        pixels = content[:num_photos * 3 * size * size].reshape(-1, size, size, 3)
-        digests = content[pixels.size:].reshape(-1, DIGEST_BYTES)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), [row.tobytes() for row in digests]
 
-    path, partial, num_bytes = None, None, len(names) * (3 * size * size + DIGEST_BYTES)
+def open_store(store, num_bytes, write):
+    """A file that is made once -> its bytes, an array, and what `write(file)`, which makes them,
+    gives back: {name: fault}.
+
+    store: path of the file, its name ending in _KEY.SUFFIX, or None. It is moved into place when it
+    is whole and opened by memory map, and those of the same name but another key are deleted;
+    nothing is kept where there are faults or the folder cannot be written. Raises DataError for a
+    full disk."""
+    partial = None
     if store is not None:
-        path = store_path(store, folder, names, size)
-        if path.is_file() and path.stat().st_size == num_bytes:
-            return *parts(np.memmap(path, np.uint8, "c")), {}
+        if store.is_file() and store.stat().st_size == num_bytes:
+            return np.memmap(store, np.uint8, "c"), {}
         try:
-            path.parent.mkdir(exist_ok=True)
-            partial = path.with_suffix(f".partial{os.getpid()}")
+            store.parent.mkdir(exist_ok=True)
+            partial = store.with_suffix(f".partial{os.getpid()}")
             partial.touch()
         except OSError:
-            path = partial = None
+            partial = None
     try:
         with io.BytesIO() if partial is None else open(partial, "w+b") as file:
-            faults = _decode(file, folder, names, size, num_workers, progress)
-            if path is None or faults:
+            faults = write(file)
+            if partial is None or faults:
                 file.seek(0)
-                return *parts(np.frombuffer(bytearray(file.read()), np.uint8)), faults
+                return np.frombuffer(bytearray(file.read()), np.uint8), faults
             file.flush()
             os.fsync(file.fileno())  # before the name points to the bytes
-        for old in path.parent.glob(f"{Path(store).name}_*"):  # of other files, or a kill's
-            if old.suffix == ".uint8" or time.time() - old.stat().st_mtime > SECONDS_TO_BUILD:
+        name = store.name.rpartition("_")[0]
+        for old in store.parent.glob(f"{name}_*"):  # of other files, or a kill's
+            if old.suffix == store.suffix or time.time() - old.stat().st_mtime > SECONDS_TO_BUILD:
                 old.unlink(missing_ok=True)
-        os.replace(partial, path)
+        os.replace(partial, store)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; the photo store takes "
-                        f"{num_bytes / 1e6:.0f} MB") from None
+        raise DataError(f"{store}: {error.strerror}; the store takes {num_bytes / 1e6:.0f} MB"
+                        ) from None
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
-    return open_photo_store(store, folder, names, size)
+    return open_store(store, num_bytes, write)
 
 
-def _decode(file, folder, names, size, num_workers, progress):
-    """Write the photos one after the other, then their digests -> {name: fault} of those left out.
-    """
-    def decode(name):
-        try:
-            photo = load_photo(folder / name, size)
-            digest = hashlib.sha256((folder / name).read_bytes()).digest()
-            return photo.transpose(1, 2, 0).tobytes(), digest, None
-        except DataError as error:
-            return b"", b"", str(error).removeprefix(f"{folder}{os.sep}")
+def read_photo(path, load):
+    """-> (load(path), the SHA-256 of the file, None), or (None, None, what is wrong)."""
+    try:
+        return load(path), hashlib.sha256(path.read_bytes()).digest(), None
+    except DataError as error:
+        return None, None, str(error).removeprefix(f"{path.parent}{os.sep}")
 
-    digests, faults = [], {}
-    with decoding_threads(num_workers) as pool:
-        for done, (name, decoded) in enumerate(zip(names, pool.map(decode, names)), start=1):
-            photo, digest, fault = decoded
-            file.write(photo)
-            digests.append(digest)
+
+class Pixels:
+    """What a store keeps of a photo: its pixels, as `load_photo` gives them. Pretrained encoders
+    have their own of this kind, for features; see `open_photo_store`."""
+
+    dtype = np.uint8
+
+    def __init__(self, size):
+        self.shape, self.name, self.key = (size, size, 3), size, STORE_VERSION
+
+    def rows(self, paths, num_workers):
+        """Yields what `read_photo` gives, for each path."""
+        def load(path):  # channels last
+            return load_photo(path, self.shape[0]).transpose(1, 2, 0)
+
+        with decoding_threads(num_workers) as pool:
+            yield from pool.map(lambda path: read_photo(path, load), paths)
+
+    @staticmethod
+    def view(rows):
+        return rows.permute(0, 3, 1, 2)
+
+
+def open_photo_store(store, folder, names, kind, num_workers=0, progress=None):
+    """Photos of a folder, read once -> what `kind` makes of them, such as uint8 (N, 3, size, size)
+    by `Pixels`, their files' digests, and {name: fault} of those that cannot be read, which are
+    left out.
+
+    store: folder of the file, rows and then digests, which is kept as `open_store` says, or None;
+    any change to the photos' files or to the kind changes its name. num_workers: threads that
+    decode, 0 for one a core. `progress(done, total)` is called as photos are read."""
+    row_bytes = int(np.prod(kind.shape)) * np.dtype(kind.dtype).itemsize
+
+    def write(file):
+        digests, faults = [], {}
+        rows = kind.rows([folder / name for name in names], num_workers)
+        for done, (name, (row, digest, fault)) in enumerate(zip(names, rows), start=1):
             if fault:
                 faults[name] = fault
+            else:
+                file.write(row.tobytes())
+                digests.append(digest)
             if progress:
                 progress(done, len(names))
-    file.write(b"".join(digests))
-    return faults
+        file.write(b"".join(digests))
+        return faults
+
+    if store is not None:
+        stats = [(name, (folder / name).stat()) for name in names]
+        key = store_key(kind.key, [(name, s.st_size, s.st_mtime_ns) for name, s in stats])
+        store = store.with_name(f"{store.name}_{kind.name}_{key}.{np.dtype(kind.dtype).name}")
+    content, faults = open_store(store, len(names) * (row_bytes + DIGEST_BYTES), write)
+    num_photos = len(content) // (row_bytes + DIGEST_BYTES)
+    rows = content[:num_photos * row_bytes].view(kind.dtype).reshape(-1, *kind.shape)
+    digests = content[num_photos * row_bytes:].reshape(-1, DIGEST_BYTES)
+    return kind.view(torch.from_numpy(rows)), [row.tobytes() for row in digests], faults
 
 
 def first_three(items):
@@ -185,14 +216,16 @@ class Flickr8kImageTextDataset:
 
     `photos` (N, 3, image_size, image_size), uint8, and `names` stand in the split file's order;
     `captions` (strings), `texts` (token ids of their first MAX_LENGTH characters) and
-    `photo_of_caption` (M,) in the caption file's.
+    `photo_of_caption` (M,) in the caption file's. image_encoder, text_encoder: PretrainedEncoder or
+    None. Of a frozen one `photos` are features, float16 (N, 2, width) of the photo and of its
+    mirror image in the training split, (N, 1, width) in the others, and `text_features` (M, width).
 
     Raises DataError when a photo is missing, cannot be read or has no captions; with
     `allow_incomplete`, such photos are left out and listed in `left_out`. `cache` keeps the decoded
     photos in a file under root_dir."""
 
     def __init__(self, root_dir, split, image_size, tokenizer, allow_incomplete=False, cache=True,
-                 num_workers=0, progress=None):
+                 num_workers=0, progress=None, image_encoder=None, text_encoder=None):
         root_dir = Path(root_dir)
         caption_file, names = find_caption_file(root_dir), read_split(root_dir, split)
         captions_of, photo_folder = read_captions(caption_file), find_photo_folder(root_dir, names)
@@ -203,9 +236,12 @@ class Flickr8kImageTextDataset:
         names = self._without(names, "missing", missing, photo_folder)
         silent = set(names) - captions_of.keys()
         names = self._without(names, "without captions", silent, caption_file)
-        store = root_dir / STORE_FOLDER / f"{split}_{image_size}" if cache else None
+        kind = Pixels(image_size)
+        if image_encoder is not None and image_encoder.frozen:
+            kind = image_encoder.photo_features(2 if split == "train" else 1)
+        store = root_dir / STORE_FOLDER / split if cache else None
         self.photos, self.digests, unreadable = open_photo_store(
-            store, photo_folder, names, image_size, num_workers, progress)
+            store, photo_folder, names, kind, num_workers, progress)
         self.names = self._without(names, "unreadable", unreadable, photo_folder)
 
         self.captions = [caption for name in self.names for caption in captions_of[name]]
@@ -218,6 +254,10 @@ class Flickr8kImageTextDataset:
             except ValueError as error:
                 place = place_of_caption(caption_file, self.names[photo], caption)
                 raise DataError(f"{place}: {error}") from None
+        self.text_encoder, self.text_features = text_encoder, None
+        if text_encoder is not None and text_encoder.frozen:
+            texts = [caption[:MAX_LENGTH] for caption in self.captions]
+            self.text_features = text_encoder.text_features(store, texts, progress)
 
     def _without(self, names, fault, faulty, place):
         """The names less the faulty ones, {name} or {name: what is wrong}, if that is allowed."""
@@ -254,6 +294,19 @@ class Flickr8kImageTextDataset:
         self.photo_of_caption = torch.searchsorted(kept, self.photo_of_caption[pairs])
         self.captions = [self.captions[i] for i in pairs]
         self.texts = [self.texts[i] for i in pairs]
+        if self.text_features is not None:
+            self.text_features = self.text_features[pairs]
+
+    def text_inputs(self, captions, multiple=1):
+        """Rows of captions -> the model's inputs: {"text": (B, L), padded to a multiple}, with a
+        pretrained text encoder also "text_features", (B, width) or what the encoder takes."""
+        inputs = {"text": pad_texts([self.texts[i] for i in captions], multiple)}
+        if self.text_features is not None:
+            inputs["text_features"] = self.text_features[captions]
+        elif self.text_encoder is not None:
+            texts = [self.captions[i][:MAX_LENGTH] for i in captions]
+            inputs["text_features"] = self.text_encoder.prepare(texts)
+        return inputs
 
     def __len__(self):
         return len(self.captions)
@@ -262,7 +315,8 @@ class Flickr8kImageTextDataset:
         """What config.json says of the split; "captions_per_photo" is {captions: photos}."""
         captions = torch.bincount(self.photo_of_caption)
         photos = dict(enumerate(torch.bincount(captions).tolist()))
-        return {"photos": len(self.names), "pixels": self.photos.shape[-1], "captions": len(self),
+        form = "pixels" if self.photos.dtype == torch.uint8 else "features"
+        return {"photos": len(self.names), form: self.photos.shape[-1], "captions": len(self),
                 "left_out": len(self.left_out),
                 "captions_per_photo": {str(k): n for k, n in photos.items() if n}}
 
@@ -294,6 +348,12 @@ def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
     return [batch.tolist() for batch in pairs.split(batch_size) if len(batch) == batch_size]
 
 
+def map_tensors(function, batch):
+    """The function of each tensor in a dict, which may hold dicts of them."""
+    return {name: map_tensors(function, value) if isinstance(value, dict) else function(value)
+            for name, value in batch.items()}
+
+
 def place_photos(photos, device):
     """The photos, moved to a GPU if they take no more than GPU_SHARE of its free memory."""
     if device.type == "cuda" and photos.nbytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
@@ -304,21 +364,23 @@ def place_photos(photos, device):
 def iterate_batches(data, photos, batches, device):
     """Lists of pairs (see `epoch_batches`) -> batches on the device; for a GPU, the next is
     prepared while one is in use. photos: `data.photos`, or a copy of them. A batch is a dict of
-    - "images": uint8 (P, 3, H, W), a photo being there once for its captions
+    - "images": uint8 (P, 3, H, W) or features (P, 2, width), a photo being there once for its
+      captions
     - "photo_ids": (P,) their rows in `data.photos`
-    - "text": (B, L), padded to a multiple of TEXT_BUCKET
+    - "text": (B, L), padded to a multiple of TEXT_BUCKET, and perhaps "text_features", see
+      `Flickr8kImageTextDataset.text_inputs`
     - "photo_of_pair": (B,) from 0 to P - 1, rising: the photo of each caption"""
     def prepare(pairs):
         photo_ids, photo_of_pair = torch.unique_consecutive(data.photo_of_caption[pairs],
                                                             return_inverse=True)
-        batch = {"photo_ids": photo_ids, "photo_of_pair": photo_of_pair,
-                 "text": pad_texts([data.texts[i] for i in pairs], TEXT_BUCKET)}
+        batch = {"photo_ids": photo_ids, "photo_of_pair": photo_of_pair}
+        batch |= data.text_inputs(pairs, TEXT_BUCKET)
         if photos.device.type == "cpu":
             batch["images"] = photos[photo_ids]
         if device.type == "cuda":  # the host need not wait for a copy from pinned memory
             with torch.cuda.device(device):  # else pinning in this thread would touch the first GPU
-                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+                batch = map_tensors(torch.Tensor.pin_memory, batch)
+        batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
         return batch if "images" in batch else batch | {"images": photos[batch["photo_ids"]]}
 
     if device.type == "cpu":  # where a thread would take more from the step than a batch costs

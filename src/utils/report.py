@@ -14,6 +14,7 @@ from src.utils.distributed import rank_and_world
 from src.utils.retrieval import KS, chance_metrics
 
 WIDTH = 80
+PROGRESS_INTERVAL = 0.1  # seconds between two updates of a line
 
 
 def prepare_output(end_with_reader=False):
@@ -96,9 +97,13 @@ class ProgressLine:
 
     def counter(self, what):
         """-> function(done, total) that says, now and then, how far it is."""
-        def update(done, total):
-            if done % 50 == 0:
-                self.update(f"{what}: {done:,} of {total:,} photos")
+        shown = 0.0
+
+        def update(done, total, unit="photos"):
+            nonlocal shown
+            if time.time() - shown > PROGRESS_INTERVAL:
+                shown = time.time()
+                self.update(f"{what}: {done:,} of {total:,} {unit}")
         return update
 
     def speed(self, steps, remaining_steps, pairs):
@@ -108,8 +113,9 @@ class ProgressLine:
 
 
 def epoch_line(row):
-    val = row["val"]
-    return (f"epoch {row['epoch']:3d}  loss {row['train']['loss']:.4f}  "
+    val, loss = row["val"], row["train"]["loss"]
+    loss = "zero-shot" if loss is None else f"loss {loss:.4f}"  # the encoders' own, before training
+    return (f"epoch {row['epoch']:3d}  {loss}  "
             f"val R@1 {val['avg_r1']:5.2f} (i2t {val['i2t_r1']:.2f}, t2i {val['t2i_r1']:.2f})  "
             f"R@10 {val['i2t_r10']:.1f}/{val['t2i_r10']:.1f}  "
             f"MedR {val['i2t_medr']:g}/{val['t2i_medr']:g}  {row['seconds']:.1f} s")
@@ -144,7 +150,8 @@ def _recall_rows(columns):
 
 
 def _counts(data):
-    text = f"{data['photos']:,} photos of {data['pixels']} px, {data['captions']:,} captions"
+    size = f" of {data['pixels']} px" if "pixels" in data else ""  # else they are features
+    text = f"{data['photos']:,} photos{size}, {data['captions']:,} captions"
     return text + (f", {data['left_out']:,} photos left out" if data["left_out"] else "")
 
 
@@ -173,7 +180,7 @@ def summary(run):
 def _results(run):
     data, best, last = run.config["data"], run.best, run.history[-1]
     title = "BUILT-IN SHAPES (NOT FLICKR8K)" if run.settings.synthetic else "FLICKR8K"
-    epochs = f"{len(run.history)} of {run.settings.epochs} epochs in {run.minutes:.1f} minutes"
+    epochs = f"{last['epoch']} of {run.settings.epochs} epochs in {run.minutes:.1f} minutes"
     state = "" if run.finished else ": not finished"
     lines = ["=" * WIDTH, f"{title}, RETRIEVAL WITH SGD", "=" * WIDTH]
     lines += _facts({"run": run.dir, "training": epochs + state})
@@ -205,8 +212,8 @@ def _progress(run):
     step = math.ceil(len(history) / 12)  # a screenful
     for row in history:
         if row["epoch"] % step == 0 or row in (history[0], history[-1], run.best):
-            val = row["val"]
-            lines.append(f"  {row['epoch']:>5} {row['train']['loss']:>9.4f} "
+            val, loss = row["val"], row["train"]["loss"]
+            lines.append(f"  {row['epoch']:>5} {'-' if loss is None else f'{loss:.4f}':>9} "
                          f"{val['avg_r1']:>9.2f} {val['i2t_r1']:>9.2f} {val['t2i_r1']:>9.2f} "
                          f"{row['lr']:>9.2g} {row['seconds']:>9.1f}")
     return lines
@@ -218,14 +225,24 @@ def _description(run):
     lines += _facts({"folder": settings.data_dir}
                     | {split: _counts(data) for split, data in config["data"].items()})
     lines += _heading("Model")
-    lines += _facts({"preset": settings.model, "parameters": f"{config['parameters']:,}"}
-                    | settings.model_arguments())
+    lines += _facts({"preset": settings.model, "parameters": f"{config['parameters']:,}",
+                     "pretrained encoders": encoders(run)} | settings.model_arguments())
     lines += _heading("Training: SGD with Nesterov momentum, warm-up, cosine")
-    said = {"data_dir", "model", *settings.model_arguments()}
+    said = {"data_dir", "model", "image_encoder", "text_encoder", *settings.model_arguments()}
     lines += _facts({name: value for name, value in config["settings"].items() if name not in said})
     return lines + _facts({
         "precision": config["precision"], "hardware": config["device"], "date": config["date"],
         "PyTorch": config["versions"]["torch"], "Python": config["versions"]["python"]})
+
+
+def encoders(run):
+    """The pretrained encoders of a Run in a few words."""
+    settings = run.settings
+    names = [f"{kind} {name}" for kind, name in
+             (("image", settings.image_encoder), ("text", settings.text_encoder)) if name]
+    if not names:
+        return "none, from scratch"
+    return " + ".join(names) + (", fine-tuned" if settings.finetune else "")
 
 
 def _cells(run):
@@ -236,8 +253,8 @@ def _cells(run):
         "run": run.dir.name,
         "data": f"{data}, {config['data']['val']['photos']:,} val",
         "model": f"{settings.model}, {config['parameters'] / 1e6:.1f} M",
-        "tokens": settings.tokenizer,
-        "epochs": f"{best['epoch']} of {len(run.history)}" + ("" if run.finished else "+"),
+        "encoders": encoders(run), "tokens": settings.tokenizer,
+        "epochs": f"{best['epoch']} of {run.history[-1]['epoch']}" + ("" if run.finished else "+"),
         "minutes": f"{run.minutes:.1f}", "avg R@1": f"{val['avg_r1']:.2f}",
         "with the bank": f"{run.bank['val']['on']['avg_r1']:.2f}" if run.bank else "-"}
     cells |= {f"R@{k}": f"{val[f'i2t_r{k}']:.1f} / {val[f't2i_r{k}']:.1f}" for k in KS}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from src.losses import full_float32
 from src.utils.augment import normalize
 from src.utils.distributed import collect, rank_and_world
-from src.utils.flickr8k_simple import pad_texts
+from src.utils.flickr8k_simple import map_tensors
 
 KS = (1, 5, 10)
 HUBS = 10  # photos that come first most often
@@ -208,27 +208,37 @@ def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption, bank=
 
 
 @torch.no_grad()
-def embed(model, photos, texts, amp_dtype=None):
-    """uint8 (N, 3, H, W) and M lists of token ids -> latents (N, D) and (M, D), on the model's
-    device, the same in all processes, among which the batches are shared out. amp_dtype: the
-    autocast type, None for full precision. The model is left in the mode it was in."""
+def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
+    """Rows of a dataset's photos and captions -> latents (N, D) and (M, D), on the model's device,
+    the same in all processes, among which the batches are shared out. amp_dtype: the autocast type,
+    None for full precision. pixels: side to which photos are resized, None for as they are stored.
+    The model is left in the mode it was in."""
     device, was_training = next(model.parameters()).device, model.training
     rank, world = rank_and_world()
 
-    def in_batches(total, encode):
+    def in_batches(rows, encode):
         parts = []
-        for start in range(rank * BATCH_SIZE, total, world * BATCH_SIZE):
-            latents = encode(slice(start, start + BATCH_SIZE))["central_latent"]
+        for start in range(rank * BATCH_SIZE, len(rows), world * BATCH_SIZE):
+            latents = encode(rows[start:start + BATCH_SIZE])["central_latent"]
             parts.append((start, latents.float().cpu()))
         parts = sorted(collect(parts), key=lambda part: part[0])
         return torch.cat([latents for _, latents in parts]).to(device)
 
+    def encode_photos(rows):
+        images = dataset.photos[rows]
+        if images.dtype != torch.uint8:
+            return model(images=images[:, 0].to(device))  # not the mirror image's features
+        if pixels not in (None, images.shape[-1]):
+            images = F.interpolate(images, (pixels, pixels), mode="bicubic", antialias=True)
+        return model(images=normalize(images.to(device)))
+
+    def encode_texts(rows):
+        return model(**map_tensors(lambda tensor: tensor.to(device), dataset.text_inputs(rows)))
+
     model.eval()
     with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        photo_latents = in_batches(
-            len(photos), lambda rows: model(images=normalize(photos[rows].to(device))))
-        text_latents = in_batches(
-            len(texts), lambda rows: model(text=pad_texts(texts[rows]).to(device)))
+        photo_latents = in_batches(photos, encode_photos)
+        text_latents = in_batches(captions, encode_texts)
     model.train(was_training)
     return photo_latents, text_latents
 
@@ -236,8 +246,8 @@ def embed(model, photos, texts, amp_dtype=None):
 def embed_dataset(model, dataset, amp_dtype=None):
     """-> photo latents, caption latents, and the row of each caption's photo, see `embed`."""
     by_length = sorted(range(len(dataset)), key=lambda i: len(dataset.texts[i]))  # little padding
-    texts = [dataset.texts[i] for i in by_length]
-    return *embed(model, dataset.photos, texts, amp_dtype), dataset.photo_of_caption[by_length]
+    latents = embed(model, dataset, torch.arange(len(dataset.photos)), by_length, amp_dtype)
+    return *latents, dataset.photo_of_caption[by_length]
 
 
 def evaluate(model, dataset, amp_dtype=None):
@@ -252,11 +262,9 @@ def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
     caption_of = dict(zip(dataset.photo_of_caption[order].tolist(), order.tolist()))
     pairs = list(caption_of.items())[:BANK_SIZE]
     pairs.sort(key=lambda pair: len(dataset.texts[pair[1]]))  # little padding
-    photos = torch.cat([
-        F.interpolate(dataset.photos[part], (pixels, pixels), mode="bicubic", antialias=True)
-        for part in torch.tensor([photo for photo, _ in pairs]).split(BATCH_SIZE)])
-    texts = [dataset.texts[caption] for _, caption in pairs]
-    return Bank(*(latents.cpu() for latents in embed(model, photos, texts, amp_dtype)))
+    photos, captions = map(list, zip(*pairs))
+    return Bank(*(latents.cpu() for latents in embed(model, dataset, torch.tensor(photos), captions,
+                                                     amp_dtype, pixels)))
 
 
 def compare_bank(model, dataset, bank, amp_dtype=None):

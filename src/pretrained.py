@@ -1,0 +1,442 @@
+"""Other people's encoders: photos or texts -> features. An encoder is named by one of
+
+    resnet50                          a model of torchvision, with its newest weights
+    openai/clip-vit-base-patch32      a model of the Hugging Face hub; needs transformers
+    a/folder                          the same, saved there
+    my_encoder.py:build               a function of your own, see `load_own`
+
+Frozen, the default, it sees every photo, its mirror image and every caption once, and what it makes
+of them is kept in a feature store beside the photo store. With --finetune it is a part of the
+model, trained with the rest."""
+import difflib
+import hashlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+from src.settings import UsageError, amp_type
+from src.utils.augment import normalize
+from src.utils.flickr8k_simple import (
+    STORE_VERSION,
+    decoding_threads,
+    map_tensors,
+    open_photo,
+    open_store,
+    read_photo,
+    store_key,
+)
+
+IMAGE, TEXT = "image", "text"
+PROBE_SIZE = 256  # pixels of the blank photos that tell what a transform does
+PHOTO_BATCH, TEXT_BATCH = 32, 128
+SAMPLE = 512  # photos and captions whose features standardise those of encoders in training
+
+
+def reason(error):
+    """A foreign error's first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class PretrainedEncoder(nn.Module):
+    """An encoder with what it needs before it. `forward` takes photos (B, 3, H, W), or a dict of
+    tensors as `prepare` makes it of texts, to features (B, width).
+
+    name: as given. kind: IMAGE or TEXT. module: what computes. prepare: a PIL photo -> (3, H, W),
+    or a list of texts -> dict of tensors (B, ...). source: what the features follow from beside the
+    weights. logit_scale: of a contrastive model, which has one space for photos and texts, else
+    None. Raises UsageError for an encoder that does not do this."""
+
+    def __init__(self, name, kind, module, prepare, source="", logit_scale=None):
+        super().__init__()
+        self.name, self.kind, self.module, self.prepare = name, kind, module.eval(), prepare
+        self.logit_scale = logit_scale
+        weights = hashlib.sha256()
+        for key, value in sorted(module.state_dict().items()):
+            weights.update(key.encode())
+            weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        self.weights = weights.hexdigest()[:16]
+        self.settle(torch.device("cpu"), None, frozen=True)
+        self.key = store_key(STORE_VERSION, self.weights, source)
+        try:
+            with torch.no_grad():
+                features = self(self.probe())
+        except Exception as error:  # it is other people's code
+            raise UsageError(f"{name} fails as an encoder of {kind}s ({reason(error)})") from None
+        if not (isinstance(features, torch.Tensor) and features.ndim == 2):
+            raise UsageError(f"{name} does not give features (B, width) of {kind}s, but "
+                             f"{getattr(features, 'shape', type(features).__name__)}")
+        self.width = features.shape[1]
+
+    def settle(self, device, amp_dtype, frozen):
+        """Where and in which precision `encode` computes; frozen: whether it is to be used."""
+        self.device, self.amp_dtype, self.frozen = device, amp_dtype, frozen
+        self.to(device, memory_format=torch.channels_last)
+
+    def probe(self, level=0):
+        """The least that the encoder takes: a photo of one grey level, or a short text."""
+        if self.kind == TEXT:
+            return self.prepare(["a dog runs"])
+        photo = self.prepare(Image.new("RGB", (PROBE_SIZE, PROBE_SIZE), (level, level, level)))
+        self.pixels = tuple(photo.shape[1:])
+        return photo[None]
+
+    def forward(self, inputs):
+        return self.module(inputs)
+
+    def load(self, path):
+        """A photo file -> (3, H, W). Raises DataError as `open_photo` does."""
+        return self.prepare(open_photo(path, 2 * max(self.pixels)))
+
+    @torch.no_grad()
+    def encode(self, inputs):
+        """-> features float16, an array (B, width)."""
+        inputs = map_tensors(lambda tensor: tensor.to(self.device), {"inputs": inputs})["inputs"]
+        if self.kind == IMAGE:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        amp = self.amp_dtype is not None
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=amp):
+            features = self(inputs).half()
+        if not torch.isfinite(features).all():
+            raise UsageError(f"{self.name}: its features are NaN or too large for float16")
+        return features.cpu().numpy()
+
+    @property
+    def store_name(self):
+        """Of what `encode` gives."""
+        return f"{self.kind}_{self.key}_{str(self.amp_dtype or torch.float32).split('.')[1]}"
+
+    def photo_features(self, views):
+        return PhotoFeatures(self, views)
+
+    def text_features(self, store, texts, progress=None):
+        """Texts -> features float16 (N, width), kept as `open_store` says. store: path of the file
+        less what encoder and texts add to its name, or None. `progress(done, total, "captions")` is
+        called as texts are encoded."""
+        if store is not None:
+            store = store.with_name(f"{store.name}_{self.store_name}_{store_key(texts)}.float16")
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+
+        def write(file):
+            features = np.empty((len(texts), self.width), np.float16)
+            for start in range(0, len(texts), TEXT_BATCH):
+                rows = order[start:start + TEXT_BATCH]
+                features[rows] = self.encode(self.prepare([texts[i] for i in rows]))
+                if progress:
+                    progress(start + len(rows), len(texts), "captions")
+            file.write(features.tobytes())
+            return {}
+
+        content, _ = open_store(store, len(texts) * self.width * 2, write)
+        return torch.from_numpy(content.view(np.float16).reshape(-1, self.width))
+
+    def freeze_unused(self):
+        """No gradients for weights that the features do not depend on."""
+        self.requires_grad_(True)
+        self(self.probe()).sum().backward()
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+
+
+class PhotoFeatures:
+    """What a feature store keeps of a photo: float16 (views, width), of the photo as it is and,
+    with two views, of its mirror image; see `open_photo_store`."""
+
+    dtype = np.float16
+
+    def __init__(self, encoder, views):
+        self.encoder, self.shape = encoder, (views, encoder.width)
+        self.name, self.key = encoder.store_name, views
+
+    def rows(self, paths, num_workers):
+        """Yields what `read_photo` gives, for each path."""
+        encoder = self.encoder
+        batches = [paths[i:i + PHOTO_BATCH] for i in range(0, len(paths), PHOTO_BATCH)]
+        with decoding_threads(num_workers) as pool:
+            def read(batch):
+                return [pool.submit(read_photo, path, encoder.load) for path in batch]
+
+            reading = read(batches[0])
+            for ahead in [*batches[1:], []]:
+                batch = [future.result() for future in reading]
+                reading = read(ahead)  # while the encoder computes
+                photos = [photo for photo, _, fault in batch if not fault]
+                rows = iter(self.encode(torch.stack(photos)) if photos else ())
+                for _, digest, fault in batch:
+                    yield None if fault else next(rows), digest, fault
+
+    def encode(self, photos):
+        views = [photos, photos.flip(-1)][:self.shape[0]]
+        return np.stack([self.encoder.encode(view) for view in views], 1)
+
+    @staticmethod
+    def view(rows):
+        return rows
+
+
+class Renormalize(nn.Module):
+    """Photos as `augment.normalize` leaves them -> as the encoder's own transform does."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        black, white = (encoder.probe(level).mean((2, 3)) for level in (0, 255))
+        ours = [normalize(torch.full((1, 3, 1, 1), level)).flatten(1) for level in (0.0, 1.0)]
+        scale = (white - black) / (ours[1] - ours[0])
+        shift = black - scale * ours[0]
+        self.register_buffer("scale", scale[:, :, None, None], persistent=False)
+        self.register_buffer("shift", shift[:, :, None, None], persistent=False)
+
+    def forward(self, images):
+        return images * self.scale + self.shift
+
+
+@dataclass
+class Encoders:
+    """The pretrained encoders of a run, each perhaps None."""
+
+    image: PretrainedEncoder | None = None
+    text: PretrainedEncoder | None = None
+
+    def __iter__(self):
+        return iter(encoder for encoder in (self.image, self.text) if encoder is not None)
+
+    @property
+    def pair(self):
+        """Whether both are one contrastive model's."""
+        return (self.image is not None and self.text is not None
+                and self.image.name == self.text.name and self.image.logit_scale is not None)
+
+    @property
+    def widths(self):
+        """Arguments of the model."""
+        return {f"{encoder.kind}_features": encoder.width for encoder in self}
+
+    def describe(self):
+        return {encoder.kind: {"name": encoder.name, "weights": encoder.weights,
+                               "width": encoder.width} for encoder in self}
+
+    def attach(self, model, settings):
+        """Make them a part of the model, which then takes photos and texts, not their features."""
+        if self.image is not None:
+            model.image_backbone = self.image
+            if settings.finetune:  # photos come from the store, as in training from scratch
+                model.image_backbone = nn.Sequential(Renormalize(self.image), self.image)
+        if self.text is not None:
+            model.text_backbone = self.text
+
+    def initialize(self, model, train, amp_dtype):
+        """Standardise the features by those of a training split; where both are of one contrastive
+        model, the model begins as that."""
+        device = next(model.parameters()).device
+        if self.image is not None:
+            features = self._sample(model, train, amp_dtype, IMAGE)
+            model.image_encoder.standardize(features.to(device), identity=self.pair)
+        if self.text is not None:
+            features = self._sample(model, train, amp_dtype, TEXT)
+            model.text_head.standardize(features.to(device), identity=self.pair)
+        if self.pair:
+            with torch.no_grad():
+                model.text_encoder.projection.weight.zero_()
+                model.text_encoder.projection.bias.zero_()
+                model.logit_scale.fill_(self.image.logit_scale)
+                model.clamp_logit_scale_()
+
+    @torch.no_grad()
+    def _sample(self, model, train, amp_dtype, kind):
+        """Features (N, width) of the training split; of SAMPLE photos or captions, evenly spread,
+        where they are not in the store."""
+        total = len(train.photos) if kind == IMAGE else len(train)
+        rows = torch.linspace(0, total - 1, min(SAMPLE, total)).long()
+        if kind == IMAGE:
+            if self.image.frozen:
+                return train.photos[:, 0]
+            parts = [normalize(train.photos[part]) for part in rows.split(PHOTO_BATCH)]
+        else:
+            if self.text.frozen:
+                return train.text_features
+            parts = [train.text_inputs(part.tolist())["text_features"]
+                     for part in rows.split(PHOTO_BATCH)]
+        backbone = model.image_backbone if kind == IMAGE else model.text_backbone
+        device = next(model.parameters()).device
+        backbone.eval()
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            return torch.cat([
+                backbone(map_tensors(lambda tensor: tensor.to(device), {"inputs": part})["inputs"])
+                for part in parts])
+
+
+def load_encoders(settings, device=None):
+    """The encoders that the settings name, on the device -> Encoders, and the settings that follow
+    from them. Raises UsageError for one that cannot be had."""
+    encoders = Encoders(*(load_encoder(name, kind) if name else None for kind, name in
+                          ((IMAGE, settings.image_encoder), (TEXT, settings.text_encoder))))
+    for encoder in encoders:
+        device = torch.device("cpu") if device is None else device
+        encoder.settle(device, amp_type(settings), frozen=not settings.finetune)
+    if encoders.pair:
+        settings.latent_dim = encoders.image.width
+    if settings.finetune and encoders.image is not None:
+        height, width = encoders.image.pixels
+        if height != width:
+            raise UsageError(f"{encoders.image.name} takes photos of {height} x {width} pixels; "
+                             "--finetune needs a square")
+        settings.image_size = settings.eval_size = height
+    return encoders
+
+
+def load_encoder(name, kind):
+    if ".py:" in name:
+        return load_own(name, kind)
+    models = torchvision.models.list_models(torchvision.models)
+    if name in models:
+        if kind == TEXT:
+            raise UsageError(f"{name} encodes images, not texts")
+        return load_torchvision(name)
+    if kind == IMAGE and "/" not in name and not Path(name).is_dir():
+        near = difflib.get_close_matches(name, models, 3)
+        hint = f" (near: {', '.join(near)})" if near else ""
+        raise UsageError(f"--image_encoder {name}: torchvision has no such model{hint}, and there "
+                         "is no such folder")
+    return load_transformers(name, kind)
+
+
+def load_own(name, kind):
+    """FILE.py:FUNCTION, called without arguments, gives (module, transform): a PIL photo, RGB and
+    upright -> (3, H, W) floats, and (B, 3, H, W) -> (B, width); for texts (module, tokenize): a
+    list of texts -> a dict of tensors (B, ...), and module(**tensors) -> (B, width)."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UsageError(f"--{kind}_encoder {name}: there is no file {path}")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        own = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(own)
+        module, prepare = getattr(own, function)()
+        if not (isinstance(module, nn.Module) and callable(prepare)):
+            raise TypeError("it must return a torch.nn.Module and a function")
+    except Exception as error:  # it is the user's code
+        raise UsageError(f"--{kind}_encoder {name} fails ({reason(error)})") from None
+    if kind == TEXT:
+        module = ByKeyword(module)
+    source = Path(path).read_text(encoding="utf-8")
+    return PretrainedEncoder(name, kind, module.float(), prepare, source)
+
+
+class ByKeyword(nn.Module):
+    """A module that takes its tensors by name, as one that takes a dict."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs):
+        return self.module(**inputs)
+
+
+def load_torchvision(name):
+    """The features before the last linear layer, the classifier."""
+    try:
+        weights = torchvision.models.get_model_weights(name).DEFAULT
+        model = torchvision.models.get_model(name, weights=weights)
+    except (OSError, RuntimeError) as error:  # URLError is an OSError
+        folder = torch.hub.get_dir()
+        raise UsageError(f"the weights of {name} are not in {folder}/checkpoints and cannot be "
+                         f"fetched ({reason(error)})") from None
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise UsageError(f"{name} has no linear classifier to take the features before")
+    model.set_submodule(linear[-1], nn.Identity())
+    transform = weights.transforms()
+    return PretrainedEncoder(name, IMAGE, model, transform, f"{weights} {transform}")
+
+
+class TransformersEncoder(nn.Module):
+    """A model of transformers -> its features: of a contrastive model the projected embeddings, of
+    others the pooled features of photos, where the weights hold all that pools, or the mean of the
+    token features."""
+
+    def __init__(self, model, kind, contrastive, has_pooler):
+        super().__init__()
+        self.model, self.kind = model, kind
+        self.contrastive, self.has_pooler = contrastive, has_pooler
+
+    def forward(self, inputs):
+        arguments = {"pixel_values": inputs} if self.kind == IMAGE else inputs
+        function = self.model
+        if self.contrastive:
+            function = getattr(self.model, f"get_{self.kind}_features")
+        output = function(**arguments)
+        if isinstance(output, torch.Tensor):  # get_..._features before transformers 5
+            return output
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is not None and (self.contrastive or (self.kind == IMAGE and self.has_pooler)):
+            return pooled.flatten(1)  # some are (B, width, 1, 1)
+        tokens = output.last_hidden_state
+        if tokens.ndim == 4:  # a convnet's, (B, width, H, W)
+            return tokens.mean((2, 3))
+        if self.kind == IMAGE:
+            return tokens.mean(1)
+        real = inputs["attention_mask"][:, :, None].to(tokens.dtype)
+        return (tokens * real).sum(1) / real.sum(1)
+
+
+def load_transformers(name, kind):
+    """A name of the Hugging Face hub, or a folder; safetensors only, no remote code."""
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError(f"--{kind}_encoder {name} needs transformers: pip install -r "
+                         "requirements-extra.txt") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, loading = transformers.AutoModel.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        model = model.float()
+        contrastive = all(hasattr(model, f"get_{part}_features") for part in (IMAGE, TEXT))
+        if not contrastive and (model.main_input_name == "pixel_values") != (kind == IMAGE):
+            raise UsageError(f"{name} is no encoder of {kind}s: it takes {model.main_input_name}")
+        missing = [key for key in loading["missing_keys"] if "pooler" not in key]
+        if missing:
+            raise UsageError(f"{name}: its file lacks weights, such as {missing[0]}")
+        if kind == IMAGE:
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                name, trust_remote_code=False)
+            source = processor.to_json_string()
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            source = str(sorted(tokenizer.get_vocab().items()))
+    except UsageError:
+        raise
+    except Exception as error:  # OSError, ValueError, ImportError, and what its backends raise
+        raise UsageError(f"--{kind}_encoder {name}: transformers finds no such model, neither here "
+                         f"nor on its hub ({reason(error)})") from None
+
+    def transform(photo):
+        return processor(images=photo, return_tensors="pt")["pixel_values"][0]
+
+    def tokenize(texts):
+        return dict(tokenizer(texts, truncation=True, max_length=longest, padding=padding,
+                              return_tensors="pt"))
+
+    if kind == TEXT:
+        config = getattr(model.config, "text_config", model.config)
+        longest = min(tokenizer.model_max_length,
+                      getattr(config, "max_position_embeddings", sys.maxsize))
+        # SigLIP was trained with all texts padded to one length.
+        padding = "max_length" if "siglip" in config.model_type else True
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    has_pooler = not loading["missing_keys"]
+    encoder = TransformersEncoder(model, kind, contrastive, has_pooler)
+    scale = getattr(model, "logit_scale", None) if contrastive else None
+    return PretrainedEncoder(name, kind, encoder, transform if kind == IMAGE else tokenize, source,
+                             None if scale is None else float(scale))
