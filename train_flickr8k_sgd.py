@@ -176,8 +176,7 @@ class RunState:
         if settings.queue_size:
             self.queue = LatentQueue(settings.queue_size, settings.latent_dim).to(device)
         self.criterion = functools.partial(
-            info_nce_loss, queue=self.queue, hard_negatives=settings.hard_negatives,
-            caption_contrast=settings.caption_contrast)
+            info_nce_loss, caption_contrast=settings.caption_contrast, queue=self.queue)
         self.encode = PairEncoder(model, self.amp_dtype)
         if settings.compile:
             self.encode.compile()

@@ -7,8 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-MARGIN = 0.2  # between a positive and the nearest negative, in cosine: VSE++'s
-
 
 @contextlib.contextmanager
 def full_float32():
@@ -52,15 +50,14 @@ def caption_contrast_loss(text_latents, logit_scale, photo_ids):
     return (nll.sum(1) / positive.sum(1).clamp(min=1)).mean()
 
 
-def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, hard_negatives=0.0,
-                  caption_contrast=0.0, queue=None):
+def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, caption_contrast=0.0,
+                  queue=None):
     """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021), a scalar, in float32
     over the pairs of all processes.
 
     image_latents, text_latents: (B, D), of any length, pair i in row i. logit_scale: scalar, the
     logarithm of the inverse temperature. photo_ids: (B,) integers; pairs with the same id hold the
-    same photo and are not each other's negatives. hard_negatives: weight of a triplet loss on each
-    row's nearest negative alone (VSE++, Faghri et al. 2018). caption_contrast: weight of
+    same photo and are not each other's negatives. caption_contrast: weight of
     `caption_contrast_loss`. queue: a LatentQueue of further negatives, which this batch then joins.
     """
     image_latents = gather(F.normalize(image_latents.float(), dim=-1))
@@ -81,14 +78,9 @@ def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, hard
     loss = 0.0
     for rows, columns in ((image_latents, all_texts), (text_latents, all_images)):
         with torch.autocast(rows.device.type, enabled=False):
-            cosine = rows @ columns.T
-            logits = logit_scale.float().exp() * cosine
+            logits = logit_scale.float().exp() * (rows @ columns.T)
         logits = logits.masked_fill(left_out, float("-inf"))
         loss = loss + F.cross_entropy(logits, labels) / 2
-        if hard_negatives:
-            nearest = cosine.masked_fill(~negative, -1.0).amax(1)
-            triplet = F.relu(MARGIN + nearest - cosine.diagonal()).mean()
-            loss = loss + triplet / 2 * hard_negatives
     if caption_contrast:
         contrast = caption_contrast_loss(text_latents, logit_scale, photo_ids)
         loss = loss + caption_contrast * contrast

@@ -326,7 +326,7 @@ def load_own(name, kind):
         raise UsageError(f"--{kind}_encoder {name} fails ({reason(error)})") from None
     if kind == TEXT:
         module = ByKeyword(module)
-    source = Path(path).read_text(encoding="utf-8")
+    source = function + Path(path).read_text(encoding="utf-8")
     return PretrainedEncoder(name, kind, module.float(), prepare, source)
 
 

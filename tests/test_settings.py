@@ -8,6 +8,7 @@ from src.model import MultiModalMemoryNetwork
 from src.settings import (
     GROUPS,
     PRESETS,
+    PRETRAINED,
     REFERENCE,
     Settings,
     UsageError,
@@ -60,20 +61,22 @@ def test_help_gives_defaults_in_groups(capsys):
     out = capsys.readouterr().out
     flags = out[out.index("\ndata:"):].split("\n  --")[1:]
     shown = [flag for flag in flags if not flag.startswith(("resume", "overwrite"))]
-    assert all("default" in flag for flag in shown) and len(flags) <= 38
+    assert all("default" in flag for flag in shown) and len(flags) <= 40
     assert all(f"\n{name}:\n" in out for name in (*GROUPS.values(), "run"))
     assert set(GROUPS) <= {f.name for f in dataclasses.fields(Settings)}
 
 
 def test_presets_and_the_reference_change_settings_that_there_are():
     names = {f.name for f in dataclasses.fields(Settings)}
-    assert all(changes.keys() <= names for changes in (*PRESETS.values(), REFERENCE))
+    assert all(changes.keys() <= names
+               for changes in (*PRESETS.values(), PRETRAINED, REFERENCE))
 
 
 def test_the_models_defaults_are_the_preset_base():
     signature = inspect.signature(MultiModalMemoryNetwork).parameters
     defaults = {name: parameter.default for name, parameter in signature.items()}
-    assert make_settings(model="base").model_arguments() | {"vocab_size": 34} == defaults
+    no_encoders = {"vocab_size": 34, "image_features": 0, "text_features": 0}
+    assert make_settings(model="base").model_arguments() | no_encoders == defaults
 
 
 def test_defaults_come_from_preset_and_recipe_and_flags_win():

@@ -204,7 +204,7 @@ def test_resume_in_the_middle_of_an_epoch(shapes, finished, tmp_path, monkeypatc
 
 
 def test_resume_carries_the_average_and_the_queue(shapes, tmp_path, monkeypatch):
-    switches = ["--ema", 0.9, "--queue_size", 30, "--hard_negatives", 0.5]
+    switches = ["--ema", 0.9, "--queue_size", 30]
     assert main(*arguments(shapes, tmp_path / "whole", *switches)) == 0
     save = training.save_json
 
@@ -615,7 +615,7 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
     a value that the host asks for, or an operation across devices, is an error."""
     tokenizer = CharTokenizer()
     settings = make_settings(
-        model=preset, device="cuda", amp=False, compile=False, hard_negatives=0.5, queue_size=20,
+        model=preset, device="cuda", amp=False, compile=False, queue_size=20,
         color_jitter=0.2, word_dropout=0.2, ema=0.0)
     augment._per_channel.cache_clear()
     with FakeTensorMode(), torch.device("cuda"):

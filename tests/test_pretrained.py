@@ -1,0 +1,534 @@
+"""Other people's encoders, played by tiny ones of random weights: no download, no network."""
+import json
+import shutil
+import urllib.error
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import show_flickr8k_results
+from src import pretrained
+from src.inference import embed_photos, embed_texts, load_model, photos_of_split
+from src.pretrained import PretrainedEncoder, Renormalize, load_encoder, load_encoders
+from src.settings import UsageError, make_settings
+from src.utils.augment import normalize
+from src.utils.checkpoint import BEST, CONFIG, HISTORY, load_checkpoint, load_json
+from src.utils.flickr8k_simple import STORE_FOLDER, Flickr8kImageTextDataset, open_photo
+from src.utils.retrieval import retrieval_metrics
+from src.utils.tokenizers import CharTokenizer
+from tests.conftest import arguments, main, run_script, write_dataset
+
+OWN = '''
+import torch
+from torchvision.transforms import v2
+
+
+class Photos(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(SEED)
+        self.weight = torch.nn.Parameter(torch.randn(24, 3 * 8 * 8, generator=generator) / 8)
+        self.unused = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1) @ self.weight.T
+
+
+class Texts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(SEED)
+        self.table = torch.nn.Parameter(torch.randn(128, 16, generator=generator))
+
+    def forward(self, ids, mask):
+        return (self.table[ids] * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def photos():
+    return Photos(), v2.Compose([v2.Resize((32, 32)), v2.ToImage(),
+                                 v2.ToDtype(torch.float32, scale=True),
+                                 v2.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))])
+
+
+def tokenize(texts):
+    ids = [torch.tensor([min(ord(c), 127) for c in text]) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    return {"ids": ids, "mask": (ids > 0).float()}
+
+
+def texts():
+    return Texts(), tokenize
+
+
+def raises():
+    raise ValueError("no such luck")
+
+
+def wrong():
+    return 3
+
+
+def maps():
+    return torch.nn.Conv2d(3, 4, 3), photos()[1]
+
+
+def infinite():
+    class Infinite(Photos):
+        def forward(self, images):
+            return super().forward(images) * 1e9
+    return Infinite(), photos()[1]
+
+
+def tall():
+    return Photos(), v2.Compose([v2.Resize((32, 16)), photos()[1].transforms[1],
+                                 photos()[1].transforms[2]])
+'''
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory):
+    """FILE.py of encoders."""
+    path = tmp_path_factory.mktemp("own") / "own.py"
+    path.write_text(OWN.replace("SEED", "0"))
+    return path
+
+
+@pytest.fixture
+def copied(shapes, tmp_path):
+    """A copy of the dataset of shapes, without stores."""
+    return shutil.copytree(shapes, tmp_path / "shapes", ignore=shutil.ignore_patterns(STORE_FOLDER))
+
+
+def flags(own):
+    return ["--image_encoder", f"{own}:photos", "--text_encoder", f"{own}:texts"]
+
+
+@pytest.fixture(scope="session")
+def trained(shapes, own, tmp_path_factory):
+    """A run with two frozen encoders. Not to be written into."""
+    output_dir = tmp_path_factory.mktemp("runs") / "pretrained"
+    assert main(*arguments(shapes, output_dir, *flags(own))) == 0
+    return output_dir
+
+
+def word_tokenizer(folder):
+    """Saves a tokenizer of transformers that knows a few words; each text ends with [EOS]."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    words = "[PAD] [UNK] [EOS] a an the red blue green small large circle square above below"
+    vocabulary = {word: i for i, word in enumerate(words.split())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [EOS]", special_tokens=[("[EOS]", vocabulary["[EOS]"])])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
+        model_max_length=20).save_pretrained(folder)
+    return vocabulary
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """Folder of a CLIPModel of a few thousand weights."""
+    transformers = pytest.importorskip("transformers", reason="an extra, not installed")
+    folder = tmp_path_factory.mktemp("clip")
+    vocabulary = word_tokenizer(folder)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=small | dict(vocab_size=len(vocabulary), max_position_embeddings=20,
+                                 eos_token_id=vocabulary["[EOS]"], pad_token_id=0, bos_token_id=1),
+        vision_config=small | dict(image_size=32, patch_size=8), projection_dim=12))
+    for parameter in model.parameters():  # so that no two photos are nearly alike
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    transformers.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    transformers = pytest.importorskip("transformers", reason="an extra, not installed")
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = word_tokenizer(folder)
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=20), add_pooling_layer=False
+    ).save_pretrained(folder)
+    return folder
+
+
+# What features are.
+
+
+def test_features_are_those_of_the_photo_and_its_mirror_image(dataset_dir, own):
+    image = load_encoder(f"{own}:photos", "image")
+    text = load_encoder(f"{own}:texts", "text")
+    settings = dict(image_encoder=image, text_encoder=text)
+    data = Flickr8kImageTextDataset(dataset_dir, "train", 16, CharTokenizer(), **settings)
+    assert data.photos.shape == (6, 2, 24) and data.photos.dtype == torch.float16
+    assert data.counts()["features"] == 24
+    for name, row in zip(data.names, data.photos.float()):
+        photo = image.prepare(open_photo(dataset_dir / "Flicker8k_Dataset" / name, 64))
+        assert torch.allclose(row[0], image(photo[None])[0], rtol=1e-3, atol=2e-3)
+        assert torch.allclose(row[1], image(photo.flip(-1)[None])[0], rtol=1e-3, atol=2e-3)
+    for caption, row in zip(data.captions, data.text_features.float()):
+        assert torch.allclose(row, text(text.prepare([caption]))[0], rtol=1e-3, atol=2e-3)
+    val = Flickr8kImageTextDataset(dataset_dir, "val", 16, CharTokenizer(), **settings)
+    assert val.photos.shape == (3, 1, 24)
+
+
+def test_held_out_photos_take_their_features_along(dataset_dir, own):
+    folder = dataset_dir / "Flicker8k_Dataset"
+    shutil.copy(folder / "1006_abc.jpg", folder / "1001_abc.jpg")  # of val, into train
+    encoders = {"image_encoder": load_encoder(f"{own}:photos", "image"),
+                "text_encoder": load_encoder(f"{own}:texts", "text")}
+    train, val = (Flickr8kImageTextDataset(dataset_dir, split, 16, CharTokenizer(),
+                                           allow_incomplete=True, **encoders)
+                  for split in ("train", "val"))
+    kept = train.photos[[0, 2, 3, 4, 5]], train.text_features[[*range(5), *range(10, 30)]]
+    train.hold_out([val])
+    assert torch.equal(train.photos, kept[0]) and torch.equal(train.text_features, kept[1])
+
+
+def test_a_photo_that_cannot_be_read_is_left_out_and_nothing_is_stored(dataset_dir, own):
+    (dataset_dir / "Flicker8k_Dataset" / "1002_abc.jpg").write_bytes(b"no photo")
+    image = load_encoder(f"{own}:photos", "image")
+    whole = [f"{1000 + i}_abc.jpg" for i in (0, 1, 3, 4, 5)]
+    data = Flickr8kImageTextDataset(dataset_dir, "train", 16, CharTokenizer(), image_encoder=image,
+                                    allow_incomplete=True)
+    assert data.names == whole and data.left_out == ["1002_abc.jpg"] and len(data.photos) == 5
+    assert not list((dataset_dir / STORE_FOLDER).iterdir())
+
+
+def test_stores_follow_encoder_weights_precision_and_files(dataset_dir, own, tmp_path):
+    def store_of(path, amp_dtype=None, kind="image", function="photos"):
+        encoder = load_encoder(f"{path}:{function}", kind)
+        encoder.settle(torch.device("cpu"), amp_dtype, True)
+        Flickr8kImageTextDataset(dataset_dir, "val", 16, CharTokenizer(),
+                                 **{f"{kind}_encoder": encoder})
+        return {path.name for path in (dataset_dir / STORE_FOLDER).glob(f"val_{kind}_*")}
+
+    first = store_of(own)
+    assert len(first) == 1 and store_of(own) == first
+    other = tmp_path / "other.py"
+    other.write_text(OWN.replace("SEED", "1"))
+    second = store_of(other)
+    assert len(second) == 2 and first < second  # encoders do not displace each other's
+    assert len(store_of(own, torch.bfloat16)) == 3
+    texts = store_of(own, kind="text", function="texts")
+    assert len(texts) == 1
+    captions = dataset_dir / "Flickr8k.token.txt"
+    captions.write_text(captions.read_text().replace("a dog", "a cat"))
+    assert len(store_of(own, kind="text", function="texts") | texts) == 2
+    Image.new("RGB", (9, 9)).save(dataset_dir / "Flicker8k_Dataset" / "1006_abc.jpg")
+    assert len(store_of(own) & first) == 0  # the photo is another: the store of before is gone
+
+
+def test_a_full_disk_is_one_line(copied, own, tmp_path, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main(*arguments(copied, tmp_path / "run", *flags(own))) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and err.count("\n") == 1
+    assert not list((copied / STORE_FOLDER).iterdir())
+
+
+def test_photos_are_renormalised_for_an_encoder_in_training(own):
+    encoder = load_encoder(f"{own}:photos", "image")
+    photo = Image.effect_noise((32, 32), 80).convert("RGB")
+    pixels = torchvision.transforms.v2.functional.pil_to_tensor(photo)
+    ours = Renormalize(encoder)(normalize(pixels[None]))
+    assert torch.allclose(ours[0], encoder.prepare(photo), atol=1e-5)
+
+
+# A run.
+
+
+def test_a_run_holds_the_head_and_no_weights_of_others(trained, own):
+    best = load_checkpoint(trained / BEST, ["config"])
+    assert not [name for name in best["model_state_dict"] if "backbone" in name]
+    names = best["config"]["encoders"]
+    assert names["image"]["name"] == f"{own}:photos" and names["text"]["width"] == 16
+    assert load_json(trained / CONFIG)["encoders"] == names
+    assert "image_encoder.mean" in best["model_state_dict"]  # the features' own
+
+
+def test_what_a_loaded_model_makes_of_files_is_what_it_was_validated_on(trained, shapes):
+    model, tokenizer, transform = load_model(trained)
+    photos, captions = photos_of_split(shapes, "val")
+    owners = [i for i, own in enumerate(captions) for _ in own]
+    images = embed_photos(model, transform, photos)
+    texts = embed_texts(model, tokenizer, [caption for own in captions for caption in own])
+    found = retrieval_metrics(images, texts, owners)
+    stored = load_checkpoint(trained / BEST, ["metrics"])["metrics"]
+    # Stored features are rounded to float16, perhaps computed in bfloat16: a rank or two may move.
+    assert found["avg_r1"] == pytest.approx(stored["avg_r1"], abs=100 * 2 / len(photos))
+    assert found["i2t_r10"] == pytest.approx(stored["i2t_r10"], abs=100 * 2 / len(photos))
+
+
+def test_a_second_run_encodes_nothing_and_gets_the_same(
+        trained, shapes, own, tmp_path, monkeypatch):
+    def encode(*arguments):
+        raise AssertionError("encoded anew")
+
+    monkeypatch.setattr(PretrainedEncoder, "encode", encode)
+    assert main(*arguments(shapes, tmp_path / "run", *flags(own))) == 0
+    rows, before = ([row | {"seconds": 0} for row in load_json(folder / HISTORY)]
+                    for folder in (tmp_path / "run", trained))
+    assert rows == before
+
+
+def test_resume_ends_with_the_same_weights(trained, shapes, own, tmp_path, monkeypatch):
+    calls = []
+
+    def stop_at_second(run, row, end_epoch=main.__globals__["train_flickr8k_sgd"].end_epoch):
+        end_epoch(run, row)
+        calls.append(row["epoch"])
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("train_flickr8k_sgd.end_epoch", stop_at_second)
+    folder = tmp_path / "run"
+    assert main(*arguments(shapes, folder, *flags(own))) == 130
+    assert main("--resume", "--output_dir", folder) == 0 and calls == [1, 2, 3]
+    weights, before = (load_checkpoint(path / BEST, ["epoch"])["model_state_dict"]
+                       for path in (folder, trained))
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+
+
+def test_search_and_tables_know_the_encoders(trained, shapes, own, capsys):
+    show = show_flickr8k_results.main
+    photo = next((shapes / "Flicker8k_Dataset").iterdir())
+    assert show(["--output_dir", str(trained), "--query", "a red circle", "--split", "val"]) == 0
+    assert show(["--output_dir", str(trained), "--image", str(photo), "--split", "val"]) == 0
+    assert show(["--output_dir", str(trained), "--test_time"]) == 0
+    assert show(["--output_dir", str(trained)]) == 0
+    out = capsys.readouterr().out
+    assert f"image {own}:photos + text {own}:texts" in out and "1    " in out
+    assert show(["--compare", str(trained)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "encoders" in lines[0] and f"image {own}:photos" in lines[2]
+
+
+def test_other_weights_under_the_name_are_refused(trained, own, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    best = load_checkpoint(folder / BEST, ["config"])
+    best["config"]["encoders"]["image"]["weights"] = "0" * 16
+    torch.save(best, folder / BEST)
+    assert show_flickr8k_results.main(["--output_dir", str(folder), "--query", "a"]) == 2
+    err = capsys.readouterr().err
+    assert "not those that it was trained with" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_one_pretrained_encoder_alone(kind, shapes, own, tmp_path):
+    folder = tmp_path / "run"
+    given = [f"--{kind}_encoder", f"{own}:{kind.replace('image', 'photo')}s"]
+    assert main(*arguments(shapes, folder, *given, epochs=1)) == 0
+    best = load_checkpoint(folder / BEST, ["config"])
+    assert list(best["config"]["encoders"]) == [kind]
+    model, tokenizer, _ = load_model(folder)
+    assert embed_texts(model, tokenizer, ["a red circle"]).shape == (1, model.logit_scale.numel() *
+                                                                     best["config"]["settings"]
+                                                                     ["latent_dim"])
+
+
+def test_finetuning_trains_the_encoders_and_keeps_them(shapes, own, tmp_path):
+    folder, given = tmp_path / "run", [*flags(own), "--finetune", "0.5", "--lr", "0.1"]
+    status, out, err = run_script("train_flickr8k_sgd.py", *arguments(shapes, folder, *given))
+    assert (status, err) == (0, "") and "an epoch will take about" in out
+    best = load_checkpoint(folder / BEST, ["config"])
+    weights, settings = best["model_state_dict"], best["config"]["settings"]
+    assert settings["image_size"] == 32
+    image = load_encoder(f"{own}:photos", "image").module
+    name = "image_backbone.1.module."
+    assert not torch.equal(weights[f"{name}weight"], image.weight)
+    assert torch.equal(weights[f"{name}unused"], image.unused)
+    model, tokenizer, transform = load_model(folder)
+    photos, captions = photos_of_split(shapes, "val")
+    owners = [i for i, own in enumerate(captions) for _ in own]
+    found = retrieval_metrics(
+        embed_photos(model, transform, photos),
+        embed_texts(model, tokenizer, [text for own in captions for text in own]), owners)
+    assert found["avg_r1"] == pytest.approx(best["metrics"]["avg_r1"], abs=100 * 2 / len(photos))
+    assert main("--resume", "--output_dir", folder, "--epochs", 4) == 0
+
+
+# Names that are none.
+
+
+def test_what_cannot_be_had_is_said_in_a_line(own, shapes, tmp_path, monkeypatch, capsys):
+    def no_network(*arguments, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)  # as if not installed
+    for kind, name, said in (
+            ("image", "resnet51", "no such model (near: resnet50"),
+            ("image", "resnet50", "cannot be fetched"),
+            ("image", "squeezenet1_0", "cannot be fetched"),
+            ("text", "resnet50", "encodes images, not texts"),
+            ("image", "nobody/nothing", "needs transformers"),
+            ("text", "nobody/nothing", "pip install -r requirements-extra.txt"),
+            ("image", "no_file.py:build", "there is no file no_file.py"),
+            ("image", f"{own}:raises", "no such luck"),
+            ("image", f"{own}:absent", "absent"),
+            ("image", f"{own}:wrong", "TypeError"),
+            ("image", f"{own}:maps", "not give features"),
+            ("image", f"{own}:texts", "fails as an encoder of images"),
+            ("text", f"{own}:photos", "fails as an encoder of texts"),
+            ("image", f"{own}:infinite", "too large for float16")):
+        status = main(*arguments(shapes, tmp_path / "run", f"--{kind}_encoder", name))
+        err = capsys.readouterr().err
+        assert (status, err.count("\n")) == (2, 1) and said in err, (name, err)
+    given = ["--image_encoder", f"{own}:tall", "--finetune", "1"]
+    assert main(*arguments(shapes, tmp_path / "run", *given)) == 2
+    assert main(*arguments(shapes, tmp_path / "run", "--finetune", "1")) == 2
+    err = capsys.readouterr().err
+    assert "needs a square" in err and "needs an --image_encoder" in err
+
+
+def test_a_model_of_torchvision_gives_what_its_classifier_sees(tmp_path, monkeypatch):
+    name = "mobilenet_v3_small"
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name).eval()
+    torch.save(model.state_dict(), folder / weights.url.rpartition("/")[2])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    encoder = load_encoder(name, "image")
+    photo = Image.effect_noise((300, 260), 80).convert("RGB")
+    image = weights.transforms()(photo)[None]
+    assert torch.equal(encoder.prepare(photo), image[0]) and encoder.pixels == (224, 224)
+    features = encoder(image)
+    assert features.shape == (1, encoder.width) == (1, 1024)
+    assert torch.allclose(model.classifier[3](features), model(image), atol=1e-5)
+
+
+# transformers.
+
+
+def clip_features(folder, photos, texts):
+    """By transformers' own functions, of unit length; its version 4 gives tensors, 5 objects."""
+    import transformers
+    model = transformers.CLIPModel.from_pretrained(folder).float().eval()
+    processor = transformers.CLIPImageProcessor.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    images = processor(images=[open_photo(photo, 64) for photo in photos], return_tensors="pt")
+    with torch.no_grad():
+        outputs = (model.get_image_features(**images),
+                   model.get_text_features(**tokenizer(texts, padding=True, return_tensors="pt")))
+    return [F.normalize(getattr(output, "pooler_output", output), dim=-1) for output in outputs]
+
+
+def test_a_contrastive_pair_begins_as_itself(clip, shapes, tmp_path, capsys):
+    folder, names = tmp_path / "run", ["--image_encoder", clip, "--text_encoder", clip]
+    assert main(*arguments(shapes, folder, *names, "--no-amp", epochs=2)) == 0
+    out = capsys.readouterr().out
+    history = load_json(folder / HISTORY)
+    assert [row["epoch"] for row in history] == [0, 1, 2] and "epoch   0  zero-shot" in out
+    photos, captions = photos_of_split(shapes, "val")
+    texts = [text for own in captions for text in own]
+    owners = torch.tensor([i for i, own in enumerate(captions) for _ in own])
+    image_rows, text_rows = clip_features(clip, photos, texts)
+    cosines = text_rows @ image_rows.T
+    own = cosines.gather(1, owners[:, None])
+    t2i = [int((row >= mine - 1e-6).sum()) for row, mine in zip(cosines, own)]
+    i2t = []
+    for photo in range(len(photos)):
+        best = cosines[owners == photo, photo].max()
+        i2t.append(1 + int((cosines[owners != photo, photo] >= best - 1e-6).sum()))
+    zero_shot = history[0]["val"]
+    for k in (1, 5, 10):
+        assert zero_shot[f"t2i_r{k}"] == pytest.approx(100 * sum(r <= k for r in t2i) / len(t2i))
+        assert zero_shot[f"i2t_r{k}"] == pytest.approx(100 * sum(r <= k for r in i2t) / len(i2t))
+    # The model as it is before the first step, in numbers.
+    settings = make_settings(**json.loads((folder / CONFIG).read_text())["settings"])
+    encoders = load_encoders(settings)
+    from train_flickr8k_sgd import build_model, find_tokenizer, load_data
+    tokenizer = find_tokenizer(settings)
+    splits = load_data(settings, tokenizer, encoders)
+    model = build_model(settings, tokenizer, encoders).eval()
+    encoders.initialize(model, splits["train"], None)
+    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-3)  # CLIP's own start
+    with torch.no_grad():
+        images = F.normalize(model(images=splits["val"].photos[:, 0])["central_latent"], dim=-1)
+        inputs = splits["val"].text_inputs(list(range(len(texts))))
+        found = F.normalize(model(**inputs)["central_latent"], dim=-1) @ images.T
+    assert (found - cosines).abs().max() < 1e-3
+
+
+def test_epoch_0_can_be_the_best(clip, shapes, tmp_path, monkeypatch, capsys):
+    def worse(run, val):
+        metrics = validate(run, val)
+        return metrics | {"avg_r1": 100.0 if run.epoch == 0 else 0.0}
+
+    validate = main.__globals__["train_flickr8k_sgd"].validate
+    monkeypatch.setattr("train_flickr8k_sgd.validate", worse)
+    folder, names = tmp_path / "run", ["--image_encoder", clip, "--text_encoder", clip]
+    assert main(*arguments(shapes, folder, *names, epochs=1)) == 0
+    assert load_checkpoint(folder / BEST, ["epoch"])["epoch"] == 0
+    assert "best (epoch 0)" in capsys.readouterr().out
+    assert main("--resume", "--output_dir", folder, "--epochs", 2) == 0
+    assert [row["epoch"] for row in load_json(folder / HISTORY)] == [0, 1, 2]
+
+
+def test_a_text_model_gives_the_mean_of_its_tokens(bert, clip, tmp_path):
+    encoder = load_encoder(str(bert), "text")
+    tokens = encoder.prepare(["a red circle", "a square"])
+    hidden = encoder.module.model(**tokens).last_hidden_state
+    assert torch.allclose(encoder(tokens)[1], hidden[1, :3].mean(0), atol=1e-6)
+    alone = encoder(encoder.prepare(["a square"]))
+    assert torch.allclose(encoder(tokens)[1], alone[0], atol=1e-5)  # whatever the padding
+    long = encoder.prepare(["a red circle above " * 20])
+    assert long["input_ids"].shape == (1, 20)
+    with pytest.raises(UsageError, match="no encoder of images: it takes input_ids"):
+        load_encoder(str(bert), "image")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="transformers finds no such model"):
+        load_encoder(str(tmp_path / "empty"), "text")
+
+
+def test_weights_that_the_file_lacks_are_not_made_up(bert, tmp_path):
+    from safetensors.torch import load_file, save_file
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.layer.0.output.dense.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="its file lacks weights, such as encoder.layer.0"):
+        load_encoder(str(folder), "text")
+
+
+def test_only_safetensors_are_read(bert, tmp_path):
+    from safetensors.torch import load_file
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="safetensors"):
+        load_encoder(str(folder), "text")
+
+
+def test_several_processes_share_a_store(own, tmp_path):
+    root = write_dataset(tmp_path / "data", {"train": 8, "val": 4, "test": 2})
+    status, out, err = run_script(
+        "-m", "torch.distributed.run", "--nproc_per_node=2", "train_flickr8k_sgd.py", "--data_dir",
+        root, "--output_dir", tmp_path / "run", "--epochs", 1, "--batch_size", 8, "--device", "cpu",
+        "--model", "tiny", *flags(own))
+    assert status == 0, err
+    stores = [path for path in (root / STORE_FOLDER).iterdir() if path.name.startswith("train_")]
+    assert len(stores) == 2 and len(load_json(tmp_path / "run" / HISTORY)) == 1
+
+
+def test_pretrained_is_imported_without_transformers():
+    assert not hasattr(pretrained, "transformers")
