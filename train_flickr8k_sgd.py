@@ -265,9 +265,9 @@ def training_step(run, batch):
 def set_up(settings, output_dir, checkpoint, replace, device, command):
     """-> (run, splits), ready for the loop, and the run's folder with its config."""
     rank, world = distributed.rank_and_world()
-    with distributed.main_process_first():  # which makes the photo store
+    encoders = load_encoders(settings, device)
+    with distributed.main_process_first():  # which makes the stores
         tokenizer = find_tokenizer(settings, checkpoint and checkpoint["tokenizer"])
-        encoders = load_encoders(settings, device)
         torch.manual_seed(settings.seed)
         model = build_model(settings, tokenizer, encoders)
         model.to(device, memory_format=torch.channels_last)

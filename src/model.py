@@ -52,8 +52,10 @@ class Block(nn.Module):
         for branch_end in (self.attention.out, self.mlp[2]):
             nn.init.normal_(branch_end.weight, std=0.3 * dim**-0.5 / math.sqrt(2 * num_layers))
 
-    def forward(self, x, mask=None):
-        x = x + self.attention(self.norm1(x), mask=mask)
+    def forward(self, x, mask=None, num_tokens=None):
+        """num_tokens: how many, from the first, to compute; all read all."""
+        normed = self.norm1(x)
+        x = x[:, :num_tokens] + self.attention(normed[:, :num_tokens], normed, mask)
         return x + self.mlp(self.norm2(x))
 
 
@@ -329,8 +331,8 @@ class Fusion(nn.Module):
         types = torch.stack([self.type_embedding.weight[i] for i in present])  # (M, D)
         central = latents.mean(1, keepdim=True) + self.presence(bits)
         x = torch.cat([central, latents + types], dim=1)  # (B, 1 + M, D)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks, start=1):  # the last makes the central token alone
+            x = block(x, num_tokens=1 if i == len(self.blocks) else None)
         return self.projection(self.norm(x[:, 0]))
 
 

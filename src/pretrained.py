@@ -11,6 +11,7 @@ model, trained with the rest."""
 import difflib
 import hashlib
 import importlib.util
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -397,46 +398,60 @@ def load_transformers(name, kind):
                          "requirements-extra.txt") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        model, loading = transformers.AutoModel.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-        model = model.float()
-        contrastive = all(hasattr(model, f"get_{part}_features") for part in (IMAGE, TEXT))
-        if not contrastive and (model.main_input_name == "pixel_values") != (kind == IMAGE):
-            raise UsageError(f"{name} is no encoder of {kind}s: it takes {model.main_input_name}")
-        missing = [key for key in loading["missing_keys"] if "pooler" not in key]
-        if missing:
-            raise UsageError(f"{name}: its file lacks weights, such as {missing[0]}")
-        if kind == IMAGE:
-            processor = transformers.AutoImageProcessor.from_pretrained(
-                name, trust_remote_code=False)
-            source = processor.to_json_string()
-        else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            source = str(sorted(tokenizer.get_vocab().items()))
+        try:  # what is there is used without asking the hub
+            found = find_transformers(transformers, name, kind, local_files_only=True)
+        except OSError:
+            if Path(name).is_dir():
+                raise
+            found = find_transformers(transformers, name, kind, local_files_only=False)
     except UsageError:
         raise
     except Exception as error:  # OSError, ValueError, ImportError, and what its backends raise
         raise UsageError(f"--{kind}_encoder {name}: transformers finds no such model, neither here "
                          f"nor on its hub ({reason(error)})") from None
+    return as_encoder(name, kind, *found)
 
+
+def find_transformers(transformers, name, kind, local_files_only):
+    """-> (model, its image processor or tokenizer, whether it is contrastive, whether its file has
+    all weights)."""
+    options = dict(trust_remote_code=False, local_files_only=local_files_only)
+    model, loading = transformers.AutoModel.from_pretrained(
+        name, use_safetensors=True, output_loading_info=True, **options)
+    contrastive = all(hasattr(model, f"get_{part}_features") for part in (IMAGE, TEXT))
+    if not contrastive and (model.main_input_name == "pixel_values") != (kind == IMAGE):
+        raise UsageError(f"{name} is no encoder of {kind}s: it takes {model.main_input_name}")
+    missing = [key for key in loading["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise UsageError(f"{name}: its file lacks weights, such as {missing[0]}")
+    auto = transformers.AutoImageProcessor if kind == IMAGE else transformers.AutoTokenizer
+    prepare = auto.from_pretrained(name, **options)
+    return model.float(), prepare, contrastive, not loading["missing_keys"]
+
+
+def as_encoder(name, kind, model, prepare, contrastive, has_pooler):
+    """What `find_transformers` gives -> PretrainedEncoder."""
     def transform(photo):
-        return processor(images=photo, return_tensors="pt")["pixel_values"][0]
+        return prepare(images=photo, return_tensors="pt")["pixel_values"][0]
 
     def tokenize(texts):
-        return dict(tokenizer(texts, truncation=True, max_length=longest, padding=padding,
-                              return_tensors="pt"))
+        return dict(prepare(texts, truncation=True, max_length=longest, padding=padding,
+                            return_tensors="pt"))
 
-    if kind == TEXT:
-        config = getattr(model.config, "text_config", model.config)
-        longest = min(tokenizer.model_max_length,
-                      getattr(config, "max_position_embeddings", sys.maxsize))
-        # SigLIP was trained with all texts padded to one length.
-        padding = "max_length" if "siglip" in config.model_type else True
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    has_pooler = not loading["missing_keys"]
     encoder = TransformersEncoder(model, kind, contrastive, has_pooler)
     scale = getattr(model, "logit_scale", None) if contrastive else None
-    return PretrainedEncoder(name, kind, encoder, transform if kind == IMAGE else tokenize, source,
-                             None if scale is None else float(scale))
+    scale = None if scale is None else float(scale)
+    if kind == IMAGE:
+        source = prepare.to_json_string()
+        return PretrainedEncoder(name, kind, encoder, transform, source, scale)
+    config = getattr(model.config, "text_config", model.config)
+    longest = min(prepare.model_max_length,
+                  getattr(config, "max_position_embeddings", sys.maxsize))
+    # SigLIP was trained with all texts padded to one length.
+    padding = "max_length" if "siglip" in config.model_type else True
+    if prepare.pad_token is None:
+        prepare.pad_token = prepare.eos_token
+    source = str(sorted(prepare.get_vocab().items()))
+    return PretrainedEncoder(name, kind, encoder, tokenize, source, scale)
