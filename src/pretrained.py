@@ -438,17 +438,18 @@ def as_encoder(name, kind, model, prepare, contrastive, has_pooler):
 
     def tokenize(texts):
         return dict(prepare(texts, truncation=True, max_length=longest, padding=padding,
-                            return_tensors="pt"))
+                            return_token_type_ids=types, return_tensors="pt"))
 
     encoder = TransformersEncoder(model, kind, contrastive, has_pooler)
     scale = getattr(model, "logit_scale", None) if contrastive else None
-    scale = None if scale is None else float(scale)
+    scale = None if scale is None else scale.item()
     if kind == IMAGE:
         source = prepare.to_json_string()
         return PretrainedEncoder(name, kind, encoder, transform, source, scale)
     config = getattr(model.config, "text_config", model.config)
     longest = min(prepare.model_max_length,
                   getattr(config, "max_position_embeddings", sys.maxsize))
+    types = False if contrastive else None  # None: as the tokenizer's own model takes them
     # SigLIP was trained with all texts padded to one length.
     padding = "max_length" if "siglip" in config.model_type else True
     if prepare.pad_token is None:

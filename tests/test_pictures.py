@@ -122,6 +122,7 @@ def runs(tmp_path):
     ]
 
 
+@pytest.mark.extra
 def test_curves(tmp_path, monkeypatch):
     figure = pytest.importorskip(
         "matplotlib.figure", reason="matplotlib is an extra (requirements-extra.txt)"

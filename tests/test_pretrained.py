@@ -133,7 +133,8 @@ def word_tokenizer(folder):
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
     """Folder of a CLIPModel of a few thousand weights."""
-    transformers = pytest.importorskip("transformers", reason="an extra, not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is an extra (requirements-extra.txt)")
     folder = tmp_path_factory.mktemp("clip")
     vocabulary = word_tokenizer(folder)
     small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -153,7 +154,8 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    transformers = pytest.importorskip("transformers", reason="an extra, not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is an extra (requirements-extra.txt)")
     folder = tmp_path_factory.mktemp("bert")
     vocabulary = word_tokenizer(folder)
     torch.manual_seed(0)
@@ -427,11 +429,12 @@ def clip_features(folder, photos, texts):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     images = processor(images=[open_photo(photo, 64) for photo in photos], return_tensors="pt")
     with torch.no_grad():
-        outputs = (model.get_image_features(**images),
-                   model.get_text_features(**tokenizer(texts, padding=True, return_tensors="pt")))
+        tokens = tokenizer(texts, padding=True, return_token_type_ids=False, return_tensors="pt")
+        outputs = model.get_image_features(**images), model.get_text_features(**tokens)
     return [F.normalize(getattr(output, "pooler_output", output), dim=-1) for output in outputs]
 
 
+@pytest.mark.extra
 def test_a_contrastive_pair_begins_as_itself(clip, shapes, tmp_path, capsys):
     folder, names = tmp_path / "run", ["--image_encoder", clip, "--text_encoder", clip]
     assert main(*arguments(shapes, folder, *names, "--no-amp", epochs=2)) == 0
@@ -469,6 +472,7 @@ def test_a_contrastive_pair_begins_as_itself(clip, shapes, tmp_path, capsys):
     assert (found - cosines).abs().max() < 1e-3
 
 
+@pytest.mark.extra
 def test_epoch_0_can_be_the_best(clip, shapes, tmp_path, monkeypatch, capsys):
     def worse(run, val):
         metrics = validate(run, val)
@@ -484,6 +488,7 @@ def test_epoch_0_can_be_the_best(clip, shapes, tmp_path, monkeypatch, capsys):
     assert [row["epoch"] for row in load_json(folder / HISTORY)] == [0, 1, 2]
 
 
+@pytest.mark.extra
 def test_a_text_model_gives_the_mean_of_its_tokens(bert, clip, tmp_path):
     encoder = load_encoder(str(bert), "text")
     tokens = encoder.prepare(["a red circle", "a square"])
@@ -500,6 +505,7 @@ def test_a_text_model_gives_the_mean_of_its_tokens(bert, clip, tmp_path):
         load_encoder(str(tmp_path / "empty"), "text")
 
 
+@pytest.mark.extra
 def test_weights_that_the_file_lacks_are_not_made_up(bert, tmp_path):
     from safetensors.torch import load_file, save_file
     folder = shutil.copytree(bert, tmp_path / "bert")
@@ -510,6 +516,7 @@ def test_weights_that_the_file_lacks_are_not_made_up(bert, tmp_path):
         load_encoder(str(folder), "text")
 
 
+@pytest.mark.extra
 def test_only_safetensors_are_read(bert, tmp_path):
     from safetensors.torch import load_file
     folder = shutil.copytree(bert, tmp_path / "bert")
