@@ -75,12 +75,13 @@ def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, capt
     negative = (photo_ids[:, None] != all_ids[None, :]) & (all_ids != LatentQueue.EMPTY)
     left_out = ~negative.clone().fill_diagonal_(True)
     labels = torch.arange(len(negative), device=negative.device)
-    loss = 0.0
-    for rows, columns in ((image_latents, all_texts), (text_latents, all_images)):
-        with torch.autocast(rows.device.type, enabled=False):
-            logits = logit_scale.float().exp() * (rows @ columns.T)
-        logits = logits.masked_fill(left_out, float("-inf"))
-        loss = loss + F.cross_entropy(logits, labels) / 2
+    with torch.autocast(image_latents.device.type, enabled=False):
+        logits_per_image = logit_scale.float().exp() * (image_latents @ all_texts.T)
+        logits_per_text = logits_per_image.T
+        if queue is not None:
+            logits_per_text = logit_scale.float().exp() * (text_latents @ all_images.T)
+    loss = sum(F.cross_entropy(logits.masked_fill(left_out, float("-inf")), labels) / 2
+               for logits in (logits_per_image, logits_per_text))
     if caption_contrast:
         contrast = caption_contrast_loss(text_latents, logit_scale, photo_ids)
         loss = loss + caption_contrast * contrast

@@ -106,12 +106,16 @@ class TextEncoder(nn.Module):
 
     def forward(self, text, text_mask=None):
         mask = text != PAD_ID if text_mask is None else text_mask.bool()
+        if not (self.convs or self.blocks):
+            weight = self.token_embedding.weight
+            x = F.embedding_bag(text * mask, weight, mode="mean", padding_idx=PAD_ID)
+            return self.projection(self.norm(x))
         extra = -text.shape[1] % 2 ** len(self.convs)  # up to a length that halves evenly
         text, mask = F.pad(text, (0, extra), value=PAD_ID), F.pad(mask, (0, extra))
         x = self.token_embedding(text)
         for conv in self.convs:
             x, mask = conv(x, mask)
-        if self.blocks:  # a bag of tokens has no use for their order
+        if self.blocks:  # what the convolutions leave has no use for its order
             x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device)
         for block in self.blocks:
             x = block(x, mask=mask[:, None, None, :])

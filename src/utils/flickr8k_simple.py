@@ -254,10 +254,12 @@ class Flickr8kImageTextDataset:
             except ValueError as error:
                 place = place_of_caption(caption_file, self.names[photo], caption)
                 raise DataError(f"{place}: {error}") from None
-        self.text_encoder, self.text_features = text_encoder, None
+        self.text_features = self.tokenize = None
         if text_encoder is not None and text_encoder.frozen:
             texts = [caption[:MAX_LENGTH] for caption in self.captions]
             self.text_features = text_encoder.text_features(store, texts, progress)
+        elif text_encoder is not None:
+            self.tokenize = text_encoder.prepare
 
     def _without(self, names, fault, faulty, place):
         """The names less the faulty ones, {name} or {name: what is wrong}, if that is allowed."""
@@ -303,9 +305,9 @@ class Flickr8kImageTextDataset:
         inputs = {"text": pad_texts([self.texts[i] for i in captions], multiple)}
         if self.text_features is not None:
             inputs["text_features"] = self.text_features[captions]
-        elif self.text_encoder is not None:
-            texts = [self.captions[i][:MAX_LENGTH] for i in captions]
-            inputs["text_features"] = self.text_encoder.prepare(texts)
+        elif self.tokenize is not None:
+            inputs["text_features"] = self.tokenize([self.captions[i][:MAX_LENGTH]
+                                                     for i in captions])
         return inputs
 
     def __len__(self):
