@@ -36,7 +36,8 @@ from src.utils.flickr8k_simple import (
 
 IMAGE, TEXT = "image", "text"
 PROBE_SIZE = 256  # pixels of the blank photos that tell what a transform does
-PHOTO_BATCH, TEXT_BATCH = 32, 128
+PHOTO_BATCH, TEXT_BATCH = 64, 128
+CPU_PHOTO_BATCH = 4  # with more, each layer's output is fetched from the system anew: half as fast
 SAMPLE = 512  # photos and captions whose features standardise those of encoders in training
 
 
@@ -92,9 +93,13 @@ class PretrainedEncoder(nn.Module):
     def forward(self, inputs):
         return self.module(inputs)
 
+    def open(self, path):
+        """A photo file -> what `prepare` takes. Raises DataError as `open_photo` does."""
+        return open_photo(path, 2 * max(self.pixels))
+
     def load(self, path):
-        """A photo file -> (3, H, W). Raises DataError as `open_photo` does."""
-        return self.prepare(open_photo(path, 2 * max(self.pixels)))
+        """A photo file -> (3, H, W)."""
+        return self.prepare(self.open(path))
 
     @torch.no_grad()
     def encode(self, inputs):
@@ -159,17 +164,22 @@ class PhotoFeatures:
 
     def rows(self, paths, num_workers):
         """Yields what `read_photo` gives, for each path."""
-        encoder = self.encoder
-        batches = [paths[i:i + PHOTO_BATCH] for i in range(0, len(paths), PHOTO_BATCH)]
+        encoder, size, load = self.encoder, PHOTO_BATCH, self.encoder.load
+        on_cpu = encoder.device.type == "cpu"
+        if on_cpu:  # where torch in other threads would take the encoder's cores
+            size, load = CPU_PHOTO_BATCH, encoder.open
+        batches = [paths[i:i + size] for i in range(0, len(paths), size)]
         with decoding_threads(num_workers) as pool:
             def read(batch):
-                return [pool.submit(read_photo, path, encoder.load) for path in batch]
+                return [pool.submit(read_photo, path, load) for path in batch]
 
             reading = read(batches[0])
             for ahead in [*batches[1:], []]:
                 batch = [future.result() for future in reading]
                 reading = read(ahead)  # while the encoder computes
                 photos = [photo for photo, _, fault in batch if not fault]
+                if on_cpu:
+                    photos = [encoder.prepare(photo) for photo in photos]
                 rows = iter(self.encode(torch.stack(photos)) if photos else ())
                 for _, digest, fault in batch:
                     yield None if fault else next(rows), digest, fault
