@@ -4,10 +4,10 @@
     python train_flickr8k_sgd.py                        Flickr8k (see download_flickr8k.py)
     torchrun --nproc_per_node=4 train_flickr8k_sgd.py   one process a GPU, which share the batch
 
-Read it from the top: data, model and optimizer, the state that is saved, the step, and the loop,
+Read it from the top: data and model, the step, what comes before the first one, and the loop,
 `fit`. After any interruption, --resume goes on as if nothing had happened: the order of the pairs,
-the crops and the learning rate follow from the seed and the step alone."""
-import functools
+the crops and the learning rate follow from the seed and the step alone, the rest is the state in
+`src/state.py`."""
 import logging
 import math
 import shlex
@@ -16,14 +16,8 @@ import time
 
 import torch
 
-from src.losses import (
-    LatentQueue,
-    PairEncoder,
-    contrastive_backward,
-    frozen_statistics,
-    info_nce_loss,
-)
-from src.model import MovingAverage, MultiModalMemoryNetwork
+from src.losses import contrastive_backward, frozen_statistics
+from src.model import MultiModalMemoryNetwork
 from src.pretrained import Encoders, load_encoders
 from src.settings import (
     UsageError,
@@ -34,6 +28,7 @@ from src.settings import (
     find_device,
     parse_args,
 )
+from src.state import ADVICE, RunState, TrainingError
 from src.utils import checkpoint as files
 from src.utils import distributed, report
 from src.utils.augment import color_jitter, drop_words, normalize, random_resized_crop_and_flip
@@ -53,15 +48,9 @@ from src.utils.tokenizers import build_tokenizer, tokenizer_from_state
 log = logging.getLogger("flickr8k_sgd")
 MEMORY_LOSS_WEIGHT = 0.1
 CLIP_GRAD = 1.0  # largest norm of the gradient
-PROGRESS = ("epoch", "step", "loss_sum", "seconds", "history")  # of a run
 LOG_INTERVAL = 10  # steps between two looks at the loss: sync points
-ADVICE = "the last good checkpoint is kept; a smaller --lr may help"
 CHECKPOINT_INTERVAL = 300  # seconds inside a long epoch, so that a power cut costs minutes
 NO_ENCODERS = Encoders()
-
-
-class TrainingError(Exception):
-    """The run failed while running; exit status 1."""
 
 
 def find_tokenizer(settings, state=None):
@@ -123,99 +112,6 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS):
             encoder.freeze_unused()
         encoders.attach(model, settings)
     return model
-
-
-def build_optimizer(model, settings, fused):
-    """SGD with Nesterov momentum. Weight decay shrinks matrices, not norms, biases and the like; a
-    pretrained encoder's, less than the others as it learns more slowly."""
-    groups = {}
-    for name, parameter in model.named_parameters():
-        part, factor, weight_decay = name.split(".")[0], 1.0, settings.weight_decay
-        if part == "text_encoder":
-            factor = settings.text_lr
-            weight_decay /= factor  # which multiplies it
-        elif part in ("image_backbone", "text_backbone"):
-            factor = settings.finetune
-        key = (factor, weight_decay if parameter.ndim > 1 else 0.0)
-        if parameter.requires_grad:
-            groups.setdefault(key, []).append(parameter)
-    groups = [{"params": parameters, "lr": settings.lr * factor, "weight_decay": weight_decay}
-              for (factor, weight_decay), parameters in groups.items()]
-    groups.sort(key=lambda group: group["lr"] != settings.lr)  # what is logged is --lr's
-    return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=True, fused=fused)
-
-
-def cosine_schedule(warmup, final, total_steps):
-    """-> step -> multiple of the peak learning rate: up in a line over the share `warmup` of the
-    steps, times a cosine from 1 to `final`."""
-    warmup_steps = max(1, round(warmup * total_steps))
-
-    def schedule(step):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / total_steps))
-        return min(1.0, (step + 1) / warmup_steps) * (final + (1 - final) * cosine)
-
-    return schedule
-
-
-class RunState:
-    """A model, what trains it, and how far the run has come; it saves and restores itself.
-    total_steps: of the schedule. optimizer: `build_optimizer`'s by default."""
-
-    def __init__(self, settings, model, tokenizer, device, total_steps, optimizer=None):
-        self.settings, self.model, self.tokenizer, self.device = settings, model, tokenizer, device
-        self.word_start = torch.tensor(tokenizer.word_start, device=device)
-        self.amp_dtype = amp_type(settings)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
-        # A first step that the scaler skips for overflow would leave fused momentum uninitialised.
-        fused = device.type in ("cpu", "cuda") and not self.scaler.is_enabled()
-        self.optimizer = optimizer or build_optimizer(model, settings, fused)
-        schedule = cosine_schedule(settings.warmup, settings.final_lr, total_steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
-        self.ema = MovingAverage(model, settings.ema) if settings.ema else None
-        self.queue = None
-        if settings.queue_size:
-            self.queue = LatentQueue(settings.queue_size, settings.latent_dim).to(device)
-        self.criterion = functools.partial(
-            info_nce_loss, caption_contrast=settings.caption_contrast, queue=self.queue)
-        self.encode = PairEncoder(model, self.amp_dtype)
-        if settings.compile:
-            self.encode.compile()
-        self.encode = distributed.parallel(self.encode, device)
-        self.epoch, self.step, self.loss_sum, self.seconds, self.history = 1, 0, 0.0, 0.0, []
-
-    @property
-    def kept(self):
-        """The model that is validated and kept: the moving average, where there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    def parts(self):
-        names = ("model", "ema", "queue", "optimizer", "scaler", "scheduler")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def state_dict(self):
-        """What --resume needs. Raises TrainingError for weights that are not finite."""
-        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            raise TrainingError(f"the weights are no longer finite in epoch {self.epoch}, step "
-                                f"{self.step}; {ADVICE}")
-        state = {f"{name}_state_dict": part.state_dict() for name, part in self.parts().items()}
-        state |= {name: getattr(self, name) for name in PROGRESS}
-        return state | {"tokenizer": self.tokenizer.state_dict()}
-
-    def load_state_dict(self, state):
-        """Raises UsageError for the state of another model."""
-        fused = self.optimizer.param_groups[0]["fused"]
-        try:
-            for name, part in self.parts().items():
-                saved = state[f"{name}_state_dict"]
-                if name != "scaler" or saved:  # empty where the device before needed none
-                    part.load_state_dict(saved)
-        except (KeyError, RuntimeError, ValueError):
-            raise UsageError("the checkpoint is of another model than the config beside it"
-                             ) from None
-        for group in self.optimizer.param_groups:  # as it suits this device
-            group["fused"] = fused
-        for name in PROGRESS:
-            setattr(self, name, state[name])
 
 
 def augment(run, batch):
@@ -303,18 +199,18 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
 
 
 def epoch_seconds(run, splits):
-    """About how long an epoch of fine-tuning will take, by one photo in a hundred."""
+    """About how long an epoch of fine-tuning will take, by a few photos; nothing is learned."""
     data, settings = splits["train"], run.settings
-    batch = share_of_epoch(data, settings, 1)[0][:10 * settings.captions_per_image]
+    pairs = max(20 * settings.captions_per_image, 2 * settings.chunk_size)
+    pairs = share_of_epoch(data, settings, 1)[0][:pairs]
     for _ in range(2):  # the first warms up
         began = time.time()
-        part = next(iterate_batches(data, data.photos, [batch], run.device))
-        augment(run, part)
+        batch = next(iterate_batches(data, data.photos, [pairs], run.device))
+        augment(run, batch)
         with frozen_statistics(run.encode):
-            outputs = run.encode(part["images"], part["text"], part.get("text_features"))
-        (outputs[0].sum() + outputs[1].sum()).backward()
+            contrastive_backward(run.encode, batch, MEMORY_LOSS_WEIGHT, settings.chunk_size)
         seconds = time.time() - began
-    return seconds * len(data) / len(batch)
+    return seconds * len(data) / len(pairs)
 
 
 def resume_schedule(run, epochs_before):

@@ -27,6 +27,7 @@ import train_flickr8k_sgd as training
 from src import settings as options
 from src.losses import PairEncoder
 from src.pretrained import load_encoders
+from src.state import RunState
 from src.utils.augment import MEAN, STD
 from src.utils.checkpoint import HISTORY, load_json, save_json
 from src.utils.flickr8k_simple import epoch_batches, iterate_batches, pad_texts, place_photos
@@ -139,7 +140,7 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
     model = training.build_model(settings, tokenizer, encoders)
     layout = torch.contiguous_format if plain else torch.channels_last
     model.to(device, memory_format=layout).train()
-    run = training.RunState(settings, model, tokenizer, device, total_steps=1_000_000)
+    run = RunState(settings, model, tokenizer, device, total_steps=1_000_000)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     batches = plain_batches(data, settings) if plain else stored_batches(data, settings)

@@ -17,6 +17,7 @@ from torch import nn
 
 import train_flickr8k_sgd as training
 from src import settings
+from src.state import RunState
 from src.utils.checkpoint import CheckpointError, load_json, save_json
 from src.utils.flickr8k_simple import epoch_batches, iterate_batches, place_photos
 from src.utils.layouts import DataError
@@ -81,7 +82,7 @@ def train(name, lr, seed, sgd_lr, chosen, splits, tokenizer):
 
     total_steps = len(batches_of(1)) * chosen.epochs
     optimizer = make_optimizer(name, model, lr, sgd_lr)
-    run = training.RunState(chosen, model, tokenizer, device, total_steps, optimizer)
+    run = RunState(chosen, model, tokenizer, device, total_steps, optimizer)
     finite, seconds = True, []
     for epoch in range(1, chosen.epochs + 1):
         start, losses = time.perf_counter(), []

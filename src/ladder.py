@@ -13,6 +13,7 @@ from pathlib import Path
 
 import train_flickr8k_sgd as training
 from src.settings import PRESETS, REFERENCE, Parser, UsageError, make_settings, text
+from src.state import TrainingError
 from src.utils.checkpoint import CONFIG, TEST, CheckpointError, load_run
 from src.utils.report import markdown_table, prepare_output
 
@@ -66,7 +67,7 @@ def run(command, output_dir):
             process.wait()
             raise
         if status:
-            raise training.TrainingError(f"the training ended with exit status {status}: "
+            raise TrainingError(f"the training ended with exit status {status}: "
                                          f"{' '.join(command)}")
     return load_run(output_dir)
 
@@ -123,7 +124,7 @@ def main(argv=None):
         signal.signal(number, signal.default_int_handler)
     try:
         run_rows(args, results)
-    except (CheckpointError, UsageError, training.TrainingError) as error:
+    except (CheckpointError, UsageError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:

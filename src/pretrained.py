@@ -58,8 +58,9 @@ class PretrainedEncoder(nn.Module):
 
     def __init__(self, name, kind, module, prepare, source="", logit_scale=None):
         super().__init__()
-        self.name, self.kind, self.module, self.prepare = name, kind, module.eval(), prepare
+        self.name, self.kind, self.module, self.prepare = name, kind, module, prepare
         self.logit_scale = logit_scale
+        self.train()
         weights = hashlib.sha256()
         for key, value in sorted(module.state_dict().items()):
             weights.update(key.encode())
@@ -89,6 +90,11 @@ class PretrainedEncoder(nn.Module):
         photo = self.prepare(Image.new("RGB", (PROBE_SIZE, PROBE_SIZE), (level, level, level)))
         self.pixels = tuple(photo.shape[1:])
         return photo[None]
+
+    def train(self, mode=True):
+        """In training, too, batch norm keeps the statistics that it came with, and nothing is left
+        to chance: a chunk of a batch is encoded as in the whole."""
+        return super().train(False)
 
     def forward(self, inputs):
         return self.module(inputs)
@@ -277,7 +283,6 @@ class Encoders:
                      for part in rows.split(PHOTO_BATCH)]
         backbone = model.image_backbone if kind == IMAGE else model.text_backbone
         device = next(model.parameters()).device
-        backbone.eval()
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             return torch.cat([
                 backbone(map_tensors(lambda tensor: tensor.to(device), {"inputs": part})["inputs"])

@@ -21,6 +21,73 @@ OUR_DEPRECATIONS = re.compile(
     rf"^{re.escape(str(REPOSITORY))}.*(Deprecation|Future)Warning", re.MULTILINE
 )
 
+# A user's own encoders of photos and of texts, and functions that give none.
+OWN = '''
+import torch
+from torchvision.transforms import v2
+
+
+class Photos(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(SEED)
+        self.weight = torch.nn.Parameter(torch.randn(24, 3 * 8 * 8, generator=generator) / 8)
+        self.unused = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1) @ self.weight.T
+
+
+class Texts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(SEED)
+        self.table = torch.nn.Parameter(torch.randn(128, 16, generator=generator))
+
+    def forward(self, ids, mask):
+        return (self.table[ids] * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def photos():
+    return Photos(), v2.Compose([v2.Resize((32, 32)), v2.ToImage(),
+                                 v2.ToDtype(torch.float32, scale=True),
+                                 v2.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))])
+
+
+def tokenize(texts):
+    ids = [torch.tensor([min(ord(c), 127) for c in text]) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    return {"ids": ids, "mask": (ids > 0).float()}
+
+
+def texts():
+    return Texts(), tokenize
+
+
+def raises():
+    raise ValueError("no such luck")
+
+
+def wrong():
+    return 3
+
+
+def maps():
+    return torch.nn.Conv2d(3, 4, 3), photos()[1]
+
+
+def infinite():
+    class Infinite(Photos):
+        def forward(self, images):
+            return super().forward(images) * 1e9
+    return Infinite(), photos()[1]
+
+
+def tall():
+    return Photos(), v2.Compose([v2.Resize((32, 16)), photos()[1].transforms[1],
+                                 photos()[1].transforms[2]])
+'''
+
 
 def start_script(*arguments, **options):
     """Start a script as a user would, from the repository's root; -> subprocess.Popen."""
@@ -145,3 +212,11 @@ def real_photos():
     if not (folder / "Flickr8k.token.txt").exists() and not (folder / "captions.txt").exists():
         pytest.skip(f"the real Flickr8k photos are not in {folder} (set FLICKR8K_DIR)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory):
+    """FILE.py of encoders."""
+    path = tmp_path_factory.mktemp("own") / "own.py"
+    path.write_text(OWN.replace("SEED", "0"))
+    return path

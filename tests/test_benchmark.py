@@ -39,6 +39,14 @@ def test_counts_of_arithmetic_grow_with_what_is_encoded(shapes, tmp_path, capsys
     assert flops[1] < 0.8 * flops[0]  # a photo encoded once for five captions
 
 
+def test_features_are_measured_but_not_the_plain_way(shapes, own, tmp_path, capsys):
+    encoders = f"--image_encoder {own}:photos --text_encoder {own}:texts"
+    assert benchmark.main(given(shapes, tmp_path / "b.json", f"--steps 1 {encoders}")) == 0
+    assert json.loads((tmp_path / "b.json").read_text())["ours"]["model FLOP a pair"] > 1e4
+    assert benchmark.main(given(shapes, tmp_path / "b.json", f"--baseline {encoders}")) == 2
+    assert "training from scratch" in capsys.readouterr().err
+
+
 def test_speedrun_stops_at_its_targets(shapes, tmp_path, monkeypatch, capfd):
     long, short = {"epochs": 1000, "lr": 0.05}, {"epochs": 2}
     monkeypatch.setattr(benchmark, "SPEEDRUN_TARGETS", (-1.0, 0.0, 101.0))

@@ -287,3 +287,38 @@ def test_chunks_of_the_real_model(memory_size):
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
     for other in results[1:]:
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(results[0], other))
+
+
+class Mean(torch.nn.Module):
+    """In place of a pretrained text encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = torch.nn.Linear(3, 5)
+
+    def forward(self, inputs):
+        return self.map(inputs["rows"]) * inputs["mask"]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_chunks_take_their_part_of_the_text_features(trained):
+    torch.manual_seed(0)
+    model = MultiModalMemoryNetwork(
+        **model_arguments("tiny"), image_features=7, text_features=5)
+    model.text_backbone = Mean()
+    torch.nn.init.normal_(model.fusion.projection.weight)  # which begins as nothing
+    text_features = torch.randn(12, 5)
+    if trained:
+        text_features = {"rows": torch.randn(12, 3), "mask": torch.rand(12, 1)}
+    batch = {"images": torch.randn(6, 7), "text": torch.randint(1, 34, (12, 16)),
+             "text_features": text_features, "photo_ids": torch.arange(6),
+             "photo_of_pair": torch.arange(6).repeat_interleave(2)}
+    results = []
+    for chunk_size in (0, 4):
+        model.zero_grad()
+        loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size)
+        gradients = [p.grad for p in model.parameters()]
+        assert (model.text_backbone.map.weight.grad is not None) == trained
+        results.append([loss] + [g.clone() for g in gradients if g is not None])
+    assert len(results[0]) == len(results[1])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results))

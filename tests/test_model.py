@@ -7,6 +7,8 @@ import torch
 from src.losses import info_nce_loss
 from src.model import (
     MAX_LOGIT_SCALE,
+    Block,
+    FeatureHead,
     ImageEncoder,
     MultiModalMemoryNetwork,
     TestTimeMemory,
@@ -178,6 +180,50 @@ def test_position_embedding_of_another_size_keeps_what_is_where():
     encoder(torch.zeros(1, 3, 64, 64))
     place = torch.tensor([0.0, 0.25, 0.75, 1.0])
     torch.testing.assert_close(seen[0][0, :, :, 0], 10 * place[:, None] + place)
+
+
+def test_some_tokens_of_a_block_are_those_of_all():
+    torch.manual_seed(0)
+    block, x = Block(8, 2, 1), torch.randn(3, 5, 8)
+    assert torch.allclose(block(x, num_tokens=2), block(x)[:, :2], atol=1e-6)
+
+
+def test_a_bag_of_tokens_is_the_mean_of_the_real_ones():
+    torch.manual_seed(0)
+    encoder = TextEncoder(34, 8, 6, 2, 0)
+    text = torch.tensor([[3, 4, 0, 5, 9], [7, 0, 0, 0, 2]])
+    mask = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]])
+    weight = encoder.token_embedding.weight
+    means = torch.stack([weight[[3, 4, 5]].mean(0), weight[7]])
+    expected = encoder.projection(encoder.norm(means))
+    assert torch.allclose(encoder(text, mask), expected, atol=1e-6)
+
+
+def test_features_are_standardised_and_can_be_given_back():
+    torch.manual_seed(0)
+    features = torch.randn(50, 6) * torch.tensor([1e-3, 1, 5, 100, 2, 0]) + 7
+    head = FeatureHead(6, 6, dropout=0.5).eval()
+    head.standardize(features)
+    standardized = (features - head.mean) / head.std
+    assert torch.allclose(standardized[:, 1:5].std(0), torch.ones(4), atol=1e-4)
+    assert torch.isfinite(standardized).all()  # the last never changes
+    head.standardize(features.half(), identity=True)
+    with torch.autocast("cpu", torch.bfloat16):  # in which it would lose three digits
+        assert torch.allclose(head(features), features, rtol=1e-5)
+    assert not torch.equal(head.train()(features), features)
+
+
+def test_beside_pretrained_features_the_rest_begins_as_nothing():
+    model = tiny(image_features=10, text_features=12).eval()
+    images, text, features = torch.randn(3, 10), batch(batch_size=3)[1], torch.randn(3, 12)
+    expected = model.image_encoder(images), model.text_encoder(text) + model.text_head(features)
+    found = model(images=images), model(text=text, text_features=features)
+    for latents, output in zip(expected, found):
+        assert torch.allclose(output["central_latent"], latents, atol=1e-6)
+    both = model(images=images, text=text, text_features=features)["central_latent"]
+    assert torch.allclose(both, (expected[0] + expected[1]) / 2, atol=1e-6)
+    with pytest.raises(ValueError, match="needs text_features"):
+        model(text=text)
 
 
 def test_refuses_a_width_that_the_heads_do_not_divide():

@@ -22,9 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 import show_flickr8k_results
 import train_flickr8k_sgd as training
+from src import state
 from src.inference import load_bank, load_model
 from src.model import MovingAverage
 from src.settings import make_settings
+from src.state import RunState, cosine_schedule
 from src.utils import augment, retrieval
 from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset, epoch_batches, iterate_batches
@@ -349,7 +351,7 @@ def test_settings_that_cannot_be(shapes, tmp_path, capsys, given, message):
 
 @pytest.mark.parametrize("warmup, final", [(0.1, 0.0), (0.2, 0.3), (0.0, 1.0)])
 def test_learning_rate_rises_to_its_peak_and_falls_to_its_final_share(warmup, final):
-    rates = [training.cosine_schedule(warmup, final, 1000)(step) for step in range(1001)]
+    rates = [cosine_schedule(warmup, final, 1000)(step) for step in range(1001)]
     peak = rates.index(max(rates))
     assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True) and peak <= max(
         1, 1000 * warmup
@@ -436,7 +438,7 @@ def test_a_finished_run_trains_on(shapes, tmp_path, capsys):
     assert history[:2] == two and [row["epoch"] for row in history] == [1, 2, 3, 4, 5]
     # The rates are those of a run that was begun with five epochs.
     settings = make_settings(model="tiny")
-    schedule = training.cosine_schedule(settings.warmup, settings.final_lr, 5 * 20)
+    schedule = cosine_schedule(settings.warmup, settings.final_lr, 5 * 20)
     for row in history[2:]:
         assert row["lr"] == pytest.approx(settings.lr * schedule(20 * row["epoch"] - 1))
     jump = f"the learning rate goes from 0 to {settings.lr * schedule(40):.3g}"
@@ -578,7 +580,7 @@ def start_run(shapes, **given):
     model = training.build_model(settings, tokenizer)
     model.to(settings.device, memory_format=torch.channels_last)
     device = torch.device(settings.device)
-    return training.RunState(settings, model, tokenizer, device, 100), splits
+    return RunState(settings, model, tokenizer, device, 100), splits
 
 
 def test_compiled_once_for_all_lengths_and_chunks(shapes):
@@ -620,7 +622,7 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
     augment._per_channel.cache_clear()
     with FakeTensorMode(), torch.device("cuda"):
         model, other = (training.build_model(settings, tokenizer).train() for _ in range(2))
-        run = training.RunState(settings, model, tokenizer, torch.device("cuda"), 10)
+        run = RunState(settings, model, tokenizer, torch.device("cuda"), 10)
         monkeypatch.setattr(copy, "deepcopy", lambda model: other)  # of the same fake mode
         average = MovingAverage(model, 0.9)
         size = settings.image_size * 8 // 7
@@ -660,7 +662,7 @@ def test_steps_do_not_wait_for_the_gpu(shapes):
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # a skipped first step
 def test_no_fused_optimizer_beside_a_gradient_scaler(shapes, monkeypatch):
     """A first step that the scaler skips leaves momentum untouched, not uninitialised."""
-    monkeypatch.setattr(training, "amp_type", lambda settings: torch.float16)
+    monkeypatch.setattr(state, "amp_type", lambda settings: torch.float16)
     run, _ = start_run(shapes, device="cpu", amp=True)
     assert run.scaler.is_enabled() and not run.optimizer.param_groups[0]["fused"]
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
@@ -680,7 +682,7 @@ def test_a_run_goes_on_in_another_precision(shapes, monkeypatch, first, second):
     """Begun where no loss was scaled, gone on with where it is, and the other way round."""
     runs = []
     for amp_dtype in (first, second):
-        monkeypatch.setattr(training, "amp_type", lambda settings, chosen=amp_dtype: chosen)
+        monkeypatch.setattr(state, "amp_type", lambda settings, chosen=amp_dtype: chosen)
         runs.append(start_run(shapes, device="cpu")[0])
     runs[1].load_state_dict(runs[0].state_dict())
     for run, amp_dtype in zip(runs, (first, second)):

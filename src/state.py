@@ -1,0 +1,110 @@
+"""What trains a model, and how far it has come: all that --resume needs."""
+import functools
+import math
+
+import torch
+
+from src.losses import LatentQueue, PairEncoder, info_nce_loss
+from src.model import MovingAverage
+from src.settings import UsageError, amp_type
+from src.utils import distributed
+
+PROGRESS = ("epoch", "step", "loss_sum", "seconds", "history")  # of a run
+ADVICE = "the last good checkpoint is kept; a smaller --lr may help"
+
+
+class TrainingError(Exception):
+    """The run failed while running; exit status 1."""
+
+
+def build_optimizer(model, settings, fused):
+    """SGD with Nesterov momentum. Weight decay shrinks matrices, not norms, biases and the like; a
+    pretrained encoder's, less than the others as it learns more slowly."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        part, factor, weight_decay = name.split(".")[0], 1.0, settings.weight_decay
+        if part == "text_encoder":
+            factor = settings.text_lr
+            weight_decay /= factor  # which multiplies it
+        elif part in ("image_backbone", "text_backbone"):
+            factor = settings.finetune
+        key = (factor, weight_decay if parameter.ndim > 1 else 0.0)
+        if parameter.requires_grad:
+            groups.setdefault(key, []).append(parameter)
+    groups = [{"params": parameters, "lr": settings.lr * factor, "weight_decay": weight_decay}
+              for (factor, weight_decay), parameters in groups.items()]
+    groups.sort(key=lambda group: group["lr"] != settings.lr)  # what is logged is --lr's
+    return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=True, fused=fused)
+
+
+def cosine_schedule(warmup, final, total_steps):
+    """-> step -> multiple of the peak learning rate: up in a line over the share `warmup` of the
+    steps, times a cosine from 1 to `final`."""
+    warmup_steps = max(1, round(warmup * total_steps))
+
+    def schedule(step):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / total_steps))
+        return min(1.0, (step + 1) / warmup_steps) * (final + (1 - final) * cosine)
+
+    return schedule
+
+
+class RunState:
+    """A model, what trains it, and how far the run has come; it saves and restores itself.
+    total_steps: of the schedule. optimizer: `build_optimizer`'s by default."""
+
+    def __init__(self, settings, model, tokenizer, device, total_steps, optimizer=None):
+        self.settings, self.model, self.tokenizer, self.device = settings, model, tokenizer, device
+        self.word_start = torch.tensor(tokenizer.word_start, device=device)
+        self.amp_dtype = amp_type(settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        # A first step that the scaler skips for overflow would leave fused momentum uninitialised.
+        fused = device.type in ("cpu", "cuda") and not self.scaler.is_enabled()
+        self.optimizer = optimizer or build_optimizer(model, settings, fused)
+        schedule = cosine_schedule(settings.warmup, settings.final_lr, total_steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        self.ema = MovingAverage(model, settings.ema) if settings.ema else None
+        self.queue = None
+        if settings.queue_size:
+            self.queue = LatentQueue(settings.queue_size, settings.latent_dim).to(device)
+        self.criterion = functools.partial(
+            info_nce_loss, caption_contrast=settings.caption_contrast, queue=self.queue)
+        self.encode = PairEncoder(model, self.amp_dtype)
+        if settings.compile:
+            self.encode.compile()
+        self.encode = distributed.parallel(self.encode, device)
+        self.epoch, self.step, self.loss_sum, self.seconds, self.history = 1, 0, 0.0, 0.0, []
+
+    @property
+    def kept(self):
+        """The model that is validated and kept: the moving average, where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def parts(self):
+        names = ("model", "ema", "queue", "optimizer", "scaler", "scheduler")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def state_dict(self):
+        """What --resume needs. Raises TrainingError for weights that are not finite."""
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise TrainingError(f"the weights are no longer finite in epoch {self.epoch}, step "
+                                f"{self.step}; {ADVICE}")
+        state = {f"{name}_state_dict": part.state_dict() for name, part in self.parts().items()}
+        state |= {name: getattr(self, name) for name in PROGRESS}
+        return state | {"tokenizer": self.tokenizer.state_dict()}
+
+    def load_state_dict(self, state):
+        """Raises UsageError for the state of another model."""
+        fused = self.optimizer.param_groups[0]["fused"]
+        try:
+            for name, part in self.parts().items():
+                saved = state[f"{name}_state_dict"]
+                if name != "scaler" or saved:  # empty where the device before needed none
+                    part.load_state_dict(saved)
+        except (KeyError, RuntimeError, ValueError):
+            raise UsageError("the checkpoint is of another model than the config beside it"
+                             ) from None
+        for group in self.optimizer.param_groups:  # as it suits this device
+            group["fused"] = fused
+        for name in PROGRESS:
+            setattr(self, name, state[name])
