@@ -162,6 +162,10 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     """-> (run, splits), ready for the loop, and the run's folder with its config."""
     rank, world = distributed.rank_and_world()
     encoders = load_encoders(settings, device)
+    for encoder in encoders:
+        does = "once, into a store" if encoder.frozen else "in every step, and is trained"
+        what = "photo" if encoder.kind == "image" else "caption"
+        log.info(f"{encoder.name} encodes every {what} {does}: {encoder.width} features")
     with distributed.main_process_first():  # which makes the stores
         tokenizer = find_tokenizer(settings, checkpoint and checkpoint["tokenizer"])
         torch.manual_seed(settings.seed)

@@ -215,7 +215,7 @@ class FeatureHead(nn.Module):
     def standardize(self, features, identity=False):
         """Take mean and deviation of features (N, width). identity: begin by giving back what comes
         in; latent_dim must be width."""
-        features = features.float()
+        features = features.to(self.mean.device).float()
         self.mean.copy_(features.mean(0))
         std = features.std(0)
         self.std.copy_(std.clamp(min=0.01 * std.square().mean().sqrt()))  # some are always zero

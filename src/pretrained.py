@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
@@ -38,7 +39,7 @@ IMAGE, TEXT = "image", "text"
 PROBE_SIZE = 256  # pixels of the blank photos that tell what a transform does
 PHOTO_BATCH, TEXT_BATCH = 64, 128
 CPU_PHOTO_BATCH = 4  # with more, each layer's output is fetched from the system anew: half as fast
-SAMPLE = 512  # photos and captions whose features standardise those of encoders in training
+SAMPLE, SAMPLE_BATCH = 512, 32  # whose features standardise those of encoders in training
 
 
 def reason(error):
@@ -110,7 +111,7 @@ class PretrainedEncoder(nn.Module):
     @torch.no_grad()
     def encode(self, inputs):
         """-> features float16, an array (B, width)."""
-        inputs = map_tensors(lambda tensor: tensor.to(self.device), {"inputs": inputs})["inputs"]
+        inputs = map_tensors(lambda tensor: tensor.to(self.device), inputs)
         if self.kind == IMAGE:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         amp = self.amp_dtype is not None
@@ -252,13 +253,17 @@ class Encoders:
     def initialize(self, model, train, amp_dtype):
         """Standardise the features by those of a training split; where both are of one contrastive
         model, the model begins as that."""
-        device = next(model.parameters()).device
         if self.image is not None:
-            features = self._sample(model, train, amp_dtype, IMAGE)
-            model.image_encoder.standardize(features.to(device), identity=self.pair)
+            features = train.photos[:, 0] if self.image.frozen else self._sample(
+                model.image_backbone, len(train.photos), amp_dtype,
+                lambda rows: normalize(F.interpolate(
+                    train.photos[rows], self.image.pixels, mode="bicubic", antialias=True)))
+            model.image_encoder.standardize(features, identity=self.pair)
         if self.text is not None:
-            features = self._sample(model, train, amp_dtype, TEXT)
-            model.text_head.standardize(features.to(device), identity=self.pair)
+            features = train.text_features if self.text.frozen else self._sample(
+                model.text_backbone, len(train), amp_dtype,
+                lambda rows: train.text_inputs(rows.tolist())["text_features"])
+            model.text_head.standardize(features, identity=self.pair)
         if self.pair:
             with torch.no_grad():
                 model.text_encoder.projection.weight.zero_()
@@ -267,26 +272,14 @@ class Encoders:
                 model.clamp_logit_scale_()
 
     @torch.no_grad()
-    def _sample(self, model, train, amp_dtype, kind):
-        """Features (N, width) of the training split; of SAMPLE photos or captions, evenly spread,
-        where they are not in the store."""
-        total = len(train.photos) if kind == IMAGE else len(train)
-        rows = torch.linspace(0, total - 1, min(SAMPLE, total)).long()
-        if kind == IMAGE:
-            if self.image.frozen:
-                return train.photos[:, 0]
-            parts = [normalize(train.photos[part]) for part in rows.split(PHOTO_BATCH)]
-        else:
-            if self.text.frozen:
-                return train.text_features
-            parts = [train.text_inputs(part.tolist())["text_features"]
-                     for part in rows.split(PHOTO_BATCH)]
-        backbone = model.image_backbone if kind == IMAGE else model.text_backbone
-        device = next(model.parameters()).device
+    def _sample(self, backbone, total, amp_dtype, inputs):
+        """Features of SAMPLE photos or captions, evenly spread, which `inputs(rows)` gives."""
+        device = next(backbone.parameters()).device
+        rows, parts = torch.linspace(0, total - 1, min(SAMPLE, total)).long(), []
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            return torch.cat([
-                backbone(map_tensors(lambda tensor: tensor.to(device), {"inputs": part})["inputs"])
-                for part in parts])
+            for part in rows.split(SAMPLE_BATCH):
+                parts.append(backbone(map_tensors(lambda tensor: tensor.to(device), inputs(part))))
+        return torch.cat(parts)
 
 
 def load_encoders(settings, device=None):

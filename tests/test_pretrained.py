@@ -415,6 +415,25 @@ def test_epoch_0_can_be_the_best(clip, shapes, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.extra
+def test_a_contrastive_pair_is_finetuned(clip, shapes, tmp_path):
+    folder = tmp_path / "run"
+    given = ["--image_encoder", clip, "--text_encoder", clip, "--finetune", 0.1]
+    assert main(*arguments(shapes, folder, *given, epochs=1)) == 0
+    weights = load_checkpoint(folder / BEST, ["config"])["model_state_dict"]
+    model, tokenizer, transform = load_model(folder)
+    photos, captions = photos_of_split(shapes, "val")
+    assert embed_photos(model, transform, photos).shape == (len(photos), 12)
+    assert embed_texts(model, tokenizer, captions[0]).shape == (len(captions[0]), 12)
+    # Of each copy of the model, the half that is not used has not been trained.
+    name = "module.model.vision_model.encoder.layers.0.mlp.fc1.weight"
+    image, text = weights[f"image_backbone.1.{name}"], weights[f"text_backbone.{name}"]
+    before = load_encoder(str(clip), "image").state_dict()[name]
+    if load_checkpoint(folder / BEST, ["epoch"])["epoch"] == 1:
+        assert not torch.equal(image, before)
+    assert torch.equal(text, before)
+
+
+@pytest.mark.extra
 def test_a_text_model_gives_the_mean_of_its_tokens(bert, clip, tmp_path):
     encoder = load_encoder(str(bert), "text")
     tokens = encoder.prepare(["a red circle", "a square"])

@@ -350,10 +350,11 @@ def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
     return [batch.tolist() for batch in pairs.split(batch_size) if len(batch) == batch_size]
 
 
-def map_tensors(function, batch):
-    """The function of each tensor in a dict, which may hold dicts of them."""
-    return {name: map_tensors(function, value) if isinstance(value, dict) else function(value)
-            for name, value in batch.items()}
+def map_tensors(function, value):
+    """The function of a tensor, or of each in a dict, which may hold dicts of them."""
+    if isinstance(value, dict):
+        return {name: map_tensors(function, part) for name, part in value.items()}
+    return function(value)
 
 
 def place_photos(photos, device):

@@ -97,13 +97,15 @@ class ProgressLine:
 
     def counter(self, what):
         """-> function(done, total) that says, now and then, how far it is."""
-        shown = 0.0
+        started, shown = {}, 0.0
 
         def update(done, total, unit="photos"):
             nonlocal shown
-            if time.time() - shown > PROGRESS_INTERVAL:
-                shown = time.time()
-                self.update(f"{what}: {done:,} of {total:,} {unit}")
+            now = time.time()
+            seconds = now - started.setdefault(unit, now)
+            if now - shown > PROGRESS_INTERVAL:
+                shown, left = now, duration(seconds * (total - done) / done)
+                self.update(f"{what}: {done:,} of {total:,} {unit}  {left} left")
         return update
 
     def speed(self, steps, remaining_steps, pairs):
