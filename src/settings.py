@@ -134,6 +134,9 @@ PRETRAINED = dict(
     patch_size=16, conv_channels=None, text_conv_layers=0, tokenizer="bpe", dropout=0.5, epochs=10,
     batch_size=1000, captions_per_image=5, lr=0.3, text_lr=1.0, weight_decay=2e-3, temperature=0.07,
     warmup=0.1, final_lr=0.0, ema=0.99, caption_contrast=0.5, eval_size=0)
+# Where both encoders are one contrastive model, which has less to learn. (Chosen with one that this
+# project trained on half of Flickr8k's photos, tuned on the other half: from 24.1 to 27.3.)
+PAIR = PRETRAINED | dict(lr=0.1, dropout=0.2)
 # The run that this project started from; its write-up is silent on temperature and weight decay.
 REFERENCE = dict(
     epochs=30, batch_size=64, captions_per_image=1, caption_contrast=0.0, lr=0.01, text_lr=1.0,
@@ -155,11 +158,13 @@ def make_settings(**given):
     """What is given and not None, the rest by preset, recipe and machine -> Settings."""
     given = {name: value for name, value in given.items() if value is not None}
     synthetic, device = given.get("synthetic", False), given.get("device", default_device())
-    image_encoder = given.get("image_encoder", "")
+    image_encoder, text_encoder = given.get("image_encoder", ""), given.get("text_encoder", "")
     chosen = {"device": device, "model": default_model(synthetic, device, image_encoder)[0],
               "data_dir": "data/synthetic" if synthetic else Settings.data_dir} | given
     recipe = REFERENCE if given.get("recipe") == "reference" else {}
     pretrained = PRETRAINED if image_encoder else {}
+    if image_encoder and image_encoder == text_encoder:
+        pretrained = PAIR
     settings = Settings(**PRESETS[chosen["model"]] | pretrained | recipe | chosen)
     if settings.finetune and not (settings.image_encoder or settings.text_encoder):
         raise UsageError("--finetune needs an --image_encoder or a --text_encoder")

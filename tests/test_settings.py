@@ -7,6 +7,7 @@ import torch
 from src.model import MultiModalMemoryNetwork
 from src.settings import (
     GROUPS,
+    PAIR,
     PRESETS,
     PRETRAINED,
     REFERENCE,
@@ -66,10 +67,20 @@ def test_help_gives_defaults_in_groups(capsys):
     assert set(GROUPS) <= {f.name for f in dataclasses.fields(Settings)}
 
 
+def test_pretrained_encoders_bring_a_recipe_that_flags_change():
+    found = settings("--image_encoder", "resnet50", "--device", "cpu")
+    assert found.model == "small" and found.lr == PRETRAINED["lr"] and found.min_crop == 0.25
+    pair = settings("--image_encoder", "a/b", "--text_encoder", "a/b", "--epochs", "3")
+    assert (pair.lr, pair.dropout, pair.epochs) == (PAIR["lr"], PAIR["dropout"], 3)
+    assert settings("--text_encoder", "a/b", "--model", "small").lr == PRESETS["small"]["lr"]
+    with pytest.raises(UsageError, match="needs an --image_encoder or a --text_encoder"):
+        settings("--finetune", "0.1")
+
+
 def test_presets_and_the_reference_change_settings_that_there_are():
     names = {f.name for f in dataclasses.fields(Settings)}
     assert all(changes.keys() <= names
-               for changes in (*PRESETS.values(), PRETRAINED, REFERENCE))
+               for changes in (*PRESETS.values(), PRETRAINED, PAIR, REFERENCE))
 
 
 def test_the_models_defaults_are_the_preset_base():
