@@ -11,8 +11,10 @@ model, trained with the rest."""
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import logging
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -332,7 +334,8 @@ def load_own(name, kind):
         if not (isinstance(module, nn.Module) and callable(prepare)):
             raise TypeError("it must return a torch.nn.Module and a function")
     except Exception as error:  # it is the user's code
-        raise UsageError(f"--{kind}_encoder {name} fails ({reason(error)})") from None
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise UsageError(f"--{kind}_encoder {name} fails ({reason(error)}, line {line})") from None
     if kind == TEXT:
         module = ByKeyword(module)
     source = function + Path(path).read_text(encoding="utf-8")
@@ -369,13 +372,12 @@ def load_torchvision(name):
 
 class TransformersEncoder(nn.Module):
     """A model of transformers -> its features: of a contrastive model the projected embeddings, of
-    others the pooled features of photos, where the weights hold all that pools, or the mean of the
-    token features."""
+    others the pooled features of photos, where the model pools them, or the mean of the token
+    features."""
 
-    def __init__(self, model, kind, contrastive, has_pooler):
+    def __init__(self, model, kind, contrastive):
         super().__init__()
-        self.model, self.kind = model, kind
-        self.contrastive, self.has_pooler = contrastive, has_pooler
+        self.model, self.kind, self.contrastive = model, kind, contrastive
 
     def forward(self, inputs):
         arguments = {"pixel_values": inputs} if self.kind == IMAGE else inputs
@@ -386,7 +388,7 @@ class TransformersEncoder(nn.Module):
         if isinstance(output, torch.Tensor):  # get_..._features before transformers 5
             return output
         pooled = getattr(output, "pooler_output", None)
-        if pooled is not None and (self.contrastive or (self.kind == IMAGE and self.has_pooler)):
+        if pooled is not None and (self.contrastive or self.kind == IMAGE):
             return pooled.flatten(1)  # some are (B, width, 1, 1)
         tokens = output.last_hidden_state
         if tokens.ndim == 4:  # a convnet's, (B, width, H, W)
@@ -423,8 +425,7 @@ def load_transformers(name, kind):
 
 
 def find_transformers(transformers, name, kind, local_files_only):
-    """-> (model, its image processor or tokenizer, whether it is contrastive, whether its file has
-    all weights)."""
+    """-> (model, its image processor or tokenizer, whether it is contrastive)."""
     options = dict(trust_remote_code=False, local_files_only=local_files_only)
     model, loading = transformers.AutoModel.from_pretrained(
         name, use_safetensors=True, output_loading_info=True, **options)
@@ -434,21 +435,24 @@ def find_transformers(transformers, name, kind, local_files_only):
     missing = [key for key in loading["missing_keys"] if "pooler" not in key]
     if missing:
         raise UsageError(f"{name}: its file lacks weights, such as {missing[0]}")
+    if loading["missing_keys"]:  # what pools was never trained, but made up just now
+        model.pooler = None
     auto = transformers.AutoImageProcessor if kind == IMAGE else transformers.AutoTokenizer
     prepare = auto.from_pretrained(name, **options)
-    return model.float(), prepare, contrastive, not loading["missing_keys"]
+    return model.float(), prepare, contrastive
 
 
-def as_encoder(name, kind, model, prepare, contrastive, has_pooler):
+def as_encoder(name, kind, model, prepare, contrastive):
     """What `find_transformers` gives -> PretrainedEncoder."""
     def transform(photo):
         return prepare(images=photo, return_tensors="pt")["pixel_values"][0]
 
     def tokenize(texts):
-        return dict(prepare(texts, truncation=True, max_length=longest, padding=padding,
-                            return_token_type_ids=types, return_tensors="pt"))
+        tokens = prepare(texts, truncation=True, max_length=longest, padding=padding,
+                         return_tensors="pt")
+        return {name: tensor for name, tensor in tokens.items() if name in accepted}
 
-    encoder = TransformersEncoder(model, kind, contrastive, has_pooler)
+    encoder = TransformersEncoder(model, kind, contrastive)
     scale = getattr(model, "logit_scale", None) if contrastive else None
     scale = None if scale is None else scale.item()
     if kind == IMAGE:
@@ -457,7 +461,8 @@ def as_encoder(name, kind, model, prepare, contrastive, has_pooler):
     config = getattr(model.config, "text_config", model.config)
     longest = min(prepare.model_max_length,
                   getattr(config, "max_position_embeddings", sys.maxsize))
-    types = False if contrastive else None  # None: as the tokenizer's own model takes them
+    function = model.get_text_features if contrastive else model.forward
+    accepted = inspect.signature(function).parameters
     # SigLIP was trained with all texts padded to one length.
     padding = "max_length" if "siglip" in config.model_type else True
     if prepare.pad_token is None:

@@ -298,6 +298,7 @@ def test_what_cannot_be_had_is_said_in_a_line(own, shapes, tmp_path, monkeypatch
     def no_network(*arguments, **options):
         raise urllib.error.URLError("no network")
 
+    raises = 1 + OWN.splitlines().index('    raise ValueError("no such luck")')
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)  # as if not installed
@@ -309,7 +310,7 @@ def test_what_cannot_be_had_is_said_in_a_line(own, shapes, tmp_path, monkeypatch
             ("image", "nobody/nothing", "needs transformers"),
             ("text", "nobody/nothing", "pip install -r requirements-extra.txt"),
             ("image", "no_file.py:build", "there is no file no_file.py"),
-            ("image", f"{own}:raises", "no such luck"),
+            ("image", f"{own}:raises", f"no such luck, line {raises}"),
             ("image", f"{own}:absent", "absent"),
             ("image", f"{own}:wrong", "TypeError"),
             ("image", f"{own}:maps", "not give features"),
@@ -439,6 +440,7 @@ def test_a_text_model_gives_the_mean_of_its_tokens(bert, clip, tmp_path):
     tokens = encoder.prepare(["a red circle", "a square"])
     hidden = encoder.module.model(**tokens).last_hidden_state
     assert torch.allclose(encoder(tokens)[1], hidden[1, :3].mean(0), atol=1e-6)
+    assert load_encoder(str(bert), "text").key == encoder.key  # nothing in it is made up
     alone = encoder(encoder.prepare(["a square"]))
     assert torch.allclose(encoder(tokens)[1], alone[0], atol=1e-5)  # whatever the padding
     long = encoder.prepare(["a red circle above " * 20])
