@@ -225,6 +225,8 @@ def add_flag(group, setting):
         default = ", ".join(f"{preset} {value}" for preset, value in values.items())
     elif default is None:
         default = "off" if setting.default is False else setting.default
+    if setting.name in PRETRAINED and str(PRETRAINED[setting.name]) != str(default):
+        default = f"{default}; {PRETRAINED[setting.name]} with --image_encoder"
     options = {"help": f"{about['meaning']} (default: {default})"}
     if setting.type is bool:
         negatable = setting.default is None
