@@ -1,6 +1,5 @@
 """The multimodal memory network: encoders -> test-time memory -> fusion -> one central latent.
 Shapes: B batch, L text tokens, N image tokens, M modalities present, D width."""
-import copy
 import math
 
 import torch
@@ -419,31 +418,3 @@ class MultiModalMemoryNetwork(nn.Module):
     def clamp_logit_scale_(self):
         """Keep the temperature within CLIP's bounds; call it after each optimizer step."""
         self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
-
-
-class MovingAverage:
-    """Exponential moving average of a model's weights and of batch norm's statistics, in `module`.
-    It begins short, over a tenth of the steps so far: a constant decay would carry the random
-    weights of the start along."""
-
-    def __init__(self, model, decay):
-        self.module, self.decay, self.steps = copy.deepcopy(model), decay, 0
-
-    def update(self, model):
-        """Take in the model's weights of now; nothing is copied between host and device."""
-        averaged, now = self.module.state_dict(), model.state_dict()
-        floats = [name for name, value in now.items() if value.is_floating_point()]
-        steps = torch.tensor(self.steps)  # on the host
-        share = 1 - ((1 + steps) / (10 + steps)).clamp(max=self.decay).item()
-        torch._foreach_lerp_([averaged[name] for name in floats], [now[name] for name in floats],
-                             share if self.steps else 1.0)
-        for name in now.keys() - set(floats):  # batch norm's counts
-            averaged[name].copy_(now[name])
-        self.steps += 1
-
-    def state_dict(self):
-        return {"steps": self.steps, "module": self.module.state_dict()}
-
-    def load_state_dict(self, state):
-        self.steps = state["steps"]
-        self.module.load_state_dict(state["module"])

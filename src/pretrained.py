@@ -54,10 +54,10 @@ class PretrainedEncoder(nn.Module):
     """An encoder with what it needs before it. `forward` takes photos (B, 3, H, W), or a dict of
     tensors as `prepare` makes it of texts, to features (B, width).
 
-    name: as given. kind: IMAGE or TEXT. module: what computes. prepare: a PIL photo -> (3, H, W),
-    or a list of texts -> dict of tensors (B, ...). source: what the features follow from beside the
-    weights. logit_scale: of a contrastive model, which has one space for photos and texts, else
-    None. Raises UsageError for an encoder that does not do this."""
+    name: as given. kind: IMAGE or TEXT. module: what computes, of texts' tensors by name. prepare:
+    a PIL photo -> (3, H, W), or a list of texts -> dict of tensors (B, ...). source: what features
+    follow from beside the weights. logit_scale: of a contrastive model, which has one space for
+    photos and texts, else None. Raises UsageError for an encoder that does not do this."""
 
     def __init__(self, name, kind, module, prepare, source="", logit_scale=None):
         super().__init__()
@@ -100,7 +100,7 @@ class PretrainedEncoder(nn.Module):
         return super().train(False)
 
     def forward(self, inputs):
-        return self.module(inputs)
+        return self.module(**inputs) if self.kind == TEXT else self.module(inputs)
 
     def open(self, path):
         """A photo file -> what `prepare` takes. Raises DataError as `open_photo` does."""
@@ -336,21 +336,8 @@ def load_own(name, kind):
     except Exception as error:  # it is the user's code
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         raise UsageError(f"--{kind}_encoder {name} fails ({reason(error)}, line {line})") from None
-    if kind == TEXT:
-        module = ByKeyword(module)
     source = function + Path(path).read_text(encoding="utf-8")
     return PretrainedEncoder(name, kind, module.float(), prepare, source)
-
-
-class ByKeyword(nn.Module):
-    """A module that takes its tensors by name, as one that takes a dict."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs):
-        return self.module(**inputs)
 
 
 def load_torchvision(name):
@@ -379,24 +366,23 @@ class TransformersEncoder(nn.Module):
         super().__init__()
         self.model, self.kind, self.contrastive = model, kind, contrastive
 
-    def forward(self, inputs):
-        arguments = {"pixel_values": inputs} if self.kind == IMAGE else inputs
+    def forward(self, images=None, **tokens):
         function = self.model
         if self.contrastive:
             function = getattr(self.model, f"get_{self.kind}_features")
-        output = function(**arguments)
+        output = function(**tokens) if images is None else function(pixel_values=images)
         if isinstance(output, torch.Tensor):  # get_..._features before transformers 5
             return output
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None and (self.contrastive or self.kind == IMAGE):
             return pooled.flatten(1)  # some are (B, width, 1, 1)
-        tokens = output.last_hidden_state
-        if tokens.ndim == 4:  # a convnet's, (B, width, H, W)
-            return tokens.mean((2, 3))
+        hidden = output.last_hidden_state
+        if hidden.ndim == 4:  # a convnet's, (B, width, H, W)
+            return hidden.mean((2, 3))
         if self.kind == IMAGE:
-            return tokens.mean(1)
-        real = inputs["attention_mask"][:, :, None].to(tokens.dtype)
-        return (tokens * real).sum(1) / real.sum(1)
+            return hidden.mean(1)
+        real = tokens["attention_mask"][:, :, None].to(hidden.dtype)
+        return (hidden * real).sum(1) / real.sum(1)
 
 
 def load_transformers(name, kind):
@@ -411,21 +397,19 @@ def load_transformers(name, kind):
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         try:  # what is there is used without asking the hub
-            found = find_transformers(transformers, name, kind, local_files_only=True)
+            return find_transformers(transformers, name, kind, local_files_only=True)
         except OSError:
             if Path(name).is_dir():
                 raise
-            found = find_transformers(transformers, name, kind, local_files_only=False)
+            return find_transformers(transformers, name, kind, local_files_only=False)
     except UsageError:
         raise
     except Exception as error:  # OSError, ValueError, ImportError, and what its backends raise
         raise UsageError(f"--{kind}_encoder {name}: transformers finds no such model, neither here "
                          f"nor on its hub ({reason(error)})") from None
-    return as_encoder(name, kind, *found)
 
 
 def find_transformers(transformers, name, kind, local_files_only):
-    """-> (model, its image processor or tokenizer, whether it is contrastive)."""
     options = dict(trust_remote_code=False, local_files_only=local_files_only)
     model, loading = transformers.AutoModel.from_pretrained(
         name, use_safetensors=True, output_loading_info=True, **options)
@@ -437,35 +421,32 @@ def find_transformers(transformers, name, kind, local_files_only):
         raise UsageError(f"{name}: its file lacks weights, such as {missing[0]}")
     if loading["missing_keys"]:  # what pools was never trained, but made up just now
         model.pooler = None
-    auto = transformers.AutoImageProcessor if kind == IMAGE else transformers.AutoTokenizer
-    prepare = auto.from_pretrained(name, **options)
-    return model.float(), prepare, contrastive
+    scale = model.logit_scale.item() if contrastive and hasattr(model, "logit_scale") else None
+    encoder = TransformersEncoder(model.float(), kind, contrastive)
 
-
-def as_encoder(name, kind, model, prepare, contrastive):
-    """What `find_transformers` gives -> PretrainedEncoder."""
-    def transform(photo):
-        return prepare(images=photo, return_tensors="pt")["pixel_values"][0]
-
-    def tokenize(texts):
-        tokens = prepare(texts, truncation=True, max_length=longest, padding=padding,
-                         return_tensors="pt")
-        return {name: tensor for name, tensor in tokens.items() if name in accepted}
-
-    encoder = TransformersEncoder(model, kind, contrastive)
-    scale = getattr(model, "logit_scale", None) if contrastive else None
-    scale = None if scale is None else scale.item()
     if kind == IMAGE:
-        source = prepare.to_json_string()
-        return PretrainedEncoder(name, kind, encoder, transform, source, scale)
+        processor = transformers.AutoImageProcessor.from_pretrained(name, **options)
+
+        def transform(photo):
+            return processor(images=photo, return_tensors="pt")["pixel_values"][0]
+
+        return PretrainedEncoder(name, kind, encoder, transform, processor.to_json_string(), scale)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     config = getattr(model.config, "text_config", model.config)
-    longest = min(prepare.model_max_length,
+    longest = min(tokenizer.model_max_length,
                   getattr(config, "max_position_embeddings", sys.maxsize))
-    function = model.get_text_features if contrastive else model.forward
-    accepted = inspect.signature(function).parameters
     # SigLIP was trained with all texts padded to one length.
     padding = "max_length" if "siglip" in config.model_type else True
-    if prepare.pad_token is None:
-        prepare.pad_token = prepare.eos_token
-    source = str(sorted(prepare.get_vocab().items()))
-    return PretrainedEncoder(name, kind, encoder, tokenize, source, scale)
+    function = model.get_text_features if contrastive else model.forward
+    accepted = inspect.signature(function).parameters
+
+    def tokenize(texts):
+        tokens = tokenizer(texts, truncation=True, max_length=longest, padding=padding,
+                           return_tensors="pt")
+        return {name: tensor for name, tensor in tokens.items() if name in accepted}
+
+    vocabulary = str(sorted(tokenizer.get_vocab().items()))
+    return PretrainedEncoder(name, kind, encoder, tokenize, vocabulary, scale)

@@ -1,11 +1,11 @@
 """What trains a model, and how far it has come: all that --resume needs."""
+import copy
 import functools
 import math
 
 import torch
 
 from src.losses import LatentQueue, PairEncoder, info_nce_loss
-from src.model import MovingAverage
 from src.settings import UsageError, amp_type
 from src.utils import distributed
 
@@ -47,6 +47,34 @@ def cosine_schedule(warmup, final, total_steps):
         return min(1.0, (step + 1) / warmup_steps) * (final + (1 - final) * cosine)
 
     return schedule
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights and of batch norm's statistics, in `module`.
+    It begins short, over a tenth of the steps so far: a constant decay would carry the random
+    weights of the start along."""
+
+    def __init__(self, model, decay):
+        self.module, self.decay, self.steps = copy.deepcopy(model), decay, 0
+
+    def update(self, model):
+        """Take in the model's weights of now; nothing is copied between host and device."""
+        averaged, now = self.module.state_dict(), model.state_dict()
+        floats = [name for name, value in now.items() if value.is_floating_point()]
+        steps = torch.tensor(self.steps)  # on the host
+        share = 1 - ((1 + steps) / (10 + steps)).clamp(max=self.decay).item()
+        torch._foreach_lerp_([averaged[name] for name in floats], [now[name] for name in floats],
+                             share if self.steps else 1.0)
+        for name in now.keys() - set(floats):  # batch norm's counts
+            averaged[name].copy_(now[name])
+        self.steps += 1
+
+    def state_dict(self):
+        return {"steps": self.steps, "module": self.module.state_dict()}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+        self.module.load_state_dict(state["module"])
 
 
 class RunState:

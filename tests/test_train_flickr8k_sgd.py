@@ -24,9 +24,8 @@ import show_flickr8k_results
 import train_flickr8k_sgd as training
 from src import state
 from src.inference import load_bank, load_model
-from src.model import MovingAverage
 from src.settings import make_settings
-from src.state import RunState, cosine_schedule
+from src.state import MovingAverage, RunState, cosine_schedule
 from src.utils import augment, retrieval
 from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset, epoch_batches, iterate_batches
