@@ -81,9 +81,10 @@ def load_model(run_dir):
     settings = settings_of(checkpoint["config"], run_dir)
     settings.amp = False
     encoders = load_encoders(settings)
-    if encoders.describe() != checkpoint["config"]["encoders"]:
+    trained_with = checkpoint["config"].get("encoders")
+    if encoders.describe() != trained_with:
         raise CheckpointError(f"{run_dir}: the weights of its pretrained encoders are not those "
-                              f"that it was trained with: {checkpoint['config']['encoders']}")
+                              f"that it was trained with: {trained_with}")
     try:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
         model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments(),
