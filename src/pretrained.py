@@ -284,13 +284,12 @@ class Encoders:
         return torch.cat(parts)
 
 
-def load_encoders(settings, device=None):
+def load_encoders(settings, device=torch.device("cpu")):
     """The encoders that the settings name, on the device -> Encoders, and the settings that follow
     from them. Raises UsageError for one that cannot be had."""
     encoders = Encoders(*(load_encoder(name, kind) if name else None for kind, name in
                           ((IMAGE, settings.image_encoder), (TEXT, settings.text_encoder))))
     for encoder in encoders:
-        device = torch.device("cpu") if device is None else device
         encoder.settle(device, amp_type(settings), frozen=not settings.finetune)
     if encoders.pair:
         settings.latent_dim = encoders.image.width
