@@ -1,6 +1,7 @@
 """Other people's encoders, played by tiny ones of random weights: no download, no network."""
 import json
 import shutil
+import sys
 import urllib.error
 
 import pytest
@@ -10,6 +11,7 @@ import torchvision
 from PIL import Image
 
 import show_flickr8k_results
+import train_flickr8k_sgd as training
 from src import pretrained
 from src.inference import embed_photos, embed_texts, load_model, photos_of_split
 from src.pretrained import PretrainedEncoder, Renormalize, load_encoder, load_encoders
@@ -218,7 +220,7 @@ def test_a_second_run_encodes_nothing_and_gets_the_same(
 def test_resume_ends_with_the_same_weights(trained, shapes, own, tmp_path, monkeypatch):
     calls = []
 
-    def stop_at_second(run, row, end_epoch=main.__globals__["train_flickr8k_sgd"].end_epoch):
+    def stop_at_second(run, row, end_epoch=training.end_epoch):
         end_epoch(run, row)
         calls.append(row["epoch"])
         if len(calls) == 1:
@@ -265,9 +267,8 @@ def test_one_pretrained_encoder_alone(kind, shapes, own, tmp_path):
     best = load_checkpoint(folder / BEST, ["config"])
     assert list(best["config"]["encoders"]) == [kind]
     model, tokenizer, _ = load_model(folder)
-    assert embed_texts(model, tokenizer, ["a red circle"]).shape == (1, model.logit_scale.numel() *
-                                                                     best["config"]["settings"]
-                                                                     ["latent_dim"])
+    width = best["config"]["settings"]["latent_dim"]
+    assert embed_texts(model, tokenizer, ["a red circle"]).shape == (1, width)
 
 
 def test_finetuning_trains_the_encoders_and_keeps_them(shapes, own, tmp_path):
@@ -301,7 +302,7 @@ def test_what_cannot_be_had_is_said_in_a_line(own, shapes, tmp_path, monkeypatch
     raises = 1 + OWN.splitlines().index('    raise ValueError("no such luck")')
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)  # as if not installed
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if not installed
     for kind, name, said in (
             ("image", "resnet51", "no such model (near: resnet50"),
             ("image", "resnet50", "cannot be fetched"),
@@ -386,10 +387,9 @@ def test_a_contrastive_pair_begins_as_itself(clip, shapes, tmp_path, capsys):
     # The model as it is before the first step, in numbers.
     settings = make_settings(**json.loads((folder / CONFIG).read_text())["settings"])
     encoders = load_encoders(settings)
-    from train_flickr8k_sgd import build_model, find_tokenizer, load_data
-    tokenizer = find_tokenizer(settings)
-    splits = load_data(settings, tokenizer, encoders)
-    model = build_model(settings, tokenizer, encoders).eval()
+    tokenizer = training.find_tokenizer(settings)
+    splits = training.load_data(settings, tokenizer, encoders)
+    model = training.build_model(settings, tokenizer, encoders).eval()
     encoders.initialize(model, splits["train"], None)
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-3)  # CLIP's own start
     with torch.no_grad():
@@ -405,7 +405,7 @@ def test_epoch_0_can_be_the_best(clip, shapes, tmp_path, monkeypatch, capsys):
         metrics = validate(run, val)
         return metrics | {"avg_r1": 100.0 if run.epoch == 0 else 0.0}
 
-    validate = main.__globals__["train_flickr8k_sgd"].validate
+    validate = training.validate
     monkeypatch.setattr("train_flickr8k_sgd.validate", worse)
     folder, names = tmp_path / "run", ["--image_encoder", clip, "--text_encoder", clip]
     assert main(*arguments(shapes, folder, *names, epochs=1)) == 0
