@@ -19,15 +19,8 @@ from torchvision.datasets.utils import check_integrity, download_url, extract_ar
 
 from src.settings import Parser, text
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
-from src.utils.layouts import (
-    SPLIT_FILES,
-    DataError,
-    find_caption_file,
-    read_captions,
-    read_split,
-)
+from src.utils.layouts import SPLIT_FILES, DataError, read_folder
 from src.utils.report import ProgressLine, prepare_output
-from src.utils.tokenizers import CharTokenizer
 
 URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 TEXT, PHOTOS = "Flickr8k_text.zip", "Flickr8k_Dataset.zip"
@@ -41,23 +34,24 @@ class DownloadError(Exception):
 
 def check_text(data_dir):
     """-> what is there. Raises DataError unless every photo of a split has captions."""
-    path = find_caption_file(data_dir)
-    captions = read_captions(path)
-    for split in SPLIT_FILES:
-        without = [name for name in read_split(data_dir, split) if name not in captions]
+    folder = read_folder(data_dir)
+    if folder.layout != "Flickr8k":
+        raise DataError(f"{data_dir} holds {folder.layout}, not Flickr8k")
+    for split, names in folder.splits.items():
+        without = [name for name in names if name not in folder.row_of]
         if without:
-            raise DataError(f"{path}: {len(without)} photos of {split} have no captions, among "
-                            f"them {without[0]}")
+            raise DataError(f"{folder.source}: {len(without)} photos of {split} have no captions, "
+                            f"among them {without[0]}")
     return "captions and splits"
 
 
 def check_photos(data_dir):
     """-> what is there. Raises DataError unless every photo opens, by training's loader."""
-    line, photos, captions = ProgressLine(), 0, 0
+    line, folder, photos, captions = ProgressLine(), read_folder(data_dir), 0, 0
     for split in SPLIT_FILES:
         try:
             data = Flickr8kImageTextDataset(  # without a cache: the files themselves are asked
-                data_dir, split, image_size=16, tokenizer=CharTokenizer(), cache=False,
+                folder, split, image_size=16, cache=False,
                 progress=line.counter(f"verifying {split}"))
         finally:
             line.clear()

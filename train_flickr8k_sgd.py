@@ -8,12 +8,14 @@ Read it from the top: data and model, the step, what comes before the first one,
 `fit`. After any interruption, --resume goes on as if nothing had happened: the order of the pairs,
 the crops and the learning rate follow from the seed and the step alone, the rest is the state in
 `src/state.py`."""
+import collections
 import logging
 import math
 import shlex
 import sys
 import time
 
+import numpy as np
 import torch
 
 from src.losses import contrastive_backward, frozen_statistics
@@ -36,11 +38,10 @@ from src.utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoi
 from src.utils.flickr8k_simple import (
     MAX_LENGTH,
     Flickr8kImageTextDataset,
-    epoch_batches,
     iterate_batches,
     place_photos,
 )
-from src.utils.layouts import SPLIT_FILES, DataError
+from src.utils.layouts import SPLIT_FILES, DataError, read_folder
 from src.utils.retrieval import BETA, compare_bank, evaluate, make_bank
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import build_tokenizer, tokenizer_from_state
@@ -53,45 +54,91 @@ CHECKPOINT_INTERVAL = 300  # seconds inside a long epoch, so that a power cut co
 NO_ENCODERS = Encoders()
 
 
-def find_tokenizer(settings, state=None):
-    """That of a checkpoint, or one for the dataset, which is made if it is the built-in."""
+def read_folders(settings):
+    """--data_dir, made if it is the built-in dataset, and each --extra_data -> [Folder]."""
     if settings.synthetic and write_synthetic(settings.data_dir):
         log.info(f"made the built-in dataset in {settings.data_dir}")
-    return build_tokenizer(settings) if state is None else tokenizer_from_state(state)
+    folders = []
+    for root in [settings.data_dir, *settings.extra_data]:
+        folders.append(read_folder(root))
+        for line in folders[-1].describe():
+            log.info(line)
+    return folders
 
 
-def load_data(settings, tokenizer, encoders=NO_ENCODERS):
-    """{split: dataset}, no photo in two of them. Training photos are an eighth larger than the
-    model takes, for the crops to choose from."""
-    line, splits = report.ProgressLine(), {}
-    for split in SPLIT_FILES:
-        size = settings.image_size * 8 // 7 if split == "train" else settings.eval_pixels
-        splits[split] = Flickr8kImageTextDataset(
-            settings.data_dir, split, size, tokenizer, settings.allow_incomplete,
-            num_workers=settings.num_workers,
+def check_folders(settings):
+    """--check: what is there, and how many photos are not."""
+    for folder in read_folders(settings):
+        names = folder.names("all")
+        missing = [name for name in names if not folder.path(name).is_file()]
+        if missing:
+            log.info(f"{len(missing):,} of the {len(names):,} photos are missing in "
+                     f"{folder.photo_folder}, such as {missing[0]}")
+
+
+def load_data(settings, encoders=NO_ENCODERS, tokenizer=None):
+    """-> {split: dataset}, no photo in two of them, and the tokenizer, made of the training
+    captions where none is given. Training photos are an eighth larger than the model takes, for the
+    crops to choose from."""
+    folder, *extra = read_folders(settings)
+    line = report.ProgressLine()
+
+    def load(folder, split, size):
+        data = Flickr8kImageTextDataset(
+            folder, split, size, None, settings.allow_incomplete, num_workers=settings.num_workers,
             progress=line.counter(f"reading {split}"), image_encoder=encoders.image,
             text_encoder=encoders.text)
         line.clear()
-    splits["val"].hold_out([splits["test"]])
-    splits["train"].hold_out([splits["val"], splits["test"]])
+        return data
+
+    training_size = settings.image_size * 8 // 7
+    splits = {split: load(folder, split, training_size if split == "train" else
+                          settings.eval_pixels) for split in SPLIT_FILES}
+    val, test, train = splits["val"], splits["test"], splits["train"]
+    val.hold_out([test])
+    train.hold_out([val, test])
+    for folder in extra:
+        data = load(folder, "all" if settings.extra_all else "train", training_size)
+        join_extra(train, data, [val, test])
+    if len(train.names) < 2:
+        raise DataError(f"{settings.data_dir}: training needs at least two photos")
+    tokenizer = tokenizer or build_tokenizer(settings.tokenizer, train.captions)
     for split, data in splits.items():
+        data.encode(tokenizer)
         if data.left_out:
             log.info(f"{split}: {len(data.left_out)} photos left out, such as {data.left_out[0]}")
-        long = sum(len(caption) > MAX_LENGTH for caption in data.captions)
+        # No character has more than four bytes.
+        long = [i for i in np.nonzero(data.captions.lengths > MAX_LENGTH)[0]
+                if len(data.captions[i]) > MAX_LENGTH]
         if long:
-            log.info(f"{split}: {long} captions are cut to {MAX_LENGTH:,} characters")
-    if len(splits["train"].names) < 2:
-        raise DataError(f"{settings.data_dir}: training needs at least two photos")
-    return splits
+            log.info(f"{split}: {len(long)} captions are cut to {MAX_LENGTH:,} characters")
+    return splits, tokenizer
+
+
+def join_extra(train, extra, held_out):
+    """Add to the training split the pairs of another dataset, less the photos that are in val or
+    test, however they are known, or in training already."""
+    left_out = collections.Counter()
+    for others, where, near in ((held_out, "val or test", True), ([train], "training", False)):
+        copies = extra.copies_in(others, near)
+        left_out.update(f"{how} of a photo in {where}" for _, how in copies.values())
+        extra.leave_out(copies)
+    folder = extra.folders[0]
+    train.join(extra)
+    log.info(f"{folder.root}: {len(extra.names):,} photos with {len(extra):,} captions join the "
+             "training split" + "".join(f"; {n:,} left out: {why}" for why, n in left_out.items()))
+    train.joined.append(
+        {"folder": str(folder.root), "layout": folder.layout, "split": extra.split,
+         "photos": len(extra.names), "captions": len(extra), "left_out": dict(left_out)})
 
 
 def share_of_epoch(data, settings, epoch):
     """This process's pairs of each of an epoch's batches."""
     rank, world = distributed.rank_and_world()
-    batches = epoch_batches(data.photo_of_caption, settings.captions_per_image,
-                            settings.batch_size, settings.seed * 1_000_003 + epoch)
-    share = len(batches[0]) // world
-    return [batch[rank * share:(rank + 1) * share] for batch in batches]
+    batches = data.epoch(settings.captions_per_image, settings.batch_size,
+                         settings.seed * 1_000_003 + epoch)
+    share = batches.shape[1] // world
+    return batches[:, rank * share:(rank + 1) * share]
 
 
 def build_model(settings, tokenizer, encoders=NO_ENCODERS):
@@ -166,15 +213,15 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
         does = "once, into a store" if encoder.frozen else "in every step, and is trained"
         what = "photo" if encoder.kind == "image" else "caption"
         log.info(f"{encoder.name} encodes every {what} {does}: {encoder.width} features")
+    tokenizer = checkpoint and tokenizer_from_state(checkpoint["tokenizer"])
     with distributed.main_process_first():  # which makes the stores
-        tokenizer = find_tokenizer(settings, checkpoint and checkpoint["tokenizer"])
-        torch.manual_seed(settings.seed)
-        model = build_model(settings, tokenizer, encoders)
-        model.to(device, memory_format=torch.channels_last)
-        splits = load_data(settings, tokenizer, encoders)
+        splits, tokenizer = load_data(settings, encoders, tokenizer)
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, tokenizer, encoders)
+    model.to(device, memory_format=torch.channels_last)
     encoders.initialize(model, splits["train"], amp_type(settings))
     batches = share_of_epoch(splits["train"], settings, 1)
-    if not batches[0]:
+    if not batches.numel():
         raise UsageError(f"a batch has fewer pairs than there are processes, {world}")
 
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
@@ -184,6 +231,7 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
         "command": command, "encoders": encoders.describe(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": {name: split.counts() for name, split in splits.items()},
+        "layout": splits["train"].folders[0].layout, "extra_data": splits["train"].joined,
         "fingerprints": {name: split.fingerprint() for name, split in splits.items()}}
     if checkpoint is not None:
         began = checkpoint["config"]
@@ -353,6 +401,9 @@ def main(argv=None):
     output_dir = None
     try:
         settings, output_dir, checkpoint = files.resolve(args)
+        if args.check:
+            check_folders(settings)
+            return 0
         device = find_device(settings.device)
         distributed.start(device)
         allow_fast_kernels(device)

@@ -30,8 +30,8 @@ from src.pretrained import load_encoders
 from src.state import RunState
 from src.utils.augment import MEAN, STD
 from src.utils.checkpoint import HISTORY, load_json, save_json
-from src.utils.flickr8k_simple import epoch_batches, iterate_batches, pad_texts, place_photos
-from src.utils.layouts import DataError, find_photo_folder
+from src.utils.flickr8k_simple import iterate_batches, place_photos
+from src.utils.layouts import DataError
 from src.utils.report import prepare_output
 from src.utils.retrieval import evaluate
 
@@ -82,7 +82,7 @@ class PlainDataset(Dataset):
     """The plain way: a pair's JPEG decoded and augmented each time, its text of 77 tokens."""
 
     def __init__(self, data, settings):
-        self.data, self.folder = data, find_photo_folder(settings.data_dir, data.names)
+        self.data, self.folder = data, data.folders[0]
         self.transform = v2.Compose([
             v2.RandomResizedCrop(settings.image_size, (settings.min_crop, 1.0)),
             v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
@@ -93,9 +93,9 @@ class PlainDataset(Dataset):
 
     def __getitem__(self, i):
         photo = int(self.data.photo_of_caption[i])
-        with Image.open(self.folder / self.data.names[photo]) as image:
+        with Image.open(self.folder.path(self.data.names[photo])) as image:
             image = self.transform(image.convert("RGB"))
-        text = pad_texts([self.data.texts[i]], BASELINE_TOKENS)[0, :BASELINE_TOKENS]
+        text = torch.from_numpy(self.data.texts.padded([i], BASELINE_TOKENS)[0, :BASELINE_TOKENS])
         return image, text, photo
 
 
@@ -116,8 +116,7 @@ def stored_batches(data, settings):
     device = torch.device(settings.device)
     photos = place_photos(data.photos, device)
     for epoch in itertools.count(1):
-        batches = epoch_batches(
-            data.photo_of_caption, settings.captions_per_image, settings.batch_size, epoch)
+        batches = data.epoch(settings.captions_per_image, settings.batch_size, epoch)
         yield from iterate_batches(data, photos, batches, device)
 
 
@@ -162,8 +161,7 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
             training.training_step(run, batch)
 
     seconds = timed(run_steps, device)[0] / steps
-    epoch = epoch_batches(
-        data.photo_of_caption, settings.captions_per_image, settings.batch_size, seed=0)
+    epoch = data.epoch(settings.captions_per_image, settings.batch_size, seed=0)
     pairs, memory, peak = len(epoch[0]), peak_memory(device), peak_flops(device)
     validation, _ = timed(lambda: evaluate(model, splits["val"], run.amp_dtype), device)
     return options.describe(settings, device) | {
@@ -298,8 +296,7 @@ def measure(args, given):
     encoders = load_encoders(settings, device)
     if args.baseline and settings.image_encoder:
         raise options.UsageError("--baseline is of training from scratch, without --image_encoder")
-    tokenizer = training.find_tokenizer(settings)
-    splits = training.load_data(settings, tokenizer, encoders)
+    splits, tokenizer = training.load_data(settings, encoders)
     for kind in ("ours", "plain") if args.baseline else ("ours",):
         results[kind] = measure_training(
             splits, tokenizer, settings, encoders, args.steps, kind == "plain")

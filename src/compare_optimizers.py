@@ -19,7 +19,7 @@ import train_flickr8k_sgd as training
 from src import settings
 from src.state import RunState
 from src.utils.checkpoint import CheckpointError, load_json, save_json
-from src.utils.flickr8k_simple import epoch_batches, iterate_batches, place_photos
+from src.utils.flickr8k_simple import iterate_batches, place_photos
 from src.utils.layouts import DataError
 from src.utils.report import markdown_table, prepare_output
 from src.utils.retrieval import evaluate
@@ -76,8 +76,8 @@ def train(name, lr, seed, sgd_lr, chosen, splits, tokenizer):
     photos = place_photos(data.photos, device)
 
     def batches_of(epoch):  # as many pairs as there are photos
-        batches = epoch_batches(data.photo_of_caption, chosen.captions_per_image,
-                                chosen.batch_size, seed * 1_000_003 + epoch)
+        batches = data.epoch(chosen.captions_per_image, chosen.batch_size,
+                             seed * 1_000_003 + epoch)
         return batches[:max(1, len(data.names) // len(batches[0]))]
 
     total_steps = len(batches_of(1)) * chosen.epochs
@@ -149,8 +149,7 @@ def compare(args):
     results = settings.describe(chosen, device) | {"runs": []}
     if path.exists():
         results = load_json(path)
-    tokenizer = training.find_tokenizer(chosen)
-    splits = training.load_data(chosen, tokenizer)
+    splits, tokenizer = training.load_data(chosen)
     runs, (first, *others) = results["runs"], args.seeds
 
     def run(name, lr, seed, sgd_lr=None):

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from src.model import MultiModalMemoryNetwork
 from src.pretrained import load_encoders
@@ -31,28 +30,16 @@ from src.utils.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from src.utils.flickr8k_simple import (
-    MAX_LENGTH,
-    STORE_VERSION,
-    decoding_threads,
-    load_photo,
-    map_tensors,
-    pad_texts,
-)
-from src.utils.layouts import (
-    DataError,
-    find_caption_file,
-    find_photo_folder,
-    read_captions,
-    read_split,
-)
+from src.utils.flickr8k_simple import MAX_LENGTH, map_tensors
+from src.utils.formats import photo_suffixes
+from src.utils.layouts import DataError, read_folder
+from src.utils.ragged import Ragged
 from src.utils.retrieval import BETA, NEIGHBOUR_WEIGHT, NEIGHBOURS, Bank
+from src.utils.stores import STORE_VERSION, decoding_threads, load_photo
 from src.utils.tokenizers import tokenizer_from_state
 
 CACHE = "embeddings_flickr8k.pt"
 SAVE_INTERVAL = 60  # seconds between two savings of the cache while photos are embedded
-# Formats that Pillow only recognises, or has another program draw.
-NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 
 def load_best(run_dir):
@@ -144,12 +131,12 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
     """Texts, of which MAX_LENGTH characters are read -> (N, latent_dim) on the CPU, of unit length.
     Raises ValueError for one of no tokens."""
     device = next(model.parameters()).device
-    ids = [torch.tensor(tokenizer.encode(text[:MAX_LENGTH])) for text in texts]
+    ids = Ragged.of((tokenizer.encode(text[:MAX_LENGTH]) for text in texts), "H")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     parts = []
     for start in range(0, len(ids), batch_size):
         rows, features = order[start:start + batch_size], None
-        text = pad_texts([ids[i] for i in rows]).to(device)
+        text = torch.from_numpy(ids.padded(rows)).to(device)
         if model.text_backbone is not None:
             features = model.text_backbone.prepare([texts[i][:MAX_LENGTH] for i in rows])
             features = map_tensors(lambda tensor: tensor.to(device), features)
@@ -182,7 +169,8 @@ class EmbeddingCache:
         """(N, latent_dim) of the photos, less those in `faults`, see `embed_in_batches`. What was
         embedded is kept, whatever ends it. `progress(done, total)` is called after each batch.
         Raises DataError where there is nothing to give."""
-        keys, paths = self.keys, [Path(path) for path in paths]
+        keys = self.keys
+        paths = [Path(path) if isinstance(path, str) else path for path in paths]
         for path in paths:
             try:
                 stat = path.stat()
@@ -246,20 +234,13 @@ class EmbeddingCache:
 
 def photos_of_split(data_dir, split):
     """-> ([path of each photo], [its captions]). Raises DataError for what is missing."""
-    names = read_split(data_dir, split)
-    captions = read_captions(find_caption_file(data_dir))
-    folder = find_photo_folder(data_dir, names)
+    folder = read_folder(data_dir)
+    names, captions = folder.splits[split], []
     for name in names:
-        if name not in captions:
+        captions.append(folder.texts_of(name))
+        if not captions[-1]:
             raise DataError(f"{data_dir}: {name} has no captions")
-    return [folder / name for name in names], [captions[name] for name in names]
-
-
-def photo_suffixes():
-    """Of all files that this Pillow reads."""
-    Image.init()
-    readable = (Image.OPEN.keys() | {"MPO"}) - NO_PHOTOS
-    return {suffix for suffix, kind in Image.EXTENSION.items() if kind in readable}
+    return [folder.path(name) for name in names], captions
 
 
 def photos_of_folder(folder, left_out=None):

@@ -27,12 +27,14 @@ from torch import nn
 
 from src.settings import UsageError, amp_type
 from src.utils.augment import normalize
-from src.utils.flickr8k_simple import (
+from src.utils.flickr8k_simple import MAX_LENGTH, map_tensors
+from src.utils.stores import (
     STORE_VERSION,
+    Rows,
     decoding_threads,
-    map_tensors,
+    delete_others,
     open_photo,
-    open_store,
+    open_shard,
     read_photo,
     store_key,
 )
@@ -40,8 +42,10 @@ from src.utils.flickr8k_simple import (
 IMAGE, TEXT = "image", "text"
 PROBE_SIZE = 256  # pixels of the blank photos that tell what a transform does
 PHOTO_BATCH, TEXT_BATCH = 64, 128
+TEXT_SHARD = 10_000  # texts in a file of a store
 CPU_PHOTO_BATCH = 4  # with more, each layer's output is fetched from the system anew: half as fast
 SAMPLE, SAMPLE_BATCH = 512, 32  # whose features standardise those of encoders in training
+STORED_SAMPLE = 50_000  # the same, where features are stored
 
 
 def reason(error):
@@ -132,25 +136,37 @@ class PretrainedEncoder(nn.Module):
         return PhotoFeatures(self, views)
 
     def text_features(self, store, texts, progress=None):
-        """Texts -> features float16 (N, width), kept as `open_store` says. store: path of the file
-        less what encoder and texts add to its name, or None. `progress(done, total, "captions")` is
-        called as texts are encoded."""
+        """Texts -> features of their first MAX_LENGTH characters, float16 `Rows` (N, width).
+
+        store: path that the shards' names begin with, see `open_shard`, or None.
+        `progress(done, total, "captions")` is called as texts are encoded."""
+        parts, paths = [], []
+        for start in range(0, len(texts), TEXT_SHARD):
+            rows = range(start, min(start + TEXT_SHARD, len(texts)))
+            shard = [texts[i][:MAX_LENGTH] for i in rows]
+
+            def write(file, shard=shard, start=start):
+                order = sorted(range(len(shard)), key=lambda i: len(shard[i]))  # little padding
+                features = np.empty((len(shard), self.width), np.float16)
+                for first in range(0, len(shard), TEXT_BATCH):
+                    rows = order[first:first + TEXT_BATCH]
+                    features[rows] = self.encode(self.prepare([shard[i] for i in rows]))
+                    if progress:
+                        progress(start + first + len(rows), len(texts), "captions")
+                file.write(features.tobytes())
+                return {}
+
+            path = None
+            if store is not None:
+                number = start // TEXT_SHARD
+                path = store.with_name(f"{store.name}_{self.store_name}_{number:05d}_"
+                                       f"{store_key(shard)}.float16")
+            content, _ = open_shard(path, len(shard) * self.width * 2, write)
+            parts.append(content.view(np.float16).reshape(-1, self.width))
+            paths.append(path)
         if store is not None:
-            store = store.with_name(f"{store.name}_{self.store_name}_{store_key(texts)}.float16")
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
-
-        def write(file):
-            features = np.empty((len(texts), self.width), np.float16)
-            for start in range(0, len(texts), TEXT_BATCH):
-                rows = order[start:start + TEXT_BATCH]
-                features[rows] = self.encode(self.prepare([texts[i] for i in rows]))
-                if progress:
-                    progress(start + len(rows), len(texts), "captions")
-            file.write(features.tobytes())
-            return {}
-
-        content, _ = open_store(store, len(texts) * self.width * 2, write)
-        return torch.from_numpy(content.view(np.float16).reshape(-1, self.width))
+            delete_others(store.with_name(f"{store.name}_{self.store_name}"), paths)
+        return Rows(parts)
 
     def freeze_unused(self):
         """No gradients for weights that the features do not depend on."""
@@ -173,14 +189,14 @@ class PhotoFeatures:
 
     def rows(self, paths, num_workers):
         """Yields what `read_photo` gives, for each path."""
-        encoder, size, load = self.encoder, PHOTO_BATCH, self.encoder.load
+        encoder, size, prepare = self.encoder, PHOTO_BATCH, self.encoder.prepare
         on_cpu = encoder.device.type == "cpu"
         if on_cpu:  # where torch in other threads would take the encoder's cores
-            size, load = CPU_PHOTO_BATCH, encoder.open
+            size, prepare = CPU_PHOTO_BATCH, lambda photo: photo
         batches = [paths[i:i + size] for i in range(0, len(paths), size)]
         with decoding_threads(num_workers) as pool:
             def read(batch):
-                return [pool.submit(read_photo, path, load) for path in batch]
+                return [pool.submit(read_photo, path, encoder.open, prepare) for path in batch]
 
             reading = read(batches[0])
             for ahead in [*batches[1:], []]:
@@ -190,8 +206,8 @@ class PhotoFeatures:
                 if on_cpu:
                     photos = [encoder.prepare(photo) for photo in photos]
                 rows = iter(self.encode(torch.stack(photos)) if photos else ())
-                for _, digest, fault in batch:
-                    yield None if fault else next(rows), digest, fault
+                for _, known, fault in batch:
+                    yield None if fault else next(rows), known, fault
 
     def encode(self, photos):
         views = [photos, photos.flip(-1)][:self.shape[0]]
@@ -255,14 +271,18 @@ class Encoders:
     def initialize(self, model, train, amp_dtype):
         """Standardise the features by those of a training split; where both are of one contrastive
         model, the model begins as that."""
+        def stored(rows):
+            chosen = np.linspace(0, len(rows) - 1, min(STORED_SAMPLE, len(rows)))
+            return rows[chosen.round()]
+
         if self.image is not None:
-            features = train.photos[:, 0] if self.image.frozen else self._sample(
+            features = stored(train.photos)[:, 0] if self.image.frozen else self._sample(
                 model.image_backbone, len(train.photos), amp_dtype,
                 lambda rows: normalize(F.interpolate(
                     train.photos[rows], self.image.pixels, mode="bicubic", antialias=True)))
             model.image_encoder.standardize(features, identity=self.pair)
         if self.text is not None:
-            features = train.text_features if self.text.frozen else self._sample(
+            features = stored(train.text_features) if self.text.frozen else self._sample(
                 model.text_backbone, len(train), amp_dtype,
                 lambda rows: train.text_inputs(rows.tolist())["text_features"])
             model.text_head.standardize(features, identity=self.pair)

@@ -41,6 +41,9 @@ class Settings:
     data_dir: str = setting("data/flickr8k", "folder of the dataset",
                             auto="data/flickr8k, or data/synthetic with --synthetic")
     synthetic: bool = setting(False, "train on the built-in shapes, made where absent")
+    extra_data: list = setting((), "folders whose training pairs join the training split, less "
+                               "photos of val and test", auto="none")
+    extra_all: bool = setting(False, "all pairs of --extra_data, not those of its training splits")
     allow_incomplete: bool = setting(False, "leave out photos that are missing or unreadable")
     tokenizer: str = setting("bpe", "char: 33 characters; bpe: byte pairs of the captions",
                              choices=("char", "bpe"))
@@ -166,6 +169,9 @@ def make_settings(**given):
     if image_encoder and image_encoder == text_encoder:
         pretrained = PAIR
     settings = Settings(**PRESETS[chosen["model"]] | pretrained | recipe | chosen)
+    settings.extra_data = list(settings.extra_data)
+    if settings.extra_all and not settings.extra_data:
+        raise UsageError("--extra_all needs --extra_data")
     if settings.finetune and not (settings.image_encoder or settings.text_encoder):
         raise UsageError("--finetune needs an --image_encoder or a --text_encoder")
     if settings.amp is None:
@@ -237,6 +243,8 @@ def add_flag(group, setting):
         options["type"] = number(setting.type, about["bounds"])
     else:
         options["type"] = text
+    if setting.type is list:
+        options |= {"nargs": "+", "metavar": "DIR"}
     group.add_argument(f"--{setting.name}", **options)
 
 
@@ -251,7 +259,7 @@ def add_flags(parser):
 
 def parse_args(description, argv=None):
     """The training script's flags -> a namespace of those that were given, for `make_settings`,
-    and of output_dir, resume and overwrite."""
+    and of output_dir, resume, check and overwrite."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     add_flags(parser)
     add = parser.add_argument_group("run").add_argument
@@ -260,6 +268,8 @@ def parse_args(description, argv=None):
     add("--resume", action="store_true", default=False,
         help="go on with the run in --output_dir, with its own settings; with more --epochs, "
         "train on when it is done")
+    add("--check", action="store_true", default=False,
+        help="say what --data_dir holds, its layout, photos, captions and splits, and end")
     add("--overwrite", action="store_true", default=False,
         help="delete the run in --output_dir first")
     args = parser.parse_args(argv)

@@ -11,6 +11,7 @@ from PIL import Image
 
 import train_flickr8k_sgd
 from src.settings import make_settings
+from src.utils.formats import table_rows, token_rows
 from src.utils.layouts import SPLIT_FILES
 from src.utils.synthetic import write_synthetic
 
@@ -156,6 +157,14 @@ def write_dataset(root, counts=None, captions=5):
         (root / SPLIT_FILES[split]).write_text("".join(f"{name}\n" for name in names))
     (root / "Flickr8k.token.txt").write_text("".join(f"{line}\n" for line in lines))
     return root
+
+
+def read_captions(path):
+    """{photo: [captions]} of a file, in its order."""
+    captions = {}
+    for name, caption, _ in (table_rows if path.name == "captions.txt" else token_rows)(path):
+        captions.setdefault(name, []).append(caption)
+    return captions
 
 
 def model_arguments(preset, **changes):

@@ -10,19 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from src.utils import flickr8k_simple
+from src.utils import stores as photo_stores
 from src.utils.flickr8k_simple import (
     MAX_LENGTH,
-    STORE_FOLDER,
     TEXT_BUCKET,
     Flickr8kImageTextDataset,
     epoch_batches,
     iterate_batches,
-    load_photo,
-    pad_texts,
     place_photos,
 )
 from src.utils.layouts import DataError, read_split
+from src.utils.ragged import Ragged
+from src.utils.stores import DIGEST_BYTES, SIGNATURE, STORE_FOLDER, load_photo
 from src.utils.tokenizers import CharTokenizer
 
 
@@ -59,9 +58,9 @@ def test_an_epoch_holds_no_pair_twice_and_captions_of_a_photo_side_by_side(
 ):
     photo_of_caption = torch.arange(30).repeat_interleave(5)
     batches = epoch_batches(photo_of_caption, captions_per_image, 20, seed=3)
-    assert batches == epoch_batches(photo_of_caption, captions_per_image, 20, seed=3)
-    assert batches != epoch_batches(photo_of_caption, captions_per_image, 20, seed=4)
-    pairs = sum(batches, [])
+    assert batches.equal(epoch_batches(photo_of_caption, captions_per_image, 20, seed=3))
+    assert not batches.equal(epoch_batches(photo_of_caption, captions_per_image, 20, seed=4))
+    pairs = batches.flatten().tolist()
     assert len(pairs) == len(set(pairs)) and used - len(pairs) < 20
     assert len({len(batch) for batch in batches}) == 1 and len(batches[0]) <= 20
     group = min(captions_per_image, 5)
@@ -86,15 +85,15 @@ def test_a_step_has_as_many_pairs_as_asked(counts, captions_per_image, batch_siz
     for seed in range(5):
         batches = epoch_batches(photo_of_caption, captions_per_image, batch_size, seed)
         assert [len(batch) for batch in batches] == [pairs] * steps
-        assert len(set(sum(batches, []))) == pairs * steps
+        assert len(batches.unique()) == pairs * steps
         photos = [len(photo_of_caption[batch].unique()) for batch in batches]
         assert min(photos) > 1 or batch_size == 2  # whose two may be of one photo by chance
 
 
 def test_texts_are_padded_to_the_longest():
-    texts = [torch.tensor([5, 6, 7]), torch.tensor([8])]
-    assert pad_texts(texts).tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert pad_texts(texts, 4).tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
+    texts = Ragged.of([[9], [5, 6, 7], [8]], "H")
+    assert texts.padded([1, 2]).tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert texts.padded([2, 1], 4).tolist() == [[8, 0, 0, 0], [5, 6, 7, 0]]
 
 
 def test_every_caption_has_its_turn_over_the_epochs():
@@ -103,7 +102,7 @@ def test_every_caption_has_its_turn_over_the_epochs():
         pair
         for seed in range(20)
         for batch in epoch_batches(photo_of_caption, 2, 4, seed)
-        for pair in batch
+        for pair in batch.tolist()
     }
     assert seen == set(range(50))
 
@@ -370,10 +369,11 @@ def test_nothing_usable_is_refused_even_when_incomplete_is_allowed(dataset_dir):
 
 
 def test_missing_parts_are_named(tmp_path, dataset_dir):
-    with pytest.raises(DataError, match="no captions, neither"):
-        dataset(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no captions in a layout known here"):
+        dataset(tmp_path / "empty")
     (dataset_dir / "Flicker8k_Dataset").rename(dataset_dir / "elsewhere")
-    with pytest.raises(DataError, match="no folder of photos"):
+    with pytest.raises(DataError, match="6 of the 6 photos of train are missing"):
         dataset(dataset_dir)
 
 
@@ -395,12 +395,12 @@ def stores(root):
 
 
 def decoded(monkeypatch):
-    """The names that `load_photo` is asked for from now on."""
-    names = []
+    """The names of the photos that are opened from now on."""
+    names, open_photo = [], photo_stores.open_photo
     monkeypatch.setattr(
-        flickr8k_simple,
-        "load_photo",
-        lambda path, size: (names.append(path.name), load_photo(path, size))[1],
+        photo_stores,
+        "open_photo",
+        lambda path, size: (names.append(path.name), open_photo(path, size))[1],
     )
     return names
 
@@ -410,17 +410,18 @@ def test_photos_are_decoded_once(dataset_dir, monkeypatch):
     first = dataset(dataset_dir)
     assert sorted(names) == first.names and len(stores(dataset_dir)) == 1
     again = dataset(dataset_dir)
-    assert len(names) == 6 and torch.equal(again.photos, first.photos)
-    assert torch.equal(again.photos, dataset(dataset_dir, cache=False).photos) and len(names) == 12
+    assert len(names) == 6 and torch.equal(again.photos[:], first.photos[:])
+    assert torch.equal(again.photos[:], dataset(dataset_dir, cache=False).photos[:])
+    assert len(names) == 12
     dataset(dataset_dir, "val")
     dataset(dataset_dir, image_size=8)
     assert len(stores(dataset_dir)) == 3  # one a split and size
 
 
-def test_rows_of_an_opened_store_may_be_written_and_the_file_stays(dataset_dir):
-    before = dataset(dataset_dir).photos.clone()
-    dataset(dataset_dir).photos[0] = 7
-    assert torch.equal(dataset(dataset_dir).photos, before)
+def test_rows_that_were_read_may_be_written_and_the_file_stays(dataset_dir):
+    before = dataset(dataset_dir).photos[:]
+    dataset(dataset_dir).photos[:].fill_(7)
+    assert torch.equal(dataset(dataset_dir).photos[:], before)
 
 
 @pytest.mark.parametrize("change", ["content", "time", "name", "split file", "version"])
@@ -439,7 +440,7 @@ def test_a_change_makes_the_store_anew(dataset_dir, monkeypatch, change):
             "".join(f"{name}\n" for name in before.names[:5])
         )
     else:
-        monkeypatch.setattr(flickr8k_simple, "STORE_VERSION", -1)
+        monkeypatch.setattr(photo_stores, "STORE_VERSION", -1)
     old, names = stores(dataset_dir), decoded(monkeypatch)
     after = dataset(dataset_dir)
     assert (
@@ -447,7 +448,7 @@ def test_a_change_makes_the_store_anew(dataset_dir, monkeypatch, change):
         and len(stores(dataset_dir)) == 1
         and stores(dataset_dir) != old
     )
-    assert torch.equal(after.photos, dataset(dataset_dir, cache=False).photos)
+    assert torch.equal(after.photos[:], dataset(dataset_dir, cache=False).photos[:])
     assert torch.equal(after.photos[2], before.photos[2]) == (change != "content")
 
 
@@ -455,18 +456,20 @@ def test_a_half_written_store_is_never_used(dataset_dir, monkeypatch):
     def failing(path, size):
         if path.name == "1004_abc.jpg":
             raise KeyboardInterrupt
-        return load_photo(path, size)
+        return open_photo(path, size)
 
+    open_photo = photo_stores.open_photo
     with monkeypatch.context() as context:
-        context.setattr(flickr8k_simple, "load_photo", failing)
+        context.setattr(photo_stores, "open_photo", failing)
         with pytest.raises(KeyboardInterrupt):
             dataset(dataset_dir)
     assert stores(dataset_dir) == []
-    whole = dataset(dataset_dir).photos.clone()
+    whole = dataset(dataset_dir).photos[:]
     path = dataset_dir / STORE_FOLDER / stores(dataset_dir)[0]
     path.write_bytes(path.read_bytes()[:-1])  # cut off by something else
-    assert torch.equal(dataset(dataset_dir).photos, whole)
-    assert path.stat().st_size == whole.numel() + 32 * len(whole)  # and a digest a photo
+    assert torch.equal(dataset(dataset_dir).photos[:], whole)
+    assert path.stat().st_size == whole.numel() + len(whole) * (
+        DIGEST_BYTES + np.prod(SIGNATURE))
 
 
 def test_what_a_kill_left_behind_goes_but_not_what_another_process_writes(dataset_dir):
@@ -490,12 +493,14 @@ def test_a_damaged_photo_is_not_cached(dataset_dir):
     (dataset_dir / "Flicker8k_Dataset" / "1003_abc.jpg").write_bytes(b"")
     data = dataset(dataset_dir, allow_incomplete=True)
     assert stores(dataset_dir) == [] and len(data.photos) == 5
-    assert torch.equal(data.photos, dataset(dataset_dir, allow_incomplete=True, cache=False).photos)
+    assert torch.equal(
+        data.photos[:], dataset(dataset_dir, allow_incomplete=True, cache=False).photos[:])
 
 
 def test_a_folder_that_cannot_be_written_is_read_all_the_same(dataset_dir):
     (dataset_dir / STORE_FOLDER).write_text("in the way")
-    assert torch.equal(dataset(dataset_dir).photos, dataset(dataset_dir, cache=False).photos)
+    assert torch.equal(
+        dataset(dataset_dir).photos[:], dataset(dataset_dir, cache=False).photos[:])
 
 
 def test_a_full_disk_is_said(dataset_dir, monkeypatch):
@@ -503,7 +508,7 @@ def test_a_full_disk_is_said(dataset_dir, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="No space left on device; the store takes 0 MB"):
+    with pytest.raises(DataError, match="No space left on device; the shard takes 0 MB"):
         dataset(dataset_dir)
     assert stores(dataset_dir) == []
 
@@ -521,10 +526,8 @@ def test_batches_hold_each_photo_once_with_its_captions(dataset_dir, captions_pe
         assert torch.equal(batch["images"], data.photos[batch["photo_ids"]])
         assert captions_per_image == 1 or len(batch["images"]) <= len(pairs) / captions_per_image
         for row, pair in zip(batch["text"], pairs):
-            assert (
-                torch.equal(row[: len(data.texts[pair])], data.texts[pair])
-                and not row[len(data.texts[pair]) :].any()
-            )
+            text = data.texts[int(pair)]
+            assert row[:len(text)].tolist() == text.tolist() and not row[len(text):].any()
 
 
 def test_batches_stop_when_no_longer_wanted(dataset_dir):

@@ -3,7 +3,8 @@ import shutil
 
 import pytest
 
-from src.utils.layouts import DataError, find_photo_folder, read_captions, read_split
+from src.utils.layouts import DataError, find_photo_folder, read_split
+from tests.conftest import read_captions
 from tests.test_flickr8k_simple import dataset
 
 
@@ -19,7 +20,7 @@ def test_crlf_and_byte_order_mark(dataset_dir):
     for path in dataset_dir.glob("*.txt"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     windows = dataset(dataset_dir)
-    assert windows.names == plain.names and windows.captions == plain.captions
+    assert windows.names == plain.names and list(windows.captions) == list(plain.captions)
 
 
 def test_captions_of_a_photo_that_does_not_exist_do_no_harm(dataset_dir):
@@ -78,7 +79,7 @@ def test_kaggle_layout(dataset_dir):
     kaggle(dataset_dir)
     data = dataset(dataset_dir)
     # which have commas in them
-    assert data.names == official.names and data.captions == official.captions
+    assert data.names == official.names and list(data.captions) == list(official.captions)
     for path in dataset_dir.glob("Flickr_8k.*"):
         path.unlink()
     with pytest.raises(
@@ -135,7 +136,7 @@ def test_photos_in_a_nested_folder_or_one_of_other_capitals(dataset_dir, place):
     (dataset_dir / "Flicker8k_Dataset").rename(dataset_dir / "photos")
     (dataset_dir / place).parent.mkdir(exist_ok=True)
     (dataset_dir / "photos").rename(dataset_dir / place)
-    assert dataset(dataset_dir).photos.equal(official.photos)
+    assert dataset(dataset_dir).photos[:].equal(official.photos[:])
 
 
 @pytest.mark.parametrize("full, empty", [

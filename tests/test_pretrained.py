@@ -18,8 +18,9 @@ from src.pretrained import PretrainedEncoder, Renormalize, load_encoder, load_en
 from src.settings import UsageError, make_settings
 from src.utils.augment import normalize
 from src.utils.checkpoint import BEST, CONFIG, HISTORY, load_checkpoint, load_json
-from src.utils.flickr8k_simple import STORE_FOLDER, Flickr8kImageTextDataset, open_photo
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 from src.utils.retrieval import retrieval_metrics
+from src.utils.stores import STORE_FOLDER, open_photo
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import OWN, arguments, main, run_script, write_dataset
 
@@ -387,13 +388,12 @@ def test_a_contrastive_pair_begins_as_itself(clip, shapes, tmp_path, capsys):
     # The model as it is before the first step, in numbers.
     settings = make_settings(**json.loads((folder / CONFIG).read_text())["settings"])
     encoders = load_encoders(settings)
-    tokenizer = training.find_tokenizer(settings)
-    splits = training.load_data(settings, tokenizer, encoders)
+    splits, tokenizer = training.load_data(settings, encoders)
     model = training.build_model(settings, tokenizer, encoders).eval()
     encoders.initialize(model, splits["train"], None)
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-3)  # CLIP's own start
     with torch.no_grad():
-        images = F.normalize(model(images=splits["val"].photos[:, 0])["central_latent"], dim=-1)
+        images = F.normalize(model(images=splits["val"].photos[:][:, 0])["central_latent"], dim=-1)
         inputs = splits["val"].text_inputs(list(range(len(texts))))
         found = F.normalize(model(**inputs)["central_latent"], dim=-1) @ images.T
     assert (found - cosines).abs().max() < 1e-3

@@ -17,9 +17,8 @@ from src.inference import load_model
 from src.settings import make_settings
 from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, TEST
 from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset
-from src.utils.layouts import read_captions
 from src.utils.retrieval import chance_metrics, evaluate
-from tests.conftest import arguments, main, run_script
+from tests.conftest import arguments, main, read_captions, run_script
 
 
 def metrics(seed):

@@ -5,9 +5,10 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
-from src.utils.layouts import DataError, read_captions
+from src.utils.layouts import DataError
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
+from tests.conftest import read_captions
 
 SMALL = {"train": 12, "val": 6, "test": 4}
 

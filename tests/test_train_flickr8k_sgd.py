@@ -574,8 +574,7 @@ def test_mixed_precision(shapes, tmp_path):
 def start_run(shapes, **given):
     """(run, splits) of a training on `shapes`, without its files."""
     settings = make_settings(synthetic=True, data_dir=str(shapes), batch_size=10, **given)
-    tokenizer = training.find_tokenizer(settings)
-    splits = training.load_data(settings, tokenizer)
+    splits, tokenizer = training.load_data(settings)
     model = training.build_model(settings, tokenizer)
     model.to(settings.device, memory_format=torch.channels_last)
     device = torch.device(settings.device)

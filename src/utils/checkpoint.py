@@ -85,14 +85,15 @@ def resolve(args):
     for a folder that holds a run, for nothing to resume, and for a flag that contradicts the run.
     """
     given = dict(vars(args))
-    resume, overwrite, output_dir = map(given.pop, ("resume", "overwrite", "output_dir"))
+    resume, overwrite, output_dir, check = map(
+        given.pop, ("resume", "overwrite", "output_dir", "check"))
     name = "synthetic_sgd" if "synthetic" in given else "flickr8k_sgd"
     output_dir = Path(output_dir or f"outputs/{name}")
     if resume:
         return resume_run(output_dir, given)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir} is a file, not a folder")
-    if not overwrite:
+    if not (overwrite or check):
         refuse_a_run(output_dir)
     return make_settings(**given), output_dir, None
 
@@ -122,9 +123,9 @@ def resume_run(output_dir, given):
     for name, value in given.items():
         if name == "epochs" and value < done:
             raise UsageError(f"the run has {done} epochs already; --epochs {value} is fewer")
-        if name in ("data_dir", "device", "num_workers", "epochs"):  # the rest is the run's
+        if name in ("data_dir", "extra_data", "device", "num_workers", "epochs"):
             setattr(settings, name, value)
-        elif getattr(settings, name) != value:
+        elif getattr(settings, name) != value:  # the rest is the run's
             raise UsageError(f"--resume goes on with the run's own --{name} "
                              f"{getattr(settings, name)}, not {value}; leave the flag out")
     if not settings.synthetic:

@@ -1,207 +1,19 @@
-"""Photos decoded once into a store, the dataset of photo-caption pairs, and its batches."""
-import contextlib
+"""The dataset of photo-caption pairs, and its batches."""
 import hashlib
-import io
-import json
-import os
-import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from src.utils.layouts import (
-    DataError,
-    download_command,
-    find_caption_file,
-    find_photo_folder,
-    place_of_caption,
-    read_captions,
-    read_split,
-)
+from src.utils.duplicates import flickr_id, near_duplicates
+from src.utils.layouts import DataError, Folder, download_command, read_folder
+from src.utils.ragged import Ragged
+from src.utils.stores import STORE_FOLDER, Pixels, open_photo_store
 
-STORE_FOLDER = "photo_store"
-STORE_VERSION = 4  # to be raised with any change to what `load_photo` gives
-DIGEST_BYTES = 32  # of SHA-256
-SECONDS_TO_BUILD = 3600  # a half-written store that old is nobody's any more
 GPU_SHARE = 0.5  # photos stay on the GPU if they take no more than this share of its free memory
 MAX_LENGTH = 1000  # characters of a text that are read; Flickr8k's longest caption has 199
 TEXT_BUCKET = 16  # a batch's text is as long as a multiple of this: few shapes
-# Pillow warns of odd tags and of pictures of over 89 megapixels, which are read all the same.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def to_8_bits(photo):
-    """A grey PIL image of more than 8 bits, or of floats -> of 8. Integers are scaled by as many
-    bits as the brightest needs of 8, 10, 12, 14 and 16, for cameras store fewer in 16; floats, and
-    integers beyond 16 bits, by their range. Raises ValueError where no pixel is finite."""
-    values = np.asarray(photo, np.float64)
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        raise ValueError("not one pixel is a finite number")
-    low, high = finite.min(), finite.max()
-    if photo.mode != "F" and low >= 0 and high < 2 ** 16:
-        low, high = 0, next(2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2 ** bits)
-    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-9)
-    scaled[values == photo.info.get("transparency", np.nan)] = 1.0  # a PNG's transparent grey
-    return Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
-
-
-def open_photo(path, size):
-    """A photo file of any mode Pillow reads -> PIL image, RGB, upright by EXIF, what is transparent
-    on white. JPEG is decoded to a smaller scale, no less than size, which is faster. Raises
-    DataError with the file's name for one that is missing, empty, truncated or no image."""
-    try:
-        with Image.open(path) as photo:
-            photo.draft("RGB", (size, size))
-            ImageOps.exif_transpose(photo, in_place=True)
-            if photo.mode in ("I", "F") or photo.mode.startswith("I;"):
-                photo = to_8_bits(photo)
-            if photo.has_transparency_data:
-                photo = photo.convert("RGBA")
-                photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
-            return photo.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{path}: the file is missing") from None
-    except UnidentifiedImageError:
-        fault = "not an image" if os.path.getsize(path) else "the file is empty"
-        raise DataError(f"{path}: {fault}") from None
-    except Exception as error:  # Pillow's decoders raise anything for a damaged file
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DataError(f"{path}: {' '.join(reason.split())}") from None
-
-
-def load_photo(path, size):
-    """A photo file -> uint8 array (3, size, size), squeezed to a square, so that no margin is lost.
-    Raises DataError as `open_photo` does: no photo becomes a blank one."""
-    pixels = torch.from_numpy(np.array(open_photo(path, size))).permute(2, 0, 1)
-    # Pillow's own bicubic to within one level of 255, in a sixth of its time.
-    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0].numpy()
-
-
-@contextlib.contextmanager
-def decoding_threads(number=0):
-    """A pool of threads, 0: one a core; Pillow decodes outside Python's lock. What is not begun
-    when the block is left, by Ctrl-C for one, is not done."""
-    pool = ThreadPoolExecutor(number or os.cpu_count())
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def store_key(*parts):
-    """A short name for what JSON can say, which changes with any of it."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def open_store(store, num_bytes, write):
-    """A file that is made once -> its bytes, an array, and what `write(file)`, which makes them,
-    gives back: {name: fault}.
-
-    store: path of the file, its name ending in _KEY.SUFFIX, or None. It is moved into place when it
-    is whole and opened by memory map, and those of the same name but another key are deleted;
-    nothing is kept where there are faults or the folder cannot be written. Raises DataError for a
-    full disk."""
-    partial = None
-    if store is not None:
-        if store.is_file() and store.stat().st_size == num_bytes:
-            return np.memmap(store, np.uint8, "c"), {}
-        try:
-            store.parent.mkdir(exist_ok=True)
-            partial = store.with_suffix(f".partial{os.getpid()}")
-            partial.touch()
-        except OSError:
-            partial = None
-    try:
-        with io.BytesIO() if partial is None else open(partial, "w+b") as file:
-            faults = write(file)
-            if partial is None or faults:
-                file.seek(0)
-                return np.frombuffer(bytearray(file.read()), np.uint8), faults
-            file.flush()
-            os.fsync(file.fileno())  # before the name points to the bytes
-        name = store.name.rpartition("_")[0]
-        for old in store.parent.glob(f"{name}_*"):  # of other files, or a kill's
-            if old.suffix == store.suffix or time.time() - old.stat().st_mtime > SECONDS_TO_BUILD:
-                old.unlink(missing_ok=True)
-        os.replace(partial, store)
-    except OSError as error:
-        raise DataError(f"{store}: {error.strerror}; the store takes {num_bytes / 1e6:.0f} MB"
-                        ) from None
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
-    return open_store(store, num_bytes, write)
-
-
-def read_photo(path, load):
-    """-> (load(path), the SHA-256 of the file, None), or (None, None, what is wrong)."""
-    try:
-        return load(path), hashlib.sha256(path.read_bytes()).digest(), None
-    except DataError as error:
-        return None, None, str(error).removeprefix(f"{path.parent}{os.sep}")
-
-
-class Pixels:
-    """What a store keeps of a photo: its pixels, as `load_photo` gives them. Pretrained encoders
-    have their own of this kind, for features; see `open_photo_store`."""
-
-    dtype = np.uint8
-
-    def __init__(self, size):
-        self.shape, self.name, self.key = (size, size, 3), size, STORE_VERSION
-
-    def rows(self, paths, num_workers):
-        """Yields what `read_photo` gives, for each path."""
-        def load(path):  # channels last
-            return load_photo(path, self.shape[0]).transpose(1, 2, 0)
-
-        with decoding_threads(num_workers) as pool:
-            yield from pool.map(lambda path: read_photo(path, load), paths)
-
-    @staticmethod
-    def view(rows):
-        return rows.permute(0, 3, 1, 2)
-
-
-def open_photo_store(store, folder, names, kind, num_workers=0, progress=None):
-    """Photos of a folder, read once -> what `kind` makes of them, such as uint8 (N, 3, size, size)
-    by `Pixels`, their files' digests, and {name: fault} of those that cannot be read, which are
-    left out.
-
-    store: folder of the file, rows and then digests, which is kept as `open_store` says, or None;
-    any change to the photos' files or to the kind changes its name. num_workers: threads that
-    decode, 0 for one a core. `progress(done, total)` is called as photos are read."""
-    row_bytes = int(np.prod(kind.shape)) * np.dtype(kind.dtype).itemsize
-
-    def write(file):
-        digests, faults = [], {}
-        rows = kind.rows([folder / name for name in names], num_workers)
-        for done, (name, (row, digest, fault)) in enumerate(zip(names, rows), start=1):
-            if fault:
-                faults[name] = fault
-            else:
-                file.write(row.tobytes())
-                digests.append(digest)
-            if progress:
-                progress(done, len(names))
-        file.write(b"".join(digests))
-        return faults
-
-    if store is not None:
-        stats = [(name, (folder / name).stat()) for name in names]
-        key = store_key(kind.key, [(name, s.st_size, s.st_mtime_ns) for name, s in stats])
-        store = store.with_name(f"{store.name}_{kind.name}_{key}.{np.dtype(kind.dtype).name}")
-    content, faults = open_store(store, len(names) * (row_bytes + DIGEST_BYTES), write)
-    num_photos = len(content) // (row_bytes + DIGEST_BYTES)
-    rows = content[:num_photos * row_bytes].view(kind.dtype).reshape(-1, *kind.shape)
-    digests = content[num_photos * row_bytes:].reshape(-1, DIGEST_BYTES)
-    return kind.view(torch.from_numpy(rows)), [row.tobytes() for row in digests], faults
+WINDOW_BYTES = 8e9  # of photos: more are shuffled in windows of this size, which memory can hold
 
 
 def first_three(items):
@@ -212,97 +24,164 @@ def first_three(items):
 
 
 class Flickr8kImageTextDataset:
-    """One split of Flickr8k as photo-caption pairs, each photo decoded once (`open_photo_store`).
+    """One split of a dataset folder as photo-caption pairs, each photo decoded once
+    (`open_photo_store`).
 
-    `photos` (N, 3, image_size, image_size), uint8, and `names` stand in the split file's order;
-    `captions` (strings), `texts` (token ids of their first MAX_LENGTH characters) and
-    `photo_of_caption` (M,) in the caption file's. image_encoder, text_encoder: PretrainedEncoder or
-    None. Of a frozen one `photos` are features, float16 (N, 2, width) of the photo and of its
-    mirror image in the training split, (N, 1, width) in the others, and `text_features` (M, width).
+    folder: a `Folder`, or the path of one. split: "train", "val", "test", or "all" of them.
+    `photos` (N, 3, image_size, image_size), uint8 `Rows`, and `names` stand in the split's order;
+    `captions` (`Texts`), `texts` (`Ragged` token ids of their first MAX_LENGTH characters, from
+    `encode`) and `photo_of_caption` (M,) by photo, those of one in the file's order. image_encoder,
+    text_encoder: PretrainedEncoder or None. Of a frozen one `photos` are features, float16 (N, 2,
+    width) of the photo and of its mirror image in training, (N, 1, width) in val and test, and
+    `text_features` (M, width).
 
     Raises DataError when a photo is missing, cannot be read or has no captions; with
     `allow_incomplete`, such photos are left out and listed in `left_out`. `cache` keeps the decoded
-    photos in a file under root_dir."""
+    photos in files under the folder's root."""
 
-    def __init__(self, root_dir, split, image_size, tokenizer, allow_incomplete=False, cache=True,
-                 num_workers=0, progress=None, image_encoder=None, text_encoder=None):
-        root_dir = Path(root_dir)
-        caption_file, names = find_caption_file(root_dir), read_split(root_dir, split)
-        captions_of, photo_folder = read_captions(caption_file), find_photo_folder(root_dir, names)
-        self.split, self.root_dir, self.allow_incomplete = split, root_dir, allow_incomplete
-        self.left_out = []
+    def __init__(self, folder, split, image_size, tokenizer=None, allow_incomplete=False,
+                 cache=True, num_workers=0, progress=None, image_encoder=None, text_encoder=None):
+        folder = folder if isinstance(folder, Folder) else read_folder(folder)
+        self.folders, self.split, self.allow_incomplete = [folder], split, allow_incomplete
+        names = folder.names(split)
+        self.left_out, self.joined = [], []  # what config.json says of datasets that have joined
 
-        missing = {name for name in names if not (photo_folder / name).is_file()}
-        names = self._without(names, "missing", missing, photo_folder)
-        silent = set(names) - captions_of.keys()
-        names = self._without(names, "without captions", silent, caption_file)
+        missing = {name for name in names if not folder.path(name).is_file()}
+        names = self._without(names, "missing", missing, folder.photo_folder)
+        counts = folder.captions_of(names)[1].tolist()
+        silent = {name for name, count in zip(names, counts) if not count}
+        names = self._without(names, "without captions", silent, folder.source)
         kind = Pixels(image_size)
         if image_encoder is not None and image_encoder.frozen:
-            kind = image_encoder.photo_features(2 if split == "train" else 1)
-        store = root_dir / STORE_FOLDER / split if cache else None
-        self.photos, self.digests, unreadable = open_photo_store(
-            store, photo_folder, names, kind, num_workers, progress)
-        self.names = self._without(names, "unreadable", unreadable, photo_folder)
+            kind = image_encoder.photo_features(1 if split in ("val", "test") else 2)
+        store = folder.root / STORE_FOLDER / split if cache else None
+        self.photos, self.digests, self.signatures, unreadable = open_photo_store(
+            store, names, folder.path, kind, num_workers, progress)
+        self.names = self._without(names, "unreadable", unreadable, folder.photo_folder)
 
-        self.captions = [caption for name in self.names for caption in captions_of[name]]
-        counts = torch.tensor([len(captions_of[name]) for name in self.names])
-        self.photo_of_caption = torch.arange(len(self.names)).repeat_interleave(counts)
-        self.texts = []
-        for caption, photo in zip(self.captions, self.photo_of_caption.tolist()):
-            try:
-                self.texts.append(torch.tensor(tokenizer.encode(caption[:MAX_LENGTH])))
-            except ValueError as error:
-                place = place_of_caption(caption_file, self.names[photo], caption)
-                raise DataError(f"{place}: {error}") from None
-        self.text_features = self.tokenize = None
+        self.captions, counts = folder.captions_of(self.names)
+        self.photo_of_caption = torch.arange(len(self.names)).repeat_interleave(
+            torch.from_numpy(counts))
+        self.texts = self.text_features = self.tokenize = None
         if text_encoder is not None and text_encoder.frozen:
-            texts = [caption[:MAX_LENGTH] for caption in self.captions]
-            self.text_features = text_encoder.text_features(store, texts, progress)
+            self.text_features = text_encoder.text_features(store, self.captions, progress)
         elif text_encoder is not None:
             self.tokenize = text_encoder.prepare
+        if tokenizer is not None:
+            self.encode(tokenizer)
+
+    def encode(self, tokenizer):
+        """Make `texts` of the captions. Raises DataError for one that has no tokens."""
+        def ids():
+            for i, caption in enumerate(self.captions):
+                try:
+                    yield tokenizer.encode(caption[:MAX_LENGTH])
+                except ValueError as error:
+                    name = self.names[self.photo_of_caption[i]]
+                    folder = next(folder for folder in self.folders if name in folder.row_of)
+                    raise DataError(f"{folder.place_of(name, caption)}: {error}") from None
+
+        self.texts = Ragged.of(ids(), "H")
 
     def _without(self, names, fault, faulty, place):
         """The names less the faulty ones, {name} or {name: what is wrong}, if that is allowed."""
-        found = [name for name in names if name in faulty]
-        if found and not self.allow_incomplete:
+        if not faulty:
+            return names
+        found, root = [name for name in names if name in faulty], self.folders[0].root
+        if not self.allow_incomplete:
             said = [faulty[name] if isinstance(faulty, dict) else name for name in found]
+            mends = ""
+            if self.folders[0].layout == "Flickr8k":
+                mends = f"`{download_command(root)}` mends it; "
             raise DataError(
-                f"{self.root_dir} is incomplete: {len(found)} of the {len(names)} photos of "
-                f"{self.split} are {fault} ({first_three(said)}) in {place}.\n"
-                f"`{download_command(self.root_dir)}` mends it; --allow_incomplete trains without "
-                "them.")
+                f"{root} is incomplete: {len(found)} of the {len(names)} photos of {self.split} "
+                f"are {fault} ({first_three(said)}) in {place}.\n"
+                f"{mends}--allow_incomplete trains without them.")
         if len(found) == len(names):
-            raise DataError(f"{self.root_dir}: not one photo of {self.split} is usable")
+            raise DataError(f"{root}: not one photo of {self.split} is usable")
         self.left_out += found
         return [name for name in names if name not in faulty]
 
     def hold_out(self, others):
-        """Leave out the photos whose files' content is in one of those datasets. Raises DataError
-        where there are any, unless allow_incomplete."""
-        seen = {digest: f"{name} of {other.split}" for other in others
-                for digest, name in zip(other.digests, other.names)}
-        twice = {name: f"{name} is {seen[digest]}"
-                 for name, digest in zip(self.names, self.digests) if digest in seen}
-        if not twice:
-            return
-        if not self.allow_incomplete:
-            raise DataError(f"{self.root_dir}: {len(twice)} photos of {self.split} are in another "
-                            f"split as well ({first_three(twice.values())}).\nTake them out of one "
+        """Leave out the photos whose files' content is in one of those datasets; where a hash has
+        made the splits, near-duplicates too. Raises DataError where there are any and the folder's
+        own lists put them there, unless allow_incomplete."""
+        by_hash, root = self.folders[0].by_hash, self.folders[0].root
+        copies = self.copies_in(others, near=by_hash)
+        twice = [f"{self.names[i]} is {copy}" for i, (copy, _) in copies.items()]
+        if twice and not (self.allow_incomplete or by_hash):
+            raise DataError(f"{root}: {len(twice)} photos of {self.split} are in another "
+                            f"split as well ({first_three(twice)}).\nTake them out of one "
                             f"list; --allow_incomplete leaves them out of {self.split}.")
-        kept = torch.tensor([i for i, name in enumerate(self.names) if name not in twice])
-        self.names = self._without(self.names, "in another split", twice, self.root_dir)
-        self.photos, self.digests = self.photos[kept], [self.digests[i] for i in kept]
+        self.leave_out(copies)
+
+    def copies_in(self, others, near=True):
+        """{row: (what of the others it is, how that is known)} of the photos that are in one of
+        those datasets, too. near: near-duplicates count."""
+        known = {}
+        for other in others:
+            for name, digest in zip(other.names, other.digests):
+                known[digest.tobytes()] = f"{name} of {other.split}", "equal content"
+                known.setdefault(flickr_id(name), (f"{name} of {other.split}", "the Flickr number"))
+        found = {}
+        for i, (name, digest) in enumerate(zip(self.names, self.digests)):
+            copy = known.get(digest.tobytes()) or (flickr_id(name) and known.get(flickr_id(name)))
+            if copy:
+                found[i] = copy
+        for other in others if near else ():
+            rows = near_duplicates(self.signatures, other.signatures[:])
+            for i in np.nonzero(rows >= 0)[0].tolist():
+                found.setdefault(i, (f"{other.names[rows[i]]} of {other.split}", "near-duplicates"))
+        return found
+
+    def leave_out(self, rows):
+        """Without those photos and their pairs. Raises DataError where none is left."""
+        if not rows:
+            return
+        kept = torch.tensor([i for i in range(len(self.names)) if i not in rows])
+        if not len(kept):
+            raise DataError(f"{self.folders[0].root}: not one photo of {self.split} is usable")
+        self.left_out += [self.names[i] for i in sorted(rows)]
+        self.names = [self.names[i] for i in kept]
+        self.photos, self.signatures = self.photos.choose(kept), self.signatures.choose(kept)
+        self.digests = self.digests[kept]
         pairs = torch.isin(self.photo_of_caption, kept).nonzero().flatten()
         self.photo_of_caption = torch.searchsorted(kept, self.photo_of_caption[pairs])
-        self.captions = [self.captions[i] for i in pairs]
-        self.texts = [self.texts[i] for i in pairs]
+        self.captions = self.captions.take(pairs.numpy())
+        if self.texts is not None:
+            self.texts = self.texts.take(pairs.numpy())
         if self.text_features is not None:
-            self.text_features = self.text_features[pairs]
+            self.text_features = self.text_features.choose(pairs)
+
+    def join(self, other):
+        """Add the pairs of another dataset, neither being encoded yet."""
+        self.photo_of_caption = torch.cat(
+            [self.photo_of_caption, other.photo_of_caption + len(self.names)])
+        self.names = self.names + other.names
+        self.photos = self.photos + other.photos
+        self.signatures = self.signatures + other.signatures
+        self.digests = np.concatenate([self.digests, other.digests])
+        self.captions = self.captions + other.captions
+        if self.text_features is not None:
+            self.text_features = self.text_features + other.text_features
+        self.folders = self.folders + other.folders
+
+    def epoch(self, captions_per_image, batch_size, seed):
+        """An epoch's pairs by `epoch_batches`, in windows where the photos take more than
+        WINDOW_BYTES."""
+        shard_of_photo, together = None, 1
+        if self.photos.nbytes > WINDOW_BYTES:
+            shard_of_photo = torch.from_numpy(self.photos.part_of(np.arange(len(self.photos))))
+            shards = int(shard_of_photo.max()) + 1
+            together = max(1, int(shards * WINDOW_BYTES / self.photos.nbytes))
+        return epoch_batches(self.photo_of_caption, captions_per_image, batch_size, seed,
+                             shard_of_photo, together)
 
     def text_inputs(self, captions, multiple=1):
         """Rows of captions -> the model's inputs: {"text": (B, L), padded to a multiple}, with a
         pretrained text encoder also "text_features", (B, width) or what the encoder takes."""
-        inputs = {"text": pad_texts([self.texts[i] for i in captions], multiple)}
+        captions = np.asarray(captions)
+        inputs = {"text": torch.from_numpy(self.texts.padded(captions, multiple))}
         if self.text_features is not None:
             inputs["text_features"] = self.text_features[captions]
         elif self.tokenize is not None:
@@ -324,30 +203,45 @@ class Flickr8kImageTextDataset:
 
     def fingerprint(self):
         """Changes with names, order, captions and the content of photo files."""
-        content = [self.names, [digest.hex() for digest in self.digests], self.captions,
-                   self.photo_of_caption.tolist()]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        content = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogatepass"))
+        for part in (self.digests, self.captions.flat, self.captions.offsets,
+                     self.photo_of_caption.numpy()):
+            content.update(np.ascontiguousarray(part))
+        return content.hexdigest()
 
 
-def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed):
-    """One epoch's batches, a list of lists of pairs, in an order that follows from the seed.
+def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed, shard_of_photo=None,
+                  shards_together=1):
+    """One epoch's batches, pairs (steps, batch_size), in an order that follows from the seed.
 
     The captions of a photo stand side by side in groups of captions_per_image, or of half the batch
     if that is fewer, drawn anew each epoch; a photo with fewer captions gives them all. What fills
     no group, and no batch at the end, sits this epoch out. All batches have batch_size pairs, or
-    all that there are; a group that lies across the end of one is divided."""
+    all that there are; a group that lies across the end of one is divided.
+
+    shard_of_photo: (N,), where photos are more than memory holds. As many shards as are to stand
+    together, drawn at random, are then shuffled, and then the next."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(photo_of_caption), generator=generator)
     order = order[torch.argsort(photo_of_caption[order], stable=True)]  # by photo, then shuffled
     together = min(captions_per_image, batch_size // 2)  # a batch of one photo has no negatives
-    groups = []
-    for captions in order.split(torch.bincount(photo_of_caption).tolist()):
-        whole = min(together, len(captions))
-        groups += [group for group in captions.split(together) if len(group) == whole]
-    shuffled = torch.randperm(len(groups), generator=generator).tolist()
-    pairs = torch.cat([groups[i] for i in shuffled])
+    counts = torch.bincount(photo_of_caption)
+    sizes = counts.clamp(max=together)  # of a photo's groups
+    groups = torch.where(sizes > 0, counts // sizes.clamp(min=1), 0)
+    photo = torch.arange(len(counts)).repeat_interleave(groups)  # of each group
+    number = torch.arange(len(photo)) - (groups.cumsum(0) - groups)[photo]  # among its photo's
+    first = (counts.cumsum(0) - counts)[photo] + number * sizes[photo]
+    shuffled = torch.randperm(len(photo), generator=generator)
+    if shard_of_photo is not None:
+        drawn = torch.randperm(int(shard_of_photo.max()) + 1, generator=generator)
+        window = drawn[shard_of_photo[photo[shuffled]]] // shards_together
+        shuffled = shuffled[torch.argsort(window, stable=True)]
+    first, size = first[shuffled], sizes[photo[shuffled]]
+    ends = size.cumsum(0)
+    place = torch.arange(int(ends[-1])) - (ends - size).repeat_interleave(size)
+    pairs = order[first.repeat_interleave(size) + place]
     batch_size = min(batch_size, len(pairs))
-    return [batch.tolist() for batch in pairs.split(batch_size) if len(batch) == batch_size]
+    return pairs[:len(pairs) // batch_size * batch_size].view(-1, batch_size)
 
 
 def map_tensors(function, value):
@@ -360,12 +254,12 @@ def map_tensors(function, value):
 def place_photos(photos, device):
     """The photos, moved to a GPU if they take no more than GPU_SHARE of its free memory."""
     if device.type == "cuda" and photos.nbytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return photos.to(device)
+        return photos[:].to(device)
     return photos
 
 
 def iterate_batches(data, photos, batches, device):
-    """Lists of pairs (see `epoch_batches`) -> batches on the device; for a GPU, the next is
+    """Pairs (steps, B) of `epoch_batches` -> batches on the device; for a GPU, the next is
     prepared while one is in use. photos: `data.photos`, or a copy of them. A batch is a dict of
     - "images": uint8 (P, 3, H, W) or features (P, 2, width), a photo being there once for its
       captions
@@ -397,9 +291,3 @@ def iterate_batches(data, photos, batches, device):
                 yield prepared.result()
         if ahead:
             yield ahead.result()
-
-
-def pad_texts(texts, multiple=1):
-    """List of (L,) -> (B, longest L, rounded up to a multiple), filled up with padding, 0."""
-    text = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    return F.pad(text, (0, -text.shape[1] % multiple))

@@ -1,17 +1,39 @@
-"""Flickr8k on disk -> where its photos lie, captions, splits. Two layouts:
+"""A folder of photos and captions, of whichever layout -> `Folder`. `read_folder` takes the first
+of these that it finds:
 
-    the official archives'                           Kaggle's copy
-    Flicker8k_Dataset/*.jpg   (spelled so)           Images/*.jpg
-    Flickr8k.token.txt                               captions.txt   (CSV: image,caption)
-    Flickr_8k.{train,dev,test}Images.txt             the same three, which that copy lacks
+    Flickr8k     Flickr8k.token.txt, or Kaggle's captions.txt (CSV: image,caption), with
+                 Flickr_8k.{train,dev,test}Images.txt; all at the root or in Flickr8k_text/
+    Flickr30k    results_20130124.token, or Kaggle's results.csv (image_name| comment_number|
+                 comment)
+    Karpathy's   dataset_flickr8k.json, dataset_flickr30k.json or dataset_coco.json
+    COCO         annotations/captions_train2014.json, captions_val2014.json, or those of 2017
+    a table      captions.csv, .tsv, .txt or .jsonl with columns image and caption, perhaps split
+    texts        NAME.jpg with NAME.txt beside it, a caption a line, in the folder or below it
+    shards       .tar files of NAME.jpg and NAME.txt, as img2dataset writes them
 
-The text files lie at the root or in Flickr8k_text/, the photos in a folder of one of these names,
-in any capitals, or in one such folder within another."""
+Photos lie where their names say, below the folder or below one of PHOTO_FOLDERS in it, in any
+capitals, or in one such folder within another."""
 import collections
-import csv
-import re
+import hashlib
 import shlex
+from array import array
 from pathlib import Path
+
+import numpy as np
+
+from src.utils.formats import (
+    DataError,
+    bar_rows,
+    coco_rows,
+    karpathy_rows,
+    read_archives,
+    read_lines,
+    table_rows,
+    text_rows,
+    texts_beside,
+    token_rows,
+)
+from src.utils.ragged import Texts
 
 SPLIT_FILES = {
     "train": "Flickr_8k.trainImages.txt",
@@ -19,116 +41,249 @@ SPLIT_FILES = {
     "test": "Flickr_8k.testImages.txt",
 }
 CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt")
-PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images")
-
-
-class DataError(Exception):
-    """The dataset is missing, incomplete or damaged; the message says what and where."""
+FLICKR30K_FILES = ("results_20130124.token", "results.csv")
+KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json")
+TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.txt")
+PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images", "flickr30k_images",
+                 "Images")
+TEXT_FOLDERS = ("", "Flickr8k_text", "flickr30k_images")
+HELD_OUT = 1000  # photos at most that a hash takes for val, and for test
+SAMPLE = 1000  # photos that are looked for to find their folder
 
 
 def download_command(root_dir, *flags):
     return shlex.join(["python", "download_flickr8k.py", *flags, "--data_dir", str(root_dir)])
 
 
-def find_text_file(root_dir, name):
-    """Path of a text file at the root or in Flickr8k_text/, None where there is none. Raises
-    DataError where there is no root."""
-    if not Path(root_dir).is_dir():
-        fetch = download_command(root_dir)
-        raise DataError(f"no Flickr8k in {root_dir}. Either fetch it: {fetch}\n"
-                        "or train on the built-in shapes: python train_flickr8k_sgd.py --synthetic")
-    for folder in (Path(root_dir), Path(root_dir) / "Flickr8k_text"):
-        if (folder / name).is_file():
-            return folder / name
-    return None
+class Folder:
+    """What a folder holds.
+
+    root: Path. layout: its name. source: the file of the captions. splits: {"train", "val" and
+    "test": [names of photos]}. by_hash: whether a hash of the names made them, all or some."""
+
+    def __init__(self, root, layout, source, rows, splits=None, photos=None):
+        """rows: iterable of (photo's name, caption, split), caption None for a photo without, split
+        None where the layout has none. splits: of a layout that lists them apart. photos: {name:
+        path}, else they are looked for."""
+        self.root, self.layout, self.source = root, layout, source
+        self.row_of, split_of, owners = {}, [], array("i")
+        texts, ends = bytearray(), array("q", [0])
+        for name, caption, split in rows:
+            row = self.row_of.setdefault(name, len(split_of))
+            if row == len(split_of):
+                split_of.append(split)
+            elif split_of[row] != split:
+                raise DataError(f"{source}: {name} is in two splits, {split_of[row]} and {split}")
+            if caption is not None:
+                owners.append(row)
+                texts += caption.encode("utf-8", "surrogatepass")
+                ends.append(len(texts))
+        # By photo, those of each in the file's order.
+        owners = np.array(owners)
+        captions = Texts(np.frombuffer(texts, np.uint8), np.array(ends))
+        self.captions = captions.take(np.argsort(owners, kind="stable"))
+        self.counts = np.bincount(owners, minlength=len(self.row_of))
+        self.first = np.cumsum(self.counts) - self.counts
+        self.by_hash = False
+        self.splits = self._splits(split_of) if splits is None else splits
+        self.photos, self.photo_folder = photos, root
+        if photos is None:
+            names = self.names("all")
+            self.photo_folder = find_photo_folder(root, names[::len(names) // SAMPLE + 1])
+
+    def _splits(self, split_of):
+        names = {split: [] for split in SPLIT_FILES}
+        rest = []
+        for name, split in zip(self.row_of, split_of):
+            (rest if split is None else names[split]).append(name)
+        if len(rest) == len(split_of):
+            names["train"] = rest
+        elif rest:
+            raise DataError(f"{self.source}: {len(rest)} photos are in no split, such as {rest[0]}")
+        held_out = sorted({"val", "test"} - {split for split in names if names[split]})
+        if held_out:  # a tenth for each that there is not, or half of the other of the two
+            self.by_hash, share, source = True, 10, "train"
+            if len(held_out) == 1:
+                share, source = 2, "test" if held_out == ["val"] else "val"
+            most = HELD_OUT if source == "train" else len(split_of)
+            order = sorted(names[source], key=lambda name: hashlib.sha256(name.encode()).digest())
+            for split in held_out:
+                taken = set(order[:min(len(order) // share or 1, most)])
+                order = order[len(taken):]
+                names[split] = [name for name in names[source] if name in taken]
+                names[source] = [name for name in names[source] if name not in taken]
+        for split in names:
+            if not names[split]:
+                raise DataError(f"{self.source}: of {len(split_of)} photos there are none left for "
+                                f"{split}")
+        return names
+
+    def names(self, split):
+        """Of the split's photos, or of "all"."""
+        if split != "all":
+            return self.splits[split]
+        return [name for names in self.splits.values() for name in names]
+
+    def path(self, name):
+        return self.photo_folder / name if self.photos is None else self.photos[name]
+
+    def captions_of(self, names):
+        """-> (Texts of those photos, one photo's after another's, their numbers (N,)). A photo that
+        is not known has none."""
+        rows = np.array([self.row_of.get(name, -1) for name in names], np.int64)
+        counts = np.where(rows < 0, 0, self.counts[rows] if len(self.counts) else 0)
+        ends = np.cumsum(counts)
+        shift = np.repeat(self.first[rows] - (ends - counts), counts)
+        return self.captions.take(np.arange(len(shift)) + shift), counts
+
+    def texts_of(self, name):
+        """A photo's captions, a list of strings."""
+        return list(self.captions_of([name])[0])
+
+    def place_of(self, name, caption):
+        """"captions.txt, line 12, photo.jpg" for a message; without the line for a caption of
+        several lines, or in a file of another kind."""
+        if self.source.is_file() and self.source.suffix in (".txt", ".token", ".csv", ".tsv"):
+            for number, line in enumerate(read_lines(self.source), start=1):
+                if name in line and caption in line:
+                    return f"{self.source}, line {number}, {name}"
+        return f"{self.source}, {name}"
+
+    def describe(self):
+        """What a run says first, two lines."""
+        counts = {split: int(self.captions_of(names)[1].sum())
+                  for split, names in self.splits.items()}
+        parts = [f"{split} {len(names):,} photos, {counts[split]:,} captions"
+                 for split, names in self.splits.items()]
+        by_hash = " (split by a hash of the photos' names)" if self.by_hash else ""
+        return [f"{self.root}: layout of {self.layout}, {len(self.names('all')):,} photos, "
+                f"{sum(counts.values()):,} captions", "; ".join(parts) + by_hash]
 
 
-def find_photo_folder(root_dir, names):
-    """Path of the folder that holds most of the photos of these names. Raises DataError where
-    there is no folder of photos."""
+def find_photo_folder(root, names):
+    """Path of the folder that holds most of the photos of these names: the root, or one of
+    PHOTO_FOLDERS."""
     order = [name.lower() for name in PHOTO_FOLDERS]
 
     def folders_in(folder):
-        found = [path for path in folder.iterdir()
-                 if path.name.lower() in order and path.is_dir()]
+        found = [path for path in folder.iterdir() if path.name.lower() in order and path.is_dir()]
         return sorted(found, key=lambda path: order.index(path.name.lower()))
 
-    folders = folders_in(Path(root_dir))
+    folders = folders_in(root)
     folders += [inner for folder in folders for inner in folders_in(folder)]
-    if not folders:
-        raise DataError(f"{root_dir}: no folder of photos, none of {', '.join(PHOTO_FOLDERS)}")
-    return max(folders, key=lambda folder: sum((folder / name).is_file() for name in names))
+    # Of equals the first; where no photo is found, the messages name a folder of photos.
+    return max([*folders, root],
+               key=lambda folder: sum((folder / name).is_file() for name in names))
 
 
-def _read_lines(path):
-    try:
-        return path.read_text(encoding="utf-8-sig").split("\n")  # -sig: a byte order mark or none
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def read_captions(path):
-    """Caption file, either layout -> {photo's file name: [captions, in the file's order]}, whether
-    or not a split lists the photo. Raises DataError with the file and line for a line that does not
-    parse."""
-    captions, lines = {}, _read_lines(path)
-    if path.name != "captions.txt":
-        for number, line in enumerate(lines, start=1):
-            match = re.fullmatch(r"([^\t]+)#\d+\t\s*(\S.*)", line.rstrip())
-            if match:
-                captions.setdefault(match[1], []).append(match[2])
-            elif line.strip():
-                raise DataError(f"{path}, line {number}: expected 'photo.jpg#0<tab>caption', "
-                                f"found {line[:80]!r}")
-        return captions
-    rows = csv.reader((f"{line}\n" for line in lines), strict=True)
-    try:
-        if [column.strip().lower() for column in next(rows, [])] != ["image", "caption"]:
-            raise DataError(f"{path}, line 1: expected the header 'image,caption', "
-                            f"found {lines[0][:80]!r}")
-        for row in filter(None, rows):
-            cells = [cell.strip() for cell in row]
-            if len(cells) != 2 or not all(cells):
-                raise DataError(f"{path}, line {rows.line_num}: expected 'image,caption', "
-                                f"found {','.join(row)[:80]!r}")
-            captions.setdefault(cells[0], []).append(" ".join(cells[1].split()))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: not CSV ({error})") from None
-    return captions
-
-
-def place_of_caption(path, name, caption):
-    """"captions.txt, line 12, photo.jpg" for a message; without the line for a caption of several.
-    """
-    for number, line in enumerate(_read_lines(path), start=1):
-        if name in line and caption in line:
-            return f"{path}, line {number}, {name}"
-    return f"{path}, {name}"
-
-
-def find_caption_file(root_dir):
-    """Path of the captions, of either layout. Raises DataError where there are none."""
-    for name in CAPTION_FILES:
-        path = find_text_file(root_dir, name)
-        if path is not None:
-            return path
-    raise DataError(f"{root_dir}: no captions, neither {CAPTION_FILES[0]} nor {CAPTION_FILES[1]}")
+def find_text_file(root, names):
+    """Path of the first of these files, in one of TEXT_FOLDERS; None where there is none."""
+    for name in names:
+        for folder in TEXT_FOLDERS:
+            if (root / folder / name).is_file():
+                return root / folder / name
+    return None
 
 
 def read_split(root_dir, split):
-    """The photos' file names of "train", "val" or "test", in the split file's order; one may begin
-    with a folder of its own, as in sub/photo.jpg. Raises DataError where that file is missing,
-    empty or lists a photo twice."""
-    path = find_text_file(root_dir, SPLIT_FILES[split])
+    """The photos' file names of Flickr8k's "train", "val" or "test", in the split file's order; one
+    may begin with a folder of its own, as in sub/photo.jpg. Raises DataError where that file is
+    missing, empty or lists a photo twice."""
+    path = find_text_file(Path(root_dir), [SPLIT_FILES[split]])
     if path is None:
         raise DataError(f"{root_dir}: {SPLIT_FILES[split]} is missing. "
                         f"`{download_command(root_dir, '--text_only')}` (2 MB) brings it.")
-    names = [line.strip() for line in _read_lines(path) if line.strip()]
+    names = [line.strip() for line in read_lines(path) if line.strip()]
     if not names:
         raise DataError(f"{path}: lists no photos")
     name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
         raise DataError(f"{path}: lists {name} twice")
     return names
+
+
+def read_flickr8k(root):
+    source = find_text_file(root, CAPTION_FILES)
+    if source is None:
+        return None
+    rows = token_rows(source)
+    if source.name == CAPTION_FILES[1]:
+        first = next(read_lines(source), "").strip().lower().replace(" ", "")
+        if first != "image,caption":  # another's table
+            return None
+        rows = table_rows(source)
+    splits = {split: read_split(root, split) for split in SPLIT_FILES}
+    return Folder(root, "Flickr8k", source, rows, splits)
+
+
+def read_flickr30k(root):
+    source = find_text_file(root, FLICKR30K_FILES)
+    if source is None:
+        return None
+    rows = bar_rows(source) if source.suffix == ".csv" else token_rows(source)
+    return Folder(root, "Flickr30k", source, rows)
+
+
+def read_karpathy(root):
+    source = find_text_file(root, KARPATHY_FILES)
+    if source is None:
+        return None
+    name = {"flickr8k": "Flickr8k", "flickr30k": "Flickr30k", "coco": "COCO"}
+    return Folder(root, f"{name[source.stem.removeprefix('dataset_')]}, Karpathy's splits", source,
+                  karpathy_rows(source))
+
+
+def read_coco(root):
+    for year in ("2014", "2017"):
+        paths = {split: root / "annotations" / f"captions_{split}{year}.json"
+                 for split in ("train", "val")}
+        paths = {split: path for split, path in paths.items() if path.is_file()}
+        if paths:
+            return Folder(root, f"COCO {year}", next(iter(paths.values())), coco_rows(paths))
+    return None
+
+
+def read_table(root):
+    for name in TABLES:
+        if (root / name).is_file():
+            return Folder(root, "a table of captions", root / name, table_rows(root / name))
+    return None
+
+
+def read_texts(root):
+    texts = texts_beside(root)
+    if not texts:
+        return None
+    rows = (row for name, path in texts.items() for row in text_rows(path.read_bytes(), name, path))
+    return Folder(root, "texts beside photos", root, rows)
+
+
+def read_shards(root):
+    archives = sorted(root.rglob("*.tar"))
+    if not archives:
+        return None
+    photos = {}
+    return Folder(root, "shards of img2dataset", root, read_archives(archives, root, photos),
+                  photos=photos)
+
+
+READERS = (read_flickr8k, read_flickr30k, read_karpathy, read_coco, read_table, read_texts,
+           read_shards)
+
+
+def read_folder(root_dir):
+    """-> Folder. Raises DataError for a folder that is not there or of no layout known here, and
+    for one whose files do not fit their layout."""
+    root = Path(root_dir)
+    if not root.is_dir():
+        raise DataError(f"no Flickr8k in {root}. Either fetch it: {download_command(root)}\n"
+                        "or train on the built-in shapes: python train_flickr8k_sgd.py --synthetic")
+    for read in READERS:
+        folder = read(root)
+        if folder is not None:
+            return folder
+    raise DataError(
+        f"{root}: no captions in a layout known here. Looked for {' or '.join(CAPTION_FILES)} "
+        f"(Flickr8k), {' or '.join(FLICKR30K_FILES)} (Flickr30k), {', '.join(KARPATHY_FILES)} "
+        "(Karpathy's), annotations/captions_train2014.json (COCO; 2017 alike), captions.csv, .tsv "
+        "or .jsonl, NAME.jpg with NAME.txt beside it, and .tar files of these")

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from src.settings import UsageError
 from src.utils.checkpoint import CheckpointError
-from src.utils.flickr8k_simple import open_photo
 from src.utils.report import printable
+from src.utils.stores import open_photo
 
 CELL, GAP, FRAME = 220, 16, 5  # pixels: a photo's square, space around it, width of a mark
 RIGHT = (0, 150, 60)  # its colour

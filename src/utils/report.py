@@ -8,6 +8,7 @@ import signal
 import statistics
 import sys
 import time
+from pathlib import Path
 
 from src.utils.checkpoint import CheckpointError
 from src.utils.distributed import rank_and_world
@@ -181,11 +182,11 @@ def summary(run):
 
 def _results(run):
     data, best, last = run.config["data"], run.best, run.history[-1]
-    title = "BUILT-IN SHAPES (NOT FLICKR8K)" if run.settings.synthetic else "FLICKR8K"
+    title = data_name(run).upper() + (" (NOT FLICKR8K)" if run.settings.synthetic else "")
     epochs = f"{last['epoch']} of {run.settings.epochs} epochs in {run.minutes:.1f} minutes"
     state = "" if run.finished else ": not finished"
     lines = ["=" * WIDTH, f"{title}, RETRIEVAL WITH SGD", "=" * WIDTH]
-    lines += _facts({"run": run.dir, "training": epochs + state})
+    lines += _facts({"run": run.dir, "training": epochs + state, "trained on": trained_on(run)})
     lines += _heading(f"Validation: {_counts(data['val'])}")
     lines += _recall_rows({f"best (epoch {best['epoch']})": best["val"]} | _with_bank(run, "val")
                           | {f"final (epoch {last['epoch']})": last["val"],
@@ -224,7 +225,7 @@ def _progress(run):
 def _description(run):
     config, settings = run.config, run.settings
     lines = _heading("Dataset")
-    lines += _facts({"folder": settings.data_dir}
+    lines += _facts({"folder": settings.data_dir, "layout": config["layout"]}
                     | {split: _counts(data) for split, data in config["data"].items()})
     lines += _heading("Model")
     lines += _facts({"preset": settings.model, "parameters": f"{config['parameters']:,}",
@@ -235,6 +236,28 @@ def _description(run):
     return lines + _facts({
         "precision": config["precision"], "hardware": config["device"], "date": config["date"],
         "PyTorch": config["versions"]["torch"], "Python": config["versions"]["python"]})
+
+
+def data_name(run):
+    """What was validated on: a known data set, else the folder's name."""
+    if run.settings.synthetic:
+        return "built-in shapes"
+    layout = run.config["layout"]
+    known = layout.startswith(("Flickr8k", "Flickr30k", "COCO"))
+    return layout if known else Path(run.settings.data_dir).resolve().name
+
+
+def trained_on(run):
+    """The training split of a Run in a few words, extra data named apart."""
+    total, extra = run.config["data"]["train"], run.config["extra_data"]
+    photos = total["photos"] - sum(joined["photos"] for joined in extra)
+    captions = total["captions"] - sum(joined["captions"] for joined in extra)
+    parts = [f"{photos:,} photos, {captions:,} captions of {data_name(run)}"]
+    for joined in extra:
+        left_out = sum(joined["left_out"].values())
+        parts.append(f"{joined['photos']:,} photos, {joined['captions']:,} captions of "
+                     f"{joined['folder']}" + (f" ({left_out:,} left out)" if left_out else ""))
+    return " + ".join(parts)
 
 
 def encoders(run):
@@ -250,10 +273,12 @@ def encoders(run):
 def _cells(run):
     """-> {column: cell}; the last two where there is room."""
     settings, config, best = run.settings, run.config, run.best
-    val, data = best["val"], "built-in shapes" if settings.synthetic else "Flickr8k"
+    val = best["val"]
     cells = {
         "run": run.dir.name,
-        "data": f"{data}, {config['data']['val']['photos']:,} val",
+        "data": f"{data_name(run)}, {config['data']['val']['photos']:,} val",
+        "trained on": f"{config['data']['train']['captions']:,} pairs" + "".join(
+            f", {joined['captions']:,} of {joined['folder']}" for joined in config["extra_data"]),
         "model": f"{settings.model}, {config['parameters'] / 1e6:.1f} M",
         "encoders": encoders(run), "tokens": settings.tokenizer,
         "epochs": f"{best['epoch']} of {run.history[-1]['epoch']}" + ("" if run.finished else "+"),

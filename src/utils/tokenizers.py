@@ -4,8 +4,6 @@ import heapq
 import re
 import unicodedata
 
-from src.utils.layouts import find_caption_file, read_captions, read_split
-
 PAD_ID = 0
 VOCAB_SIZE = 4000  # ids of the bpe tokenizer, padding and 256 bytes included
 
@@ -195,11 +193,6 @@ def tokenizer_from_state(state):
     raise ValueError(f"the checkpoint's tokenizer is not known here: {state!r:.200}")
 
 
-def build_tokenizer(settings):
-    """Characters, or byte pairs learned from the training captions."""
-    if settings.tokenizer == CharTokenizer.name:
-        return CharTokenizer()
-    captions = read_captions(find_caption_file(settings.data_dir))
-    names = read_split(settings.data_dir, "train")
-    texts = [text for name in names for text in captions.get(name, [])]
-    return BPETokenizer.learn(texts, VOCAB_SIZE)
+def build_tokenizer(name, captions):
+    """"char", or "bpe": byte pairs learned from the captions."""
+    return CharTokenizer() if name == "char" else BPETokenizer.learn(captions, VOCAB_SIZE)
