@@ -16,7 +16,7 @@ from tests.conftest import main, start_script
 
 def settings(preset, flags):
     args = dict(vars(parse_args("", ["--model", preset, *flags])))
-    for name in ("output_dir", "resume", "overwrite"):
+    for name in ("output_dir", "resume", "check", "overwrite"):
         del args[name]
     return make_settings(**args)
 

@@ -26,7 +26,7 @@ from src.settings import (
 def settings(*given):
     """What the training script makes of the flags."""
     args = dict(vars(parse_args("", list(given))))
-    for name in ("output_dir", "resume", "overwrite"):
+    for name in ("output_dir", "resume", "check", "overwrite"):
         del args[name]
     return make_settings(**args)
 
@@ -61,8 +61,8 @@ def test_help_gives_defaults_in_groups(capsys):
         parse_args("", ["--help"])
     out = capsys.readouterr().out
     flags = out[out.index("\ndata:"):].split("\n  --")[1:]
-    shown = [flag for flag in flags if not flag.startswith(("resume", "overwrite"))]
-    assert all("default" in flag for flag in shown) and len(flags) <= 40
+    shown = [flag for flag in flags if not flag.startswith(("resume", "check", "overwrite"))]
+    assert all("default" in flag for flag in shown) and len(flags) <= 43
     assert all(f"\n{name}:\n" in out for name in (*GROUPS.values(), "run"))
     assert set(GROUPS) <= {f.name for f in dataclasses.fields(Settings)}
 

@@ -71,6 +71,8 @@ def write_run(folder, avg_r1=(11, 31, 21), epochs=3, **changes):
     }
     config = {
         "settings": dataclasses.asdict(make_settings(**settings | changes)),
+        "layout": "Flickr8k",
+        "extra_data": [],
         "data": {
             "train": split | {"photos": 1234, "captions": 6170, "left_out": 4},
             "val": split,
@@ -508,7 +510,7 @@ def test_what_is_no_run_is_named_and_left_out_of_the_comparison(tmp_path, capsys
     (["--query", "a dog", "--photos", "none"], "there is no such folder"),
     (["--query", "a dog", "--photos", "empty"], "holds no photos"),
     (["--query", "a dog", "--photos", "broken"], "broken/b.jpg: the file is empty"),
-    (["--query", "a dog", "--data_dir", "empty"], "Flickr_8k.testImages.txt"),
+    (["--query", "a dog", "--data_dir", "empty"], "no captions in a layout known here"),
     (["--query", "a dog", "--out", "sheet.abc"], "sheet.abc: cannot be written"),
     (["--compare", "empty"], "holds no run"),
     (["--plot", "--output_dir", "empty"], "holds no run"),

@@ -254,6 +254,9 @@ def read_archives(archives, root, photos):
                         photos[name_of[stem]] = TarMember(
                             path, member.name, member.offset_data, member.size, changed)
                     archive.members = []  # else it keeps them all
+                archive.fileobj.seek(archive.offset)
+                if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("it ends too early")
         except (tarfile.TarError, EOFError, OSError) as error:
             raise DataError(f"{path}: not a whole .tar file ({error})") from None
         for stem, name in name_of.items():

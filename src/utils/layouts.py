@@ -107,9 +107,9 @@ class Folder:
                 share, source = 2, "test" if held_out == ["val"] else "val"
             most = HELD_OUT if source == "train" else len(split_of)
             order = sorted(names[source], key=lambda name: hashlib.sha256(name.encode()).digest())
+            number = min(len(order) // share or 1, most)
             for split in held_out:
-                taken = set(order[:min(len(order) // share or 1, most)])
-                order = order[len(taken):]
+                taken, order = set(order[:number]), order[number:]
                 names[split] = [name for name in names[source] if name in taken]
                 names[source] = [name for name in names[source] if name not in taken]
         for split in names:
