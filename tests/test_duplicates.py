@@ -23,7 +23,8 @@ def recompressed(photo):
 
 
 def cropped(photo):
-    return photo.crop((20, 15, 380, 285))
+    width, height = photo.size
+    return photo.crop((width // 20, height // 20, width - width // 20, height - height // 20))
 
 
 COPIES = {
