@@ -214,7 +214,7 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
         what = "photo" if encoder.kind == "image" else "caption"
         log.info(f"{encoder.name} encodes every {what} {does}: {encoder.width} features")
     tokenizer = checkpoint and tokenizer_from_state(checkpoint["tokenizer"])
-    with distributed.main_process_first():  # which makes the stores
+    with distributed.one_a_machine_first():  # which makes the stores
         splits, tokenizer = load_data(settings, encoders, tokenizer)
     torch.manual_seed(settings.seed)
     model = build_model(settings, tokenizer, encoders)
@@ -233,6 +233,10 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
         "data": {name: split.counts() for name, split in splits.items()},
         "layout": splits["train"].folders[0].layout, "extra_data": splits["train"].joined,
         "fingerprints": {name: split.fingerprint() for name, split in splits.items()}}
+    if any(other != run.config["fingerprints"]
+           for other in distributed.collect([run.config["fingerprints"]])):
+        raise UsageError(f"{settings.data_dir}: photos, captions or their order are not the same "
+                         "on all machines")
     if checkpoint is not None:
         began = checkpoint["config"]
         run.config |= {"date": began["date"], "command": began["command"]}
@@ -378,8 +382,8 @@ def save_last(run):
 
 def evaluate_best(run, splits):
     """Give the best model its bank and score it, without and with that, on val and test."""
-    distributed.barrier()  # until rank 0 has written the best model
-    best, settings = load_checkpoint(run.dir / files.BEST, files.BEST_KEYS), run.settings
+    settings = run.settings
+    best = distributed.from_main(lambda: load_checkpoint(run.dir / files.BEST, files.BEST_KEYS))
     run.model.load_state_dict(best["model_state_dict"])
     started = time.time()
     bank = make_bank(run.model, splits["train"], settings.eval_pixels, settings.seed, run.amp_dtype)
@@ -400,12 +404,13 @@ def main(argv=None):
     report.log_to_console(log)
     output_dir = None
     try:
-        settings, output_dir, checkpoint = files.resolve(args)
+        distributed.start()
+        settings, output_dir, checkpoint = distributed.from_main(lambda: files.resolve(args))
+        settings = files.on_this_machine(settings, args)
         if args.check:
             check_folders(settings)
             return 0
         device = find_device(settings.device)
-        distributed.start(device)
         allow_fast_kernels(device)
         if "model" not in args and not args.resume:
             log.info("preset {}: {}".format(*default_model(

@@ -16,6 +16,7 @@ from src.utils import distributed, retrieval
 from src.utils.checkpoint import BEST, CONFIG, HISTORY, LAST, RUN_FILES, TEST
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 from src.utils.retrieval import evaluate
+from src.utils.stores import STORE_FOLDER
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import model_arguments, start_script, write_dataset
@@ -43,7 +44,7 @@ def results(rank, world, folder):
     """What each process of the group computes; `folder` gets one file a process."""
     if world > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-        distributed.start(torch.device("cpu"))
+        distributed.start()
     model, batch = model_and_batch()
     half = len(batch["images"]) // world
     share = {
@@ -107,12 +108,12 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     assert any(name.startswith("logit_scale") and value != 0 for name, value in one.items())
 
 
-def torchrun(*arguments, nproc=2):
+def torchrun(*arguments, nproc=2, machine=()):
     return start_script(
         "-m",
         "torch.distributed.run",
         f"--nproc_per_node={nproc}",
-        f"--master_port={free_port()}",
+        *(machine or [f"--master_port={free_port()}"]),
         "train_flickr8k_sgd.py",
         "--model",
         "tiny",
@@ -158,6 +159,56 @@ def test_few_pairs_and_uneven_captions_are_shared_or_refused(tmp_path):
     assert process.returncode != 0 and not (tmp_path / "b").exists()
     assert "a batch has fewer pairs than there are processes, 4" in err
     assert "train_flickr8k_sgd.py\", line" not in err  # a traceback of ours
+
+
+def two_machines(tmp_path, *given, data=("data0", "data1")):
+    """One process on each of two machines, with folders of their own -> [(status, out, err)]."""
+    port = free_port()
+    started = []
+    for rank, folder in enumerate(data):
+        machine = ["--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1",
+                   f"--master_port={port}"]
+        own = ["--data_dir", tmp_path / folder, "--output_dir", tmp_path / f"run{rank}"]
+        started.append(torchrun(*own, *given, nproc=1, machine=machine))
+    return [(process.returncode, *said) for process, said in
+            [(process, process.communicate(timeout=240)) for process in started]]
+
+
+def test_two_machines_that_share_no_disk(tmp_path):
+    for name in ("data0", "data1", "data"):
+        write_synthetic(tmp_path / name, num_pictures={"train": 40, "val": 12, "test": 8})
+    given = ["--epochs", 2, "--batch_size", 20]
+    (status, out, err), (other_status, other_out, other_err) = two_machines(tmp_path, *given)
+    assert (status, other_status) == (0, 0), err + other_err
+    assert "Avg R@1 (%)" in out and "epoch" not in other_out  # the first speaks and writes
+    assert sorted(os.listdir(tmp_path / "run0")) == sorted(RUN_FILES)
+    assert not (tmp_path / "run1").exists()
+    stores = [sorted(os.listdir(tmp_path / name / STORE_FOLDER)) for name in ("data0", "data1")]
+    assert [name.partition("_0")[0] for name in stores[0]] == [
+        name.partition("_0")[0] for name in stores[1]] and len(stores[0]) == 3
+
+    def history(folder):
+        rows = json.loads((tmp_path / folder / HISTORY).read_text())
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+    process = torchrun("--data_dir", tmp_path / "data", "--output_dir", tmp_path / "run", *given)
+    assert process.communicate(timeout=240) and process.returncode == 0
+    assert history("run0") == history("run")
+
+    (status, out, err), (other_status, _, other_err) = two_machines(
+        tmp_path, "--resume", "--epochs", 3)
+    assert (status, other_status) == (0, 0), err + other_err
+    assert "resumed at epoch 3" in out and len(history("run0")) == 3
+
+    write_synthetic(tmp_path / "data2", 1, {"train": 40, "val": 12, "test": 8})
+    for status, _, err in two_machines(tmp_path, "--overwrite", data=("data0", "data2")):
+        assert status != 0
+        assert "photos, captions or their order are not the same on all machines" in err
+
+
+def test_what_the_main_process_finds_wrong_ends_all(tmp_path):
+    for status, _, err in two_machines(tmp_path, "--resume"):
+        assert status != 0 and "nothing to resume in" in err and 'sgd.py", line' not in err
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes in /proc")

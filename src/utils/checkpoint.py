@@ -1,11 +1,11 @@
 """The files of a run: their names, and how they are read and written. A crash, a kill or a full
 disk leaves either the old file or the new one, whole; what cannot be done is a CheckpointError."""
+import dataclasses
 import json
 import logging
 import os
 import pickle
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ BEST_KEYS = ("epoch", "model_state_dict", "metrics", "config", "tokenizer")  # "
 LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "history", "config", "tokenizer",
              "model_state_dict", "optimizer_state_dict", "scaler_state_dict",
              "scheduler_state_dict")
+MACHINES_OWN = ("data_dir", "extra_data", "device", "num_workers")
 TRAIN_FIRST = "train first: python train_flickr8k_sgd.py"
 
 
@@ -123,7 +124,7 @@ def resume_run(output_dir, given):
     for name, value in given.items():
         if name == "epochs" and value < done:
             raise UsageError(f"the run has {done} epochs already; --epochs {value} is fewer")
-        if name in ("data_dir", "extra_data", "device", "num_workers", "epochs"):
+        if name in (*MACHINES_OWN, "epochs"):
             setattr(settings, name, value)
         elif getattr(settings, name) != value:  # the rest is the run's
             raise UsageError(f"--resume goes on with the run's own --{name} "
@@ -131,6 +132,12 @@ def resume_run(output_dir, given):
     if not settings.synthetic:
         check_data_dir(settings.data_dir)
     return settings, output_dir, checkpoint
+
+
+def on_this_machine(settings, args):
+    """The main process's settings, with the paths and the like that were given here."""
+    given = {name: getattr(args, name) for name in MACHINES_OWN if hasattr(args, name)}
+    return dataclasses.replace(settings, **given)
 
 
 def check_same_data(began, config, data_dir):
@@ -194,7 +201,7 @@ def open_output_dir(output_dir, config, history, fresh, replace, log):
         save_json(history, output_dir / HISTORY)
 
 
-@dataclass
+@dataclasses.dataclass
 class Run:
     """A run as its files tell it. test: metrics, bank: those without and with it (`compare_bank`)
     of "val" and "test"; None before the run's end."""

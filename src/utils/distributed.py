@@ -1,5 +1,7 @@
-"""Several processes, one a device, started by torchrun; all of it also works in a process alone."""
+"""Several processes, one a device, on one machine or several, started by torchrun; all of it also
+works in a process alone. Machines need not share a disk."""
 import contextlib
+import datetime
 import logging
 import os
 import signal
@@ -8,11 +10,16 @@ import sys
 import torch
 import torch.distributed as dist
 
+patient = None  # the group of `barrier` and `from_main`
 
-def start(device):
+
+def start():
     """Join the processes that torchrun started, if it did."""
+    global patient
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        # In which one may wait for stores to be made, for longer than for a lost process.
+        patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
 def stop():
@@ -33,17 +40,36 @@ def leave(status):
 
 def barrier():
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(patient)
 
 
 @contextlib.contextmanager
-def main_process_first():
-    """What stands inside is done by rank 0, then by the others, who find its files made."""
-    if rank_and_world()[0] > 0:
+def one_a_machine_first():
+    """What stands inside is done by each machine's first process, then by its others, who find its
+    files made."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
         barrier()
     yield
-    if rank_and_world()[0] == 0:
+    if first:
         barrier()
+
+
+def from_main(make):
+    """What `make()` gives in the main process, which may be the one that has the files; what it
+    raises there is raised in all."""
+    if not dist.is_initialized():
+        return make()
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, 0, patient)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def rank_and_world():
