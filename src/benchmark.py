@@ -2,6 +2,7 @@
 
     python -m src.benchmark --model small --baseline        on the built-in data, and the plain way
     python -m src.benchmark --speedrun --data_dir data/flickr8k     how long to val avg_r1 1.7, 4, 8
+    python -m src.benchmark --pairs 1000000                 what as many pairs take, beside 30,000
 
 Times are medians of several steps after a warm-up, with the quartiles. An epoch's time is its steps
 at the throughput of a loop that waits for nothing, plus the validation."""
@@ -34,6 +35,8 @@ from src.utils.flickr8k_simple import iterate_batches, place_photos
 from src.utils.layouts import DataError
 from src.utils.report import prepare_output
 from src.utils.retrieval import evaluate
+from src.utils.stores import STORE_FOLDER
+from src.utils.synthetic import write_large
 
 # Dense bfloat16 or float16 peak with float32 accumulation, FLOP/s, from NVIDIA's data sheets.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "T4": 65e12}
@@ -44,6 +47,8 @@ SPEEDRUN_TARGETS = (1.7, 4.0, 8.0)  # val avg_r1 in percent
 # of what keeps a long training from learning its captions by heart.
 SHORT = {"weight_decay": 5e-4, "min_crop": 0.5, "color_jitter": 0.0, "word_dropout": 0.0,
          "final_lr": 0.0}
+SCALE_BASE = 30_000  # pairs that --pairs is compared with
+SCALE_ROUNDS = 3  # of both, in turn
 SPEEDRUN_SETTINGS = {"small": {1.7: {"epochs": 4, **SHORT}, 4.0: {"epochs": 14, **SHORT}}}
 
 
@@ -68,6 +73,20 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_memory():
+    """Bytes that this process holds on the host less the photos that it maps; NaN unless Linux."""
+    if not Path("/proc/self/smaps").exists():
+        return float("nan")
+    total, counts = 0, True
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):  # the head of a mapping, with its file's path
+            counts = STORE_FOLDER not in rest[-1]
+        elif first == "Rss:" and counts:
+            total += 1024 * int(rest[0])
+    return total
 
 
 def peak_flops(device):
@@ -161,7 +180,8 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
             training.training_step(run, batch)
 
     seconds = timed(run_steps, device)[0] / steps
-    epoch = data.epoch(settings.captions_per_image, settings.batch_size, seed=0)
+    order_seconds, epoch = timed(lambda: data.epoch(
+        settings.captions_per_image, settings.batch_size, seed=0), torch.device("cpu"))
     pairs, memory, peak = len(epoch[0]), peak_memory(device), peak_flops(device)
     validation, _ = timed(lambda: evaluate(model, splits["val"], run.amp_dtype), device)
     return options.describe(settings, device) | {
@@ -176,8 +196,62 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
         "validation seconds": validation,
         "epoch seconds": seconds * len(epoch) + validation,
         "steps an epoch": len(epoch),
+        "order seconds": order_seconds,
         "peak memory bytes": memory,
     }
+
+
+def scale(given, pairs, steps):
+    """This program on made-up data sets of SCALE_BASE and of so many pairs, in processes of their
+    own -> {pairs: medians of SCALE_ROUNDS}."""
+    given = {name: value for name, value in given.items() if name != "synthetic"}
+    settings, results = options.make_settings(**given), {SCALE_BASE: [], pairs: []}
+    sizes = {"train": settings.image_size * 8 // 7, "val": settings.eval_pixels,
+             "test": settings.eval_pixels}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in results:
+            (Path(folder) / str(number)).mkdir()
+            write_large(Path(folder) / str(number), number, sizes)
+        for number in [*results] * SCALE_ROUNDS:
+            output = Path(folder) / "results.json"
+            command = flags(given | {"data_dir": f"{folder}/{number}", "steps": steps,
+                                     "output": str(output)})
+            start = time.time()
+            done = subprocess.run([sys.executable, "-m", "src.benchmark", *command],
+                                  stdout=subprocess.DEVNULL)
+            if done.returncode:
+                raise options.UsageError(f"the measurement of {number:,} pairs failed")
+            found = load_json(output)
+            results[number].append({
+                "start-up seconds": found["ready"] - start, "data bytes": found["data bytes"],
+                "order seconds": found["ours"]["order seconds"],
+                "step seconds": found["ours"]["step seconds"]})
+    return {number: {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+            for number, rows in results.items()}
+
+
+def scale_lines(results):
+    lines = [f"  {'pairs':>12}{'start-up':>12}{'order':>12}{'step':>12}{'memory':>12}"]
+    for pairs, r in results.items():
+        lines.append(f"  {pairs:>12,}{r['start-up seconds']:>10.1f} s{r['order seconds']:>10.2f} s"
+                     f"{1000 * r['step seconds']:>9.1f} ms{r['data bytes'] / 1e6:>9.0f} MB")
+    few, many = results.values()
+    lines.append(f"  a step takes {100 * (many['step seconds'] / few['step seconds'] - 1):+.1f} %; "
+                 "memory: what the data takes, less the photos' pages")
+    return lines
+
+
+def flags(given):
+    """{name: value} -> a command's flags."""
+    command = []
+    for name, value in given.items():
+        if isinstance(value, bool):
+            command.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            command += [f"--{name}", *value]
+        else:
+            command += [f"--{name}", str(value)]
+    return command
 
 
 def time_to_targets(given, targets):
@@ -186,11 +260,7 @@ def time_to_targets(given, targets):
     a training that fails."""
     results, targets = [], list(targets)
     command, epochs = [sys.executable, training.__file__], options.make_settings(**given).epochs
-    for name, value in given.items():
-        if isinstance(value, bool):
-            command += [f"--{name}"] if value else [f"--no-{name}"]
-        else:
-            command += [f"--{name}", str(value)]
+    command += flags(given)
     with tempfile.TemporaryDirectory() as folder:
         history, running, start = Path(folder) / HISTORY, True, time.perf_counter()
         process = subprocess.Popen([*command, "--output_dir", folder])
@@ -254,6 +324,8 @@ def training_lines(title, r):
 def table(results):
     model = results["settings"]["model"]
     lines = [f"{results['device']}, torch {results['versions']['torch']}, {results['date']}"]
+    if "scale" in results:
+        return "\n".join([*lines, model, *scale_lines(results["scale"])])
     if "speedrun" in results:
         return "\n".join([*lines, model, *speedrun_lines(results["speedrun"])])
     lines += training_lines(f"{model}, the training script", results["ours"])
@@ -273,6 +345,8 @@ def parse_args(argv):
         "decoded in a DataLoader, text of 77 tokens, one caption a photo, float32, no compile")
     add("--speedrun", action="store_true", default=False,
         help=f"only: how long fresh trainings take to val avg_r1 {SPEEDRUN_TARGETS}")
+    add("--pairs", type=options.number(int, "[1000, inf)"),
+        help=f"only: what so many pairs take beside {SCALE_BASE:,}, both made up")
     add("--steps", type=options.number(int, "[1, inf)"), default=10,
         help="measured steps of each kind (default: 10)")
     add("--output", type=options.text, default="outputs/benchmark.json",
@@ -280,8 +354,8 @@ def parse_args(argv):
     options.add_flags(parser)
     args = parser.parse_args(argv)
     given = dict(vars(args))
-    for name in ("baseline", "speedrun", "steps", "output"):
-        del given[name]
+    for name in ("baseline", "speedrun", "pairs", "steps", "output"):
+        given.pop(name, None)
     built_in = {} if "data_dir" in given else {"synthetic": True}
     return args, {"model": "small"} | built_in | given
 
@@ -293,10 +367,14 @@ def measure(args, given):
     results = options.describe(settings, device)
     if args.speedrun:
         return results | {"speedrun": speedrun(given)}
+    if "pairs" in args:
+        return results | {"scale": scale(given, args.pairs, args.steps)}
     encoders = load_encoders(settings, device)
     if args.baseline and settings.image_encoder:
         raise options.UsageError("--baseline is of training from scratch, without --image_encoder")
+    before = resident_memory()
     splits, tokenizer = training.load_data(settings, encoders)
+    results |= {"ready": time.time(), "data bytes": resident_memory() - before}
     for kind in ("ours", "plain") if args.baseline else ("ours",):
         results[kind] = measure_training(
             splits, tokenizer, settings, encoders, args.steps, kind == "plain")

@@ -67,7 +67,7 @@ class Folder:
         path}, else they are looked for."""
         self.root, self.layout, self.source = root, layout, source
         self.row_of, split_of, owners = {}, [], array("i")
-        texts, ends = bytearray(), array("q", [0])
+        texts, lengths = bytearray(), array("i")
         for name, caption, split in rows:
             row = self.row_of.setdefault(name, len(split_of))
             if row == len(split_of):
@@ -76,11 +76,12 @@ class Folder:
                 raise DataError(f"{source}: {name} is in two splits, {split_of[row]} and {split}")
             if caption is not None:
                 owners.append(row)
-                texts += caption.encode("utf-8", "surrogatepass")
-                ends.append(len(texts))
+                caption = caption.encode("utf-8", "surrogatepass")
+                texts += caption
+                lengths.append(len(caption))
         # By photo, those of each in the file's order.
-        owners = np.array(owners)
-        captions = Texts(np.frombuffer(texts, np.uint8), np.array(ends))
+        owners, lengths = np.array(owners, np.int32), np.array(lengths, np.int32)
+        captions = Texts(np.frombuffer(texts, np.uint8), np.cumsum(lengths) - lengths, lengths)
         self.captions = captions.take(np.argsort(owners, kind="stable"))
         self.counts = np.bincount(owners, minlength=len(self.row_of))
         self.first = np.cumsum(self.counts) - self.counts

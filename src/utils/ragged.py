@@ -1,61 +1,64 @@
-"""Many texts or lists of numbers, in two arrays."""
+"""Many texts or lists of numbers in a few arrays."""
 from array import array
 
 import numpy as np
 
+HASHED = 10_000  # sequences that `update_hash` takes at a time
+
 
 class Ragged:
-    """Sequences of unlike lengths, one after another in one array: the i-th is
-    flat[offsets[i]:offsets[i + 1]]. A Python object each would take five times the memory."""
+    """Sequences of unlike lengths in one array: the i-th is flat[starts[i]:starts[i] + lengths[i]].
+    A Python object each would take five times the memory."""
 
-    def __init__(self, flat, offsets):
-        self.flat, self.offsets = flat, offsets
+    def __init__(self, flat, starts, lengths):
+        self.flat, self.starts, self.lengths = flat, starts, lengths
 
     @classmethod
     def of(cls, sequences, typecode):
         """Iterable of sequences; typecode: that of the array module."""
-        flat, offsets = array(typecode), array("q", [0])
+        flat, lengths = array(typecode), array("i")
         for sequence in sequences:
             flat.extend(sequence)
-            offsets.append(len(flat))
-        return cls(np.array(flat), np.array(offsets))
-
-    @property
-    def lengths(self):
-        return np.diff(self.offsets)
+            lengths.append(len(sequence))
+        lengths = np.array(lengths, np.int32)
+        return cls(np.frombuffer(flat, flat.typecode), np.cumsum(lengths) - lengths, lengths)
 
     def __len__(self):
-        return len(self.offsets) - 1
+        return len(self.lengths)
 
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        return self.flat[self.offsets[i]:self.offsets[i + 1 if i != -1 else len(self)]]
+        start = self.starts[i]
+        return self.flat[start:start + self.lengths[i]]
 
     def take(self, rows):
-        """Those of the rows, in their order."""
+        """Those of the rows, in their order, in the same array."""
+        return type(self)(self.flat, self.starts[rows], self.lengths[rows])
+
+    def joined(self, rows):
+        """Those of the rows, one after another."""
         lengths = self.lengths[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        flat = np.empty(offsets[-1], self.flat.dtype)
-        starts = self.offsets[:-1][rows]
-        for start in range(0, len(lengths), 10_000):  # in parts: the numbers take eight bytes each
-            part = slice(start, start + 10_000)
-            first, last = offsets[start], offsets[min(start + 10_000, len(lengths))]
-            shift = np.repeat(starts[part] - offsets[:-1][part], lengths[part])
-            flat[first:last] = self.flat[np.arange(first, last) + shift]
-        return type(self)(flat, offsets)
+        ends = np.cumsum(lengths)
+        places = np.repeat(self.starts[rows] - (ends - lengths), lengths)
+        return self.flat[places + np.arange(len(places))]
 
     def padded(self, rows, multiple=1):
         """Those of the rows -> int64 (B, longest, rounded up to a multiple), filled up with 0."""
-        chosen = self.take(rows)
-        longest = -(-chosen.lengths.max() // multiple) * multiple
-        out = np.zeros((len(chosen), longest), np.int64)
-        out[np.arange(longest) < chosen.lengths[:, None]] = chosen.flat
+        lengths = self.lengths[rows]
+        longest = -(-lengths.max() // multiple) * multiple
+        out = np.zeros((len(lengths), longest), np.int64)
+        out[np.arange(longest) < lengths[:, None]] = self.joined(rows)
         return out
+
+    def update_hash(self, hasher):
+        """By the sequences and their lengths."""
+        hasher.update(np.ascontiguousarray(self.lengths))
+        for start in range(0, len(self), HASHED):
+            hasher.update(self.joined(slice(start, start + HASHED)))
 
     def __add__(self, other):
         return type(self)(np.concatenate([self.flat, other.flat]),
-                          np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]]))
+                          np.concatenate([self.starts, other.starts + len(self.flat)]),
+                          np.concatenate([self.lengths, other.lengths]))
 
 
 class Texts(Ragged):
@@ -63,3 +66,6 @@ class Texts(Ragged):
 
     def __getitem__(self, i):
         return super().__getitem__(i).tobytes().decode("utf-8", "surrogatepass")
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
