@@ -95,8 +95,10 @@ def load_data(settings, encoders=NO_ENCODERS, tokenizer=None):
     splits = {split: load(folder, split, training_size if split == "train" else
                           settings.eval_pixels) for split in SPLIT_FILES}
     val, test, train = splits["val"], splits["test"], splits["train"]
-    val.hold_out([test])
-    train.hold_out([val, test])
+    copies = val.hold_out([test]) + train.hold_out([val, test])
+    if copies:
+        log.info(f"{copies:,} photos are copies, or nearly so, of photos in a split that comes "
+                 "after theirs, and are left out")
     for folder in extra:
         data = load(folder, "all" if settings.extra_all else "train", training_size)
         join_extra(train, data, [val, test])

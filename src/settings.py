@@ -38,7 +38,7 @@ def architecture(default, meaning=None, bounds=None):
 class Settings:
     """All settings of a run. The defaults are those of the preset `base`."""
 
-    data_dir: str = setting("data/flickr8k", "folder of the dataset",
+    data_dir: str = setting("data/flickr8k", "folder of photos and captions; --check says as what",
                             auto="data/flickr8k, or data/synthetic with --synthetic")
     synthetic: bool = setting(False, "train on the built-in shapes, made where absent")
     extra_data: list = setting((), "folders whose training pairs join the training split, less "

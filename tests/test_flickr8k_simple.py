@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from src.utils import flickr8k_simple
 from src.utils import stores as photo_stores
 from src.utils.flickr8k_simple import (
     MAX_LENGTH,
@@ -487,6 +488,74 @@ def test_what_a_kill_left_behind_goes_but_not_what_another_process_writes(datase
         "train_16_busy.partial78",
         "val_16_dead.partial77",
     ]
+
+
+def test_a_kill_costs_one_shard(dataset_dir, monkeypatch):
+    monkeypatch.setattr(photo_stores, "SHARD_SIZE", 2)
+    whole, open_photo = dataset(dataset_dir, cache=False).photos[:], photo_stores.open_photo
+
+    def failing(path, size):
+        if path.name == "1003_abc.jpg":
+            raise KeyboardInterrupt
+        return open_photo(path, size)
+
+    with monkeypatch.context() as context:
+        context.setattr(photo_stores, "open_photo", failing)
+        with pytest.raises(KeyboardInterrupt):
+            dataset(dataset_dir)
+    assert len(stores(dataset_dir)) == 1
+    names = decoded(monkeypatch)
+    assert torch.equal(dataset(dataset_dir).photos[:], whole)
+    assert sorted(names) == [f"{1000 + i}_abc.jpg" for i in (2, 3, 4, 5)]
+    assert len(stores(dataset_dir)) == 3
+    Image.new("RGB", (30, 40)).save(dataset_dir / "Flicker8k_Dataset" / "1005_abc.jpg")
+    names.clear()
+    changed = dataset(dataset_dir).photos  # a change costs one shard as well
+    assert sorted(names) == ["1004_abc.jpg", "1005_abc.jpg"] and len(stores(dataset_dir)) == 3
+    assert torch.equal(changed[:5], whole[:5]) and not torch.equal(changed[5], whole[5])
+
+
+def test_rows_of_several_parts_are_read_as_those_of_one():
+    values = torch.arange(60, dtype=torch.uint8).view(10, 3, 2)
+    parts = [part.numpy() for part in values.split([4, 1, 5])]
+    rows = photo_stores.Rows(parts, lambda rows: rows.permute(0, 2, 1))
+    whole = values.permute(0, 2, 1)
+    assert rows.shape == (10, 2, 3) and rows.dtype == torch.uint8 and rows.nbytes == 60
+    assert torch.equal(rows[:], whole) and torch.equal(rows[3:6], whole[3:6])
+    for some in ([9, 0, 4, 4], torch.tensor([5, 3]), np.array([], int)):
+        assert torch.equal(rows[some], whole[torch.as_tensor(some, dtype=torch.long)])
+    assert torch.equal(rows[7], whole[7])
+    assert rows.part_of([0, 3, 4, 5, 9]).tolist() == [0, 0, 1, 2, 2]
+    few = rows.choose(torch.tensor([8, 2, 4]))
+    assert torch.equal(few[:], whole[[8, 2, 4]]) and few.part_of(np.arange(3)).tolist() == [2, 0, 1]
+    both = few + rows.choose([9])
+    assert len(both) == 4 and torch.equal(both[:], whole[[8, 2, 4, 9]])
+    assert both.part_of([0, 3]).tolist() == [2, 5]
+
+
+def test_photos_larger_than_memory_are_shuffled_in_windows_of_shards():
+    photo_of_caption = torch.arange(120).repeat_interleave(5)
+    shard_of_photo = torch.arange(120) // 10
+    order = [epoch_batches(photo_of_caption, 5, 30, seed, shard_of_photo, 3) for seed in (1, 1, 2)]
+    assert order[0].equal(order[1]) and not order[0].equal(order[2])
+    for pairs in (order[0], order[2]):
+        assert sorted(pairs.flatten().tolist()) == list(range(600))
+        photos = photo_of_caption[pairs.flatten()][::5]
+        windows = [set(shard_of_photo[window].tolist()) for window in photos.split(30)]
+        assert all(len(window) == 3 for window in windows) and len(set().union(*windows)) == 12
+        shards = shard_of_photo[photos[:30]].tolist()
+        assert shards != sorted(shards)  # shuffled within
+
+
+def test_an_epoch_of_few_photos_is_shuffled_as_a_whole(dataset_dir, monkeypatch):
+    monkeypatch.setattr(photo_stores, "SHARD_SIZE", 2)
+    data = dataset(dataset_dir)
+    assert data.epoch(5, 10, 3).equal(epoch_batches(data.photo_of_caption, 5, 10, 3))
+    monkeypatch.setattr(flickr8k_simple, "WINDOW_BYTES", data.photos.nbytes * 0.7)
+    shards = [data.photo_of_caption[batch].unique() // 2 for batch in data.epoch(5, 10, 3)]
+    assert data.epoch(5, 10, 3).equal(epoch_batches(
+        data.photo_of_caption, 5, 10, 3, torch.tensor([0, 0, 1, 1, 2, 2]), 2))
+    assert len(set(shards[2].tolist())) == 1  # one window of two shards, one of one
 
 
 def test_a_damaged_photo_is_not_cached(dataset_dir):

@@ -19,6 +19,7 @@ from src.settings import UsageError, make_settings
 from src.utils.augment import normalize
 from src.utils.checkpoint import BEST, CONFIG, HISTORY, load_checkpoint, load_json
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.ragged import Texts
 from src.utils.retrieval import retrieval_metrics
 from src.utils.stores import STORE_FOLDER, open_photo
 from src.utils.tokenizers import CharTokenizer
@@ -113,6 +114,26 @@ def test_features_are_those_of_the_photo_and_its_mirror_image(dataset_dir, own):
         assert torch.allclose(row, text(text.prepare([caption]))[0], rtol=1e-3, atol=2e-3)
     val = Flickr8kImageTextDataset(dataset_dir, "val", 16, CharTokenizer(), **settings)
     assert val.photos.shape == (3, 1, 24)
+
+
+def test_a_stop_while_captions_are_encoded_costs_one_shard(dataset_dir, own, monkeypatch):
+    monkeypatch.setattr(pretrained, "TEXT_SHARD", 8)
+    text = load_encoder(f"{own}:texts", "text")
+    texts = Texts.of([f"caption {i} of them".encode() for i in range(20)], "B")
+    whole, store, encode = text.text_features(None, texts)[:], dataset_dir / "texts", text.encode
+    encoded = []
+
+    def failing(tokens):
+        encoded.append(len(tokens["ids"]))
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        return encode(tokens)
+
+    monkeypatch.setattr(text, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        text.text_features(store, texts)
+    assert torch.equal(text.text_features(store, texts)[:], whole) and encoded == [8, 8, 8, 4]
+    assert torch.equal(text.text_features(store, texts)[:], whole) and len(encoded) == 4
 
 
 def test_held_out_photos_take_their_features_along(dataset_dir, own):

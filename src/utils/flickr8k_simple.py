@@ -104,8 +104,8 @@ class Flickr8kImageTextDataset:
 
     def hold_out(self, others):
         """Leave out the photos whose files' content is in one of those datasets; where a hash has
-        made the splits, near-duplicates too. Raises DataError where there are any and the folder's
-        own lists put them there, unless allow_incomplete."""
+        made the splits, near-duplicates too -> how many. Raises DataError where there are any
+        and the folder's own lists put them there, unless allow_incomplete."""
         by_hash, root = self.folders[0].by_hash, self.folders[0].root
         copies = self.copies_in(others, near=by_hash)
         twice = [f"{self.names[i]} is {copy}" for i, (copy, _) in copies.items()]
@@ -114,6 +114,7 @@ class Flickr8kImageTextDataset:
                             f"split as well ({first_three(twice)}).\nTake them out of one "
                             f"list; --allow_incomplete leaves them out of {self.split}.")
         self.leave_out(copies)
+        return len(copies)
 
     def copies_in(self, others, near=True):
         """{row: (what of the others it is, how that is known)} of the photos that are in one of
