@@ -107,4 +107,4 @@ def test_no_data(tmp_path, capsys):
         )
         == 2
     )
-    assert "error: no Flickr8k in" in capsys.readouterr().err
+    assert "there is no such folder. To fetch Flickr8k:" in capsys.readouterr().err

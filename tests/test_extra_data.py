@@ -121,7 +121,7 @@ def test_a_run_with_extra_data_goes_on_with_the_same_only(folders, tmp_path, cap
 def test_extra_data_that_is_not_there_or_of_no_use(folders, tmp_path, capsys):
     given = ["--data_dir", folders / "half", "--output_dir", tmp_path / "run"]
     assert main(*given, "--extra_data", tmp_path / "nowhere") == 2
-    assert f"no Flickr8k in {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    assert f"{tmp_path / 'nowhere'}: there is no such folder" in capsys.readouterr().err
     assert main(*given, "--extra_all") == 2
     assert "--extra_all needs --extra_data" in capsys.readouterr().err
     assert main(*given, "--extra_data", folders / "half") == 2

@@ -277,8 +277,9 @@ def read_folder(root_dir):
     for one whose files do not fit their layout."""
     root = Path(root_dir)
     if not root.is_dir():
-        raise DataError(f"no Flickr8k in {root}. Either fetch it: {download_command(root)}\n"
-                        "or train on the built-in shapes: python train_flickr8k_sgd.py --synthetic")
+        raise DataError(f"{root}: there is no such folder. To fetch Flickr8k: "
+                        f"{download_command(root)}\n"
+                        "To train on the built-in shapes: python train_flickr8k_sgd.py --synthetic")
     for read in READERS:
         folder = read(root)
         if folder is not None:
