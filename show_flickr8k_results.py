@@ -11,6 +11,7 @@ import random
 import sys
 from pathlib import Path
 
+from src.encoder_names import load_encoders
 from src.inference import (
     EmbeddingCache,
     embed_photos,
@@ -20,7 +21,6 @@ from src.inference import (
     photos_of_folder,
     photos_of_split,
 )
-from src.pretrained import load_encoders
 from src.settings import Parser, UsageError, text
 from src.utils import report
 from src.utils.checkpoint import CheckpointError, check_data_dir, load_run

@@ -26,8 +26,9 @@ from torchvision.transforms import v2
 
 import train_flickr8k_sgd as training
 from src import settings as options
+from src.data import load_data
+from src.encoder_names import load_encoders
 from src.losses import PairEncoder
-from src.pretrained import load_encoders
 from src.state import RunState
 from src.utils.augment import MEAN, STD
 from src.utils.checkpoint import HISTORY, load_json, save_json
@@ -373,7 +374,7 @@ def measure(args, given):
     if args.baseline and settings.image_encoder:
         raise options.UsageError("--baseline is of training from scratch, without --image_encoder")
     before = resident_memory()
-    splits, tokenizer = training.load_data(settings, encoders)
+    splits, tokenizer = load_data(settings, encoders)
     results |= {"ready": time.time(), "data bytes": resident_memory() - before}
     for kind in ("ours", "plain") if args.baseline else ("ours",):
         results[kind] = measure_training(

@@ -17,6 +17,7 @@ from torch import nn
 
 import train_flickr8k_sgd as training
 from src import settings
+from src.data import load_data
 from src.state import RunState
 from src.utils.checkpoint import CheckpointError, load_json, save_json
 from src.utils.flickr8k_simple import iterate_batches, place_photos
@@ -149,7 +150,7 @@ def compare(args):
     results = settings.describe(chosen, device) | {"runs": []}
     if path.exists():
         results = load_json(path)
-    splits, tokenizer = training.load_data(chosen)
+    splits, tokenizer = load_data(chosen)
     runs, (first, *others) = results["runs"], args.seeds
 
     def run(name, lr, seed, sgd_lr=None):

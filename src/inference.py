@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from src.encoder_names import load_encoders
 from src.model import MultiModalMemoryNetwork
-from src.pretrained import load_encoders
 from src.settings import default_device, settings_of
 from src.utils.augment import normalize
 from src.utils.checkpoint import (

@@ -13,8 +13,10 @@ from PIL import Image
 import show_flickr8k_results
 import train_flickr8k_sgd as training
 from src import pretrained
+from src.data import load_data
+from src.encoder_names import load_encoder, load_encoders
 from src.inference import embed_photos, embed_texts, load_model, photos_of_split
-from src.pretrained import PretrainedEncoder, Renormalize, load_encoder, load_encoders
+from src.pretrained import PretrainedEncoder, Renormalize
 from src.settings import UsageError, make_settings
 from src.utils.augment import normalize
 from src.utils.checkpoint import BEST, CONFIG, HISTORY, load_checkpoint, load_json
@@ -410,7 +412,7 @@ def test_a_contrastive_pair_begins_as_itself(clip, shapes, tmp_path, capsys):
     # The model as it is before the first step, in numbers.
     settings = make_settings(**json.loads((folder / CONFIG).read_text())["settings"])
     encoders = load_encoders(settings)
-    splits, tokenizer = training.load_data(settings, encoders)
+    splits, tokenizer = load_data(settings, encoders)
     model = training.build_model(settings, tokenizer, encoders).eval()
     encoders.initialize(model, splits["train"], None)
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-3)  # CLIP's own start

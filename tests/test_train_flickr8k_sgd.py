@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import show_flickr8k_results
 import train_flickr8k_sgd as training
 from src import state
+from src.data import load_data
 from src.inference import load_bank, load_model
 from src.settings import make_settings
 from src.state import MovingAverage, RunState, cosine_schedule
@@ -575,7 +576,7 @@ def test_mixed_precision(shapes, tmp_path):
 def start_run(shapes, **given):
     """(run, splits) of a training on `shapes`, without its files."""
     settings = make_settings(synthetic=True, data_dir=str(shapes), batch_size=10, **given)
-    splits, tokenizer = training.load_data(settings)
+    splits, tokenizer = load_data(settings)
     model = training.build_model(settings, tokenizer)
     model.to(settings.device, memory_format=torch.channels_last)
     device = torch.device(settings.device)

@@ -85,28 +85,26 @@ def read_json(path):
         raise DataError(f"{path}: not JSON ({error})") from None
 
 
-def token_rows(path):
-    """Lines of "photo.jpg#0<tab>caption"."""
-    pattern = re.compile(r"([^\t]+)#\d+\t\s*(\S.*)")
+def line_rows(path, pattern, expected, header=0):
+    """Lines that the pattern takes apart into name and caption, after so many of a header."""
     for number, line in enumerate(read_lines(path), start=1):
         match = pattern.fullmatch(line.rstrip())
         if match:
             yield match[1], match[2], None
-        elif line.strip():
-            raise DataError(f"{path}, line {number}: expected 'photo.jpg#0<tab>caption', "
-                            f"found {line.rstrip()[:80]!r}")
+        elif line.strip() and number > header:
+            raise DataError(f"{path}, line {number}: expected {expected}, found "
+                            f"{line.rstrip()[:80]!r}")
+
+
+def token_rows(path):
+    """Of Flickr8k and Flickr30k."""
+    return line_rows(path, re.compile(r"([^\t]+)#\d+\t\s*(\S.*)"), "'photo.jpg#0<tab>caption'")
 
 
 def bar_rows(path):
-    """Lines of "photo.jpg| 0| caption", the bar before the caption missing in one of Kaggle's."""
-    pattern = re.compile(r"([^|]+?)\s*\|\s*\d+\s*[|\s]\s*(\S.*)")
-    for number, line in enumerate(read_lines(path), start=1):
-        match = pattern.fullmatch(line.strip())
-        if match:
-            yield match[1], match[2], None
-        elif line.strip() and number > 1:  # the first has the columns' names
-            raise DataError(f"{path}, line {number}: expected 'photo.jpg| 0| caption', "
-                            f"found {line.rstrip()[:80]!r}")
+    """Of Kaggle's Flickr30k, where a line lacks the bar before its caption."""
+    return line_rows(path, re.compile(r"\s*([^|]+?)\s*\|\s*\d+\s*[|\s]\s*(\S.*)"),
+                     "'photo.jpg| 0| caption'", header=1)
 
 
 def split_name(path, place, value):
