@@ -71,6 +71,20 @@ def test_speedrun_of_a_training_that_fails(tmp_path, capfd):
     assert "the training ended with exit status 2" in capfd.readouterr().err
 
 
+def test_what_many_pairs_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "SCALE_ROUNDS", 1)
+    monkeypatch.setattr(benchmark, "SCALE_BASE", 2000)
+    flags = "--model tiny --pairs 20000 --steps 1 --device cpu --output".split()
+    assert benchmark.main([*flags, str(tmp_path / "b.json")]) == 0
+    scale = json.loads((tmp_path / "b.json").read_text())["scale"]
+    assert list(scale) == ["2000", "20000"]
+    for row in scale.values():
+        assert 0 < row["order seconds"] < row["start-up seconds"] and row["step seconds"] > 0
+    # Names, captions, tokens and what the interpreter holds besides, far less than 1 kB a pair.
+    assert scale["20000"]["data bytes"] - scale["2000"]["data bytes"] < 2e7
+    assert "      20,000" in capsys.readouterr().out
+
+
 def test_wrong_arguments(tmp_path, capsys):
     assert benchmark.main(["--data_dir", str(tmp_path / "none")]) == 2
     assert "download_flickr8k.py" in capsys.readouterr().err
