@@ -29,7 +29,12 @@ from src.settings import make_settings
 from src.state import MovingAverage, RunState, cosine_schedule
 from src.utils import augment, retrieval
 from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset, epoch_batches, iterate_batches
+from src.utils.flickr8k_simple import (
+    Flickr8kImageTextDataset,
+    epoch_batches,
+    iterate_batches,
+    place_photos,
+)
 from src.utils.retrieval import compare_bank, embed_dataset, make_bank
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
@@ -651,7 +656,7 @@ def test_steps_do_not_wait_for_the_gpu(shapes):
     batches = epoch_batches(data.photo_of_caption, 2, 10, seed=0)
     run.model.train()
     try:
-        for i, batch in enumerate(iterate_batches(data, data.photos.to(device), batches, device)):
+        for i, batch in enumerate(iterate_batches(data, place_photos(data.photos, device), batches, device)):
             if i == 3:  # constants have been made, kernels chosen
                 torch.cuda.set_sync_debug_mode("error")
             training.training_step(run, batch)
