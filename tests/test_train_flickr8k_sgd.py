@@ -656,7 +656,8 @@ def test_steps_do_not_wait_for_the_gpu(shapes):
     batches = epoch_batches(data.photo_of_caption, 2, 10, seed=0)
     run.model.train()
     try:
-        for i, batch in enumerate(iterate_batches(data, place_photos(data.photos, device), batches, device)):
+        photos = place_photos(data.photos, device)
+        for i, batch in enumerate(iterate_batches(data, photos, batches, device)):
             if i == 3:  # constants have been made, kernels chosen
                 torch.cuda.set_sync_debug_mode("error")
             training.training_step(run, batch)
