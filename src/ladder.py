@@ -34,7 +34,6 @@ STEPS = {
 # On top of the preset's own recipe, each alone.
 CHANGES = {
     "no memory": {"memory_size": 0},
-    "a queue of 2,000 pairs": {"queue_size": 2000},
 }
 
 

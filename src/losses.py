@@ -50,62 +50,30 @@ def caption_contrast_loss(text_latents, logit_scale, photo_ids):
     return (nll.sum(1) / positive.sum(1).clamp(min=1)).mean()
 
 
-def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, caption_contrast=0.0,
-                  queue=None):
+def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, caption_contrast=0.0):
     """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021), a scalar, in float32
     over the pairs of all processes.
 
     image_latents, text_latents: (B, D), of any length, pair i in row i. logit_scale: scalar, the
     logarithm of the inverse temperature. photo_ids: (B,) integers; pairs with the same id hold the
     same photo and are not each other's negatives. caption_contrast: weight of
-    `caption_contrast_loss`. queue: a LatentQueue of further negatives, which this batch then joins.
-    """
+    `caption_contrast_loss`."""
     image_latents = gather(F.normalize(image_latents.float(), dim=-1))
     text_latents = gather(F.normalize(text_latents.float(), dim=-1))
     if photo_ids is None:
         photo_ids = torch.arange(len(text_latents), device=text_latents.device)
     else:
         photo_ids = gather(photo_ids)
-    all_images, all_texts, all_ids = image_latents, text_latents, photo_ids
-    if queue is not None:
-        all_images = torch.cat([image_latents, queue.images])
-        all_texts = torch.cat([text_latents, queue.texts])
-        all_ids = torch.cat([photo_ids, queue.photo_ids])
-        queue.push(image_latents, text_latents, photo_ids)
-    negative = (photo_ids[:, None] != all_ids[None, :]) & (all_ids != LatentQueue.EMPTY)
-    left_out = ~negative.clone().fill_diagonal_(True)
-    labels = torch.arange(len(negative), device=negative.device)
+    left_out = (photo_ids[:, None] == photo_ids).fill_diagonal_(False)
+    labels = torch.arange(len(left_out), device=left_out.device)
     with torch.autocast(image_latents.device.type, enabled=False):
-        logits_per_image = logit_scale.float().exp() * (image_latents @ all_texts.T)
-        logits_per_text = logits_per_image.T
-        if queue is not None:
-            logits_per_text = logit_scale.float().exp() * (text_latents @ all_images.T)
+        logits_per_image = logit_scale.float().exp() * (image_latents @ text_latents.T)
     loss = sum(F.cross_entropy(logits.masked_fill(left_out, float("-inf")), labels) / 2
-               for logits in (logits_per_image, logits_per_text))
+               for logits in (logits_per_image, logits_per_image.T))
     if caption_contrast:
         contrast = caption_contrast_loss(text_latents, logit_scale, photo_ids)
         loss = loss + caption_contrast * contrast
     return loss
-
-
-class LatentQueue(torch.nn.Module):
-    """The unit latents of the last `size` pairs, negatives from earlier batches (cross-batch
-    memory, Wang et al. 2020). Empty places never count."""
-
-    EMPTY = -1
-
-    def __init__(self, size, dim):
-        super().__init__()
-        self.register_buffer("images", torch.zeros(size, dim))
-        self.register_buffer("texts", torch.zeros(size, dim))
-        self.register_buffer("photo_ids", torch.full((size,), self.EMPTY))
-
-    @torch.no_grad()
-    def push(self, images, texts, photo_ids):
-        """(B, D), (B, D), (B,) go in, the B oldest go out."""
-        for name, new in (("images", images), ("texts", texts), ("photo_ids", photo_ids)):
-            rows = torch.cat([new.detach(), getattr(self, name)])
-            setattr(self, name, rows[:len(self.photo_ids)])
 
 
 class PairEncoder(torch.nn.Module):

@@ -89,7 +89,6 @@ class Settings:
                          "is validated and kept; 0: none", "[0, 1)")
     caption_contrast: float = setting(
         1.0, "weight of a contrast among captions, those of one photo being positives", "[0, 1e6]")
-    queue_size: int = setting(0, "pairs of earlier batches that are negatives too", "[0, inf)")
     seed: int = setting(0, "of weights, order and augmentation", "[0, 4294967295]")
 
     min_crop: float = setting(0.5, "smallest share of a photo's area in a crop", "(0, 1]")

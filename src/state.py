@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from src.losses import LatentQueue, PairEncoder, info_nce_loss
+from src.losses import PairEncoder, info_nce_loss
 from src.settings import UsageError, amp_type
 from src.utils import distributed
 
@@ -92,11 +92,8 @@ class RunState:
         schedule = cosine_schedule(settings.warmup, settings.final_lr, total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.ema = MovingAverage(model, settings.ema) if settings.ema else None
-        self.queue = None
-        if settings.queue_size:
-            self.queue = LatentQueue(settings.queue_size, settings.latent_dim).to(device)
         self.criterion = functools.partial(
-            info_nce_loss, caption_contrast=settings.caption_contrast, queue=self.queue)
+            info_nce_loss, caption_contrast=settings.caption_contrast)
         self.encode = PairEncoder(model, self.amp_dtype)
         if settings.compile:
             self.encode.compile()
@@ -109,7 +106,7 @@ class RunState:
         return self.model if self.ema is None else self.ema.module
 
     def parts(self):
-        names = ("model", "ema", "queue", "optimizer", "scaler", "scheduler")
+        names = ("model", "ema", "optimizer", "scaler", "scheduler")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def state_dict(self):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from src.losses import (
-    LatentQueue,
     PairEncoder,
     caption_contrast_loss,
     contrastive_backward,
@@ -107,29 +106,6 @@ def test_caption_contrast_equals_the_definition():
         for weight in (0.0, 0.5)
     )
     assert both.item() == pytest.approx(plain.item() + 0.5 * alone.item(), rel=1e-5)
-
-
-def test_queue_holds_the_last_latents_and_makes_them_negatives():
-    queue, scale = LatentQueue(5, 5), torch.tensor(1.0)
-    images, texts = latents(batch=9)
-    normal = torch.nn.functional.normalize
-    ids = torch.tensor([0, 1, 2, 3, 4, 5, 0, 7, 8])
-    first = info_nce_loss(images[:3], texts[:3], scale, ids[:3], queue=queue)
-    plain = info_nce_loss(images[:3], texts[:3], scale, ids[:3])  # it was empty
-    assert first.item() == pytest.approx(plain.item(), rel=1e-6)
-    assert queue.photo_ids.tolist() == [0, 1, 2, -1, -1] and not queue.images.requires_grad
-    info_nce_loss(images[3:6], texts[3:6], scale, ids[3:6], queue=queue)
-    assert queue.photo_ids.tolist() == [3, 4, 5, 0, 1]
-    assert torch.allclose(queue.texts, normal(texts[[3, 4, 5, 0, 1]], dim=-1))
-    loss = info_nce_loss(images[6:], texts[6:], scale, ids[6:], queue=queue)
-    total = 0.0
-    for rows, columns in ((images, texts), (texts, images)):
-        for i in (6, 7, 8):
-            # 0 is the photo of 6
-            others = [j for j in (6, 7, 8, 3, 4, 5, 0, 1) if j == i or ids[j] != ids[i]]
-            logits = scale.exp() * torch.nn.functional.cosine_similarity(rows[i], columns[others])
-            total += torch.logsumexp(logits, 0) - logits[0 if i == 6 else others.index(i)]
-    assert loss.item() == pytest.approx(total.item() / 6, rel=1e-5)
 
 
 class Encoder(torch.nn.Module):

@@ -62,7 +62,7 @@ def test_help_gives_defaults_in_groups(capsys):
     out = capsys.readouterr().out
     flags = out[out.index("\ndata:"):].split("\n  --")[1:]
     shown = [flag for flag in flags if not flag.startswith(("resume", "check", "overwrite"))]
-    assert all("default" in flag for flag in shown) and len(flags) <= 43
+    assert all("default" in flag for flag in shown) and len(flags) <= 42
     assert all(f"\n{name}:\n" in out for name in (*GROUPS.values(), "run"))
     assert set(GROUPS) <= {f.name for f in dataclasses.fields(Settings)}
 

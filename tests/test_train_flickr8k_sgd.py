@@ -210,8 +210,8 @@ def test_resume_in_the_middle_of_an_epoch(shapes, finished, tmp_path, monkeypatc
     assert_same(outcome(finished[0]), outcome(tmp_path))
 
 
-def test_resume_carries_the_average_and_the_queue(shapes, tmp_path, monkeypatch):
-    switches = ["--ema", 0.9, "--queue_size", 30]
+def test_resume_carries_the_average(shapes, tmp_path, monkeypatch):
+    switches = ["--ema", 0.9]
     assert main(*arguments(shapes, tmp_path / "whole", *switches)) == 0
     save = training.save_json
 
@@ -226,10 +226,6 @@ def test_resume_carries_the_average_and_the_queue(shapes, tmp_path, monkeypatch)
     assert main("--synthetic", "--output_dir", tmp_path / "cut", "--resume") == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
     last = torch.load(tmp_path / "whole" / LAST, weights_only=True)
-    assert (
-        last["queue_state_dict"]["photo_ids"].min() >= 0
-        and len(last["queue_state_dict"]["photo_ids"]) == 30
-    )
     best = torch.load(tmp_path / "whole" / BEST, weights_only=True)["model_state_dict"]
     raw, averaged = last["model_state_dict"], last["ema_state_dict"]
     name = "text_encoder.token_embedding.weight"
@@ -622,7 +618,7 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
     a value that the host asks for, or an operation across devices, is an error."""
     tokenizer = CharTokenizer()
     settings = make_settings(
-        model=preset, device="cuda", amp=False, compile=False, queue_size=20,
+        model=preset, device="cuda", amp=False, compile=False,
         color_jitter=0.2, word_dropout=0.2, ema=0.0)
     augment._per_channel.cache_clear()
     with FakeTensorMode(), torch.device("cuda"):
@@ -651,7 +647,7 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_steps_do_not_wait_for_the_gpu(shapes):
-    run, splits = start_run(shapes, device="cuda", amp=False, ema=0.9, queue_size=20)
+    run, splits = start_run(shapes, device="cuda", amp=False, ema=0.9)
     data, device = splits["train"], torch.device("cuda")
     batches = epoch_batches(data.photo_of_caption, 2, 10, seed=0)
     run.model.train()
