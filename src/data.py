@@ -81,6 +81,8 @@ def join_extra(train, extra, held_out):
     """Add to the training split the pairs of another dataset, less the photos that are in val or
     test, however they are known, or in training already."""
     left_out = collections.Counter()
+    if extra.left_out:
+        left_out["missing, unreadable or without captions"] = len(extra.left_out)
     for others, where, near in ((held_out, "val or test", True), ([train], "training", False)):
         copies = extra.copies_in(others, near)
         left_out.update(f"{how} of a photo in {where}" for _, how in copies.values())

@@ -97,6 +97,22 @@ def test_the_tables_say_what_was_trained_on(folders, tmp_path, capsys):
     assert f"| 120 pairs, 60 of {folders / 'rest'} |" in report.comparison([run], "markdown")
 
 
+def test_photos_that_the_extra_data_lacks_are_said(folders, tmp_path, capsys):
+    rest = write(tmp_path / "rest", {split: numbered(*range(first, first + 9)) for split, first in
+                                     (("train", 20), ("val", 70), ("test", 90))})
+    (rest / "Images" / "1000021_0123456789.jpg").unlink()
+    (rest / "Images" / "1000022_0123456789.jpg").write_bytes(b"no photo")
+    given = ["--data_dir", folders / "half", "--extra_data", rest]
+    assert main(*given, "--output_dir", tmp_path / "run") == 2
+    assert f"{rest} is incomplete: 1 of the 9 photos of train are missing" in (
+        capsys.readouterr().err)
+    train(tmp_path / "run", *given, "--allow_incomplete", epochs=1)
+    said = "7 photos with 21 captions join the training split; 2 left out: missing, unreadable or"
+    assert said in capsys.readouterr().out
+    [joined] = json.loads((tmp_path / "run" / CONFIG).read_text())["extra_data"]
+    assert joined["left_out"] == {"missing, unreadable or without captions": 2}
+
+
 def test_all_pairs_of_the_extra_data(folders, tmp_path):
     train(tmp_path / "run", "--data_dir", folders / "half", "--extra_data", folders / "rest",
           "--extra_all", epochs=1)
