@@ -3,6 +3,7 @@
     python show_flickr8k_results.py                             the tables of a run
     python show_flickr8k_results.py --query "two dogs run"      photos for a text
     python show_flickr8k_results.py --image my_photo.jpg        captions for a photo
+    python show_flickr8k_results.py --image my_photo.jpg --query "in the snow"   photos for both
     python show_flickr8k_results.py --compare outputs/*         several runs
 """
 import argparse
@@ -104,8 +105,11 @@ def cut(query):
 
 
 def show_photos(args):
-    """--query: the photos nearest to each text."""
+    """--query: the photos nearest to each text, or to each fused with the photo of --image."""
     cache, queries = open_cache(args), [cut(query) for query in args.query]
+    if args.image and load_run(args.output_dir[0]).settings.captions_per_image == 1:
+        raise UsageError(f"{args.output_dir[0]}: was not trained for a photo and a text together, "
+                         "which takes several captions of a photo in a step")
     for query in queries:
         if not cache.tokenizer.knows(query):
             raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
@@ -116,7 +120,8 @@ def show_photos(args):
     if faults:
         photos = [photo for photo in photos if photo not in faults]
         gallery = f"{len(photos):,} photos in {args.photos}"
-    texts = embed_texts(cache.model, cache.tokenizer, queries)
+    photo = cache.transform(args.image) if args.image else None
+    texts = embed_texts(cache.model, cache.tokenizer, queries, photo=photo)
     scores, rows = texts @ embeddings.T, []
     by_bank = scores
     if args.bank:
@@ -127,8 +132,10 @@ def show_photos(args):
             caption = captions[i][0] if captions[i] else ""
             return f"{name}  {caption}", name, photos[i], same(query) in map(same, captions[i])
 
-        title = f'"{query}" in {gallery}'
-        rows.append(print_ranking(title, own_scores, own_by_bank, args, about))
+        title = f'{args.image} and "{query}"' if args.image else f'"{query}"'
+        title, cells = print_ranking(f"{title} in {gallery}", own_scores, own_by_bank, args, about)
+        first = [(args.image, "the photo", False)] if args.image else []
+        rows.append((title, first + cells))
         print()
     return rows
 
@@ -218,14 +225,15 @@ def parse_args(argv):
     add("--output_dir", type=text, nargs="+", default=["outputs/flickr8k_sgd"], help="of the run; "
         "several for --plot, --test_time and the tables (default: outputs/flickr8k_sgd)")
     what.add_argument("--plot", action="store_true", help="draw loss, R@K and learning rate")
-    what.add_argument("--query", nargs="+", metavar="TEXT", help="rank photos by each "
-                      f"text, of which the first {MAX_LENGTH:,} characters are read")
-    what.add_argument("--image", type=text, help="rank a split's captions by this photo")
     what.add_argument("--examples", type=int, metavar="N", help="show N hits and N misses")
     what.add_argument("--test_time", action="store_true",
                       help="measure what the memory's test-time training adds")
     what.add_argument("--compare", type=text, nargs="+", metavar="DIR",
                       help="runs, best on validation first")
+    add("--query", nargs="+", metavar="TEXT", help="rank photos by each text, of which the first "
+        f"{MAX_LENGTH:,} characters are read")
+    add("--image", type=text, help="rank a split's captions by this photo; with --query: rank "
+        "photos by both")
     add("--photos", type=text, metavar="DIR",
         help="with --query: rank the photos in this folder and below it")
     add("--split", choices=list(SPLIT_FILES), help="whose photos and captions are ranked "
@@ -248,6 +256,10 @@ def parse_args(argv):
         parser.error("--query, --image and --examples take one --output_dir")
     if args.photos and not args.query:
         parser.error("--photos needs a --query")
+    if (args.query or args.image) and (args.plot or args.examples or args.test_time
+                                       or args.compare):
+        parser.error("--query and --image go with none of --plot, --examples, --test_time and "
+                     "--compare")
     return args
 
 

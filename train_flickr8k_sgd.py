@@ -15,6 +15,7 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 from src.data import check_folders, load_data
 from src.encoder_names import load_encoders
@@ -29,6 +30,7 @@ from src.settings import (
     describe,
     find_device,
     parse_args,
+    uncropped,
 )
 from src.state import ADVICE, RunState, TrainingError
 from src.utils import checkpoint as files
@@ -37,7 +39,7 @@ from src.utils.augment import color_jitter, drop_words, normalize, random_resize
 from src.utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_json
 from src.utils.flickr8k_simple import iterate_batches, place_photos
 from src.utils.layouts import DataError
-from src.utils.retrieval import BETA, compare_bank, evaluate, make_bank
+from src.utils.retrieval import BETA, compare_bank, compare_fused, evaluate, make_bank
 from src.utils.tokenizers import tokenizer_from_state
 
 log = logging.getLogger("flickr8k_sgd")
@@ -83,8 +85,11 @@ def augment(run, batch):
     if images.dtype == torch.float32:  # a DataLoader's processes have done it
         return
     if images.dtype == torch.uint8:
-        images = random_resized_crop_and_flip(images / 255.0, settings.image_size,
-                                              settings.min_crop, settings.flip)
+        images, size = images / 255.0, settings.training_pixels(run.epoch)
+        if uncropped(size) < images.shape[-1]:
+            sides = uncropped(size), uncropped(size)
+            images = F.interpolate(images, sides, mode="bilinear", antialias=True)
+        images = random_resized_crop_and_flip(images, size, settings.min_crop, settings.flip)
         images = normalize(color_jitter(images, settings.color_jitter))
         batch["images"] = images.contiguous(memory_format=torch.channels_last)
     else:
@@ -95,9 +100,11 @@ def augment(run, batch):
 
 def forward_backward(run, batch):
     """New gradients -> the loss, a detached scalar on the device."""
+    together = run.settings.captions_per_image
     run.optimizer.zero_grad(set_to_none=True)
-    return contrastive_backward(run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size,
-                                run.scaler.scale, run.criterion)
+    return contrastive_backward(
+        run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size, run.scaler.scale,
+        run.criterion, fuse_every=together if together > 1 else 0)
 
 
 def update(run):
@@ -306,6 +313,9 @@ def evaluate_best(run, splits):
              f"{bank.nbytes / 1e6:.1f} MB, made in {time.time() - started:.1f} s")
     results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype)
                for split in ("val", "test")}
+    if settings.captions_per_image > 1:  # else both together were not trained
+        for split, found in results.items():
+            found["fused"] = compare_fused(run.model, splits[split], run.amp_dtype)
     if run.is_main:
         save_checkpoint(best | {"bank": bank.state_dict()}, run.dir / files.BEST)
         save_json(results | {"beta": BETA}, run.dir / files.BANK)

@@ -47,7 +47,7 @@ SPEEDRUN_TARGETS = (1.7, 4.0, 8.0)  # val avg_r1 in percent
 # What a training towards a low target is given besides its recipe: a schedule as short, and less
 # of what keeps a long training from learning its captions by heart.
 SHORT = {"weight_decay": 5e-4, "min_crop": 0.5, "color_jitter": 0.0, "word_dropout": 0.0,
-         "final_lr": 0.0}
+         "final_lr": 0.0, "image_size": 64, "eval_size": 80}
 SCALE_BASE = 30_000  # pairs that --pairs is compared with
 SCALE_ROUNDS = 3  # of both, in turn
 SPEEDRUN_SETTINGS = {"small": {1.7: {"epochs": 4, **SHORT}, 4.0: {"epochs": 14, **SHORT}}}
@@ -160,6 +160,7 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
     layout = torch.contiguous_format if plain else torch.channels_last
     model.to(device, memory_format=layout).train()
     run = RunState(settings, model, tokenizer, device, total_steps=1_000_000)
+    run.epoch = settings.epochs  # photos have their full size
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     batches = plain_batches(data, settings) if plain else stored_batches(data, settings)
@@ -207,7 +208,7 @@ def scale(given, pairs, steps):
     own -> {pairs: medians of SCALE_ROUNDS}."""
     given = {name: value for name, value in given.items() if name != "synthetic"}
     settings, results = options.make_settings(**given), {SCALE_BASE: [], pairs: []}
-    sizes = {"train": settings.image_size * 8 // 7, "val": settings.eval_pixels,
+    sizes = {"train": options.uncropped(settings.image_size), "val": settings.eval_pixels,
              "test": settings.eval_pixels}
     with tempfile.TemporaryDirectory() as folder:
         for number in results:

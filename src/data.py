@@ -5,6 +5,7 @@ import logging
 import numpy as np
 
 from src.pretrained import NO_ENCODERS
+from src.settings import uncropped
 from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset
 from src.utils.layouts import SPLIT_FILES, DataError, read_folder
 from src.utils.report import ProgressLine
@@ -51,7 +52,7 @@ def load_data(settings, encoders=NO_ENCODERS, tokenizer=None):
         line.clear()
         return data
 
-    training_size = settings.image_size * 8 // 7
+    training_size = uncropped(settings.image_size)
     splits = {split: load(folder, split, training_size if split == "train" else
                           settings.eval_pixels) for split in SPLIT_FILES}
     val, test, train = splits["val"], splits["test"], splits["train"]

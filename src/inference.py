@@ -127,9 +127,10 @@ def embed_photos(model, transform, paths, batch_size=100):
 
 
 @torch.no_grad()
-def embed_texts(model, tokenizer, texts, batch_size=256):
-    """Texts, of which MAX_LENGTH characters are read -> (N, latent_dim) on the CPU, of unit length.
-    Raises ValueError for one of no tokens."""
+def embed_texts(model, tokenizer, texts, batch_size=256, photo=None):
+    """Texts, of which MAX_LENGTH characters are read -> (N, latent_dim) on the CPU, of unit length;
+    each fused with the photo, which `transform` gives, where there is one. Raises ValueError for a
+    text of no tokens."""
     device = next(model.parameters()).device
     ids = Ragged.of((tokenizer.encode(text[:MAX_LENGTH]) for text in texts), "H")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -140,7 +141,8 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
         if model.text_backbone is not None:
             features = model.text_backbone.prepare([texts[i][:MAX_LENGTH] for i in rows])
             features = map_tensors(lambda tensor: tensor.to(device), features)
-        latents = model(text=text, text_features=features)["central_latent"]
+        images = None if photo is None else photo.to(device).expand(len(rows), *photo.shape)
+        latents = model(text=text, images=images, text_features=features)["central_latent"]
         parts.append(latents.cpu())
     sorted_rows = F.normalize(torch.cat(parts), dim=-1)
     return torch.empty_like(sorted_rows).index_copy_(0, torch.tensor(order), sorted_rows)

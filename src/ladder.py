@@ -29,7 +29,7 @@ STEPS = {
     "colour jitter, word dropout": ("color_jitter", "word_dropout"),
     "a moving average of the weights": ("ema",),
     "a learning rate that stays high to the end": ("final_lr",),
-    "larger photos in validation: the preset's own recipe": tuple(REFERENCE),
+    "small photos first, larger ones in validation: the preset's own recipe": tuple(REFERENCE),
 }
 # On top of the preset's own recipe, each alone.
 CHANGES = {

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+FUSED_WEIGHT = 0.2  # of the contrast of photos fused with a caption; 1 costs the plain figures 0.5
+
 
 @contextlib.contextmanager
 def full_float32():
@@ -36,50 +38,56 @@ def gather(rows):
     return torch.cat(parts)
 
 
-def caption_contrast_loss(text_latents, logit_scale, photo_ids):
-    """Supervised contrastive loss (Khosla et al. 2020) among captions, a scalar: those of one photo
-    are each other's positives, all others negatives. It teaches which words say the same thing.
+def contrast_with_captions(queries, text_latents, logit_scale, own, photo_ids):
+    """Supervised contrastive loss (Khosla et al. 2020), a scalar: of the captions, the others of a
+    query's photo are its positives, those of other photos its negatives.
 
-    text_latents: (B, D) of unit length. logit_scale, photo_ids: as for `info_nce_loss`."""
-    itself = torch.eye(len(text_latents), dtype=torch.bool, device=text_latents.device)
-    positive = (photo_ids[:, None] == photo_ids) & ~itself
-    with torch.autocast(text_latents.device.type, enabled=False):
-        logits = logit_scale.float().exp() * (text_latents @ text_latents.T)
-    logits = logits.masked_fill(itself, float("-inf"))
+    queries: (Q, D), text_latents: (B, D), of unit length. own: (Q,) row of the caption that a query
+    is, or is made of, and that is left out. logit_scale, photo_ids: as for `info_nce_loss`."""
+    positive = (photo_ids[own, None] == photo_ids).scatter(1, own[:, None], False)
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = logit_scale.float().exp() * (queries @ text_latents.T)
+    logits = logits.scatter(1, own[:, None], float("-inf"))
     nll = -logits.log_softmax(1).masked_fill(~positive, 0.0)
     return (nll.sum(1) / positive.sum(1).clamp(min=1)).mean()
 
 
-def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, caption_contrast=0.0):
+def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, caption_contrast=0.0,
+                  fused=None):
     """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021), a scalar, in float32
     over the pairs of all processes.
 
     image_latents, text_latents: (B, D), of any length, pair i in row i. logit_scale: scalar, the
     logarithm of the inverse temperature. photo_ids: (B,) integers; pairs with the same id hold the
-    same photo and are not each other's negatives. caption_contrast: weight of
-    `caption_contrast_loss`."""
+    same photo and are not each other's negatives. caption_contrast: weight of a contrast among the
+    captions, which teaches what words say the same thing. fused: (rows (Q,), latents (Q, D)) of
+    pairs whose photo and caption were fused, which are contrasted with the photo's other captions.
+    """
     image_latents = gather(F.normalize(image_latents.float(), dim=-1))
+    first = len(text_latents) * (dist.get_rank() if dist.is_initialized() else 0)
     text_latents = gather(F.normalize(text_latents.float(), dim=-1))
-    if photo_ids is None:
-        photo_ids = torch.arange(len(text_latents), device=text_latents.device)
-    else:
-        photo_ids = gather(photo_ids)
+    rows = torch.arange(len(text_latents), device=text_latents.device)
+    photo_ids = rows if photo_ids is None else gather(photo_ids)
     left_out = (photo_ids[:, None] == photo_ids).fill_diagonal_(False)
-    labels = torch.arange(len(left_out), device=left_out.device)
     with torch.autocast(image_latents.device.type, enabled=False):
         logits_per_image = logit_scale.float().exp() * (image_latents @ text_latents.T)
-    loss = sum(F.cross_entropy(logits.masked_fill(left_out, float("-inf")), labels) / 2
+    loss = sum(F.cross_entropy(logits.masked_fill(left_out, float("-inf")), rows) / 2
                for logits in (logits_per_image, logits_per_image.T))
     if caption_contrast:
-        contrast = caption_contrast_loss(text_latents, logit_scale, photo_ids)
-        loss = loss + caption_contrast * contrast
+        loss = loss + caption_contrast * contrast_with_captions(
+            text_latents, text_latents, logit_scale, rows, photo_ids)
+    if fused is not None:
+        own, latents = gather(first + fused[0]), gather(F.normalize(fused[1].float(), dim=-1))
+        loss = loss + FUSED_WEIGHT * contrast_with_captions(
+            latents, text_latents, logit_scale, own, photo_ids)
     return loss
 
 
 class PairEncoder(torch.nn.Module):
-    """What a step computes of the model in one call: photos (P, ...), text (B, L) and the features
-    of that, where the model takes such -> image latents (P, D), text latents (B, D), logit_scale,
-    and memory losses (2,) of photos and of captions."""
+    """What a step computes of the model in one call: photos (P, ...), text (B, L), the features of
+    that, where the model takes such, and fused, (2, Q) rows of the photos and captions to fuse ->
+    image latents (P, D), text latents (B, D), fused latents (Q, D), logit_scale, and memory losses
+    (2,) of photos and of captions."""
 
     def __init__(self, model, amp_dtype):
         super().__init__()
@@ -89,20 +97,21 @@ class PairEncoder(torch.nn.Module):
         """By torch.compile, with its options, from now on; one graph for all lengths of text."""
         self.compiled = torch.compile(self.encode, **options)
 
-    def forward(self, images, text, text_features=None):
+    def forward(self, images, text, text_features, fused):
         if self.compiled is None:
-            return self.encode(images, text, text_features)
+            return self.encode(images, text, text_features, fused)
         torch._dynamo.mark_dynamic(text, 1)
-        return self.compiled(images, text, text_features)
+        return self.compiled(images, text, text_features, fused)
 
-    def encode(self, images, text, text_features):
-        enabled = self.amp_dtype is not None
+    def encode(self, images, text, text_features, fused):
+        model, enabled = self.model, self.amp_dtype is not None
         with torch.autocast(images.device.type, dtype=self.amp_dtype, enabled=enabled):
-            of_images = self.model(images=images)
-            of_text = self.model(text=text, text_features=text_features)
-        memory_losses = torch.stack([of_images["memory_loss"], of_text["memory_loss"]])
-        return (of_images["central_latent"], of_text["central_latent"], self.model.logit_scale,
-                memory_losses)
+            images = model.encode_images(images)
+            text = model.encode_text(text, None, text_features)
+            latents = (model.fuse(images), model.fuse(text=text),
+                       model.fuse(images[fused[0]], text[fused[1]]))
+            memory_losses = torch.stack([model.memory_loss(images), model.memory_loss(text)])
+        return *latents, model.logit_scale, memory_losses
 
 
 def split_in_chunks(batch, chunk_size):
@@ -136,11 +145,12 @@ def frozen_statistics(module):
 
 
 def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=lambda loss: loss,
-                         criterion=info_nce_loss):
+                         criterion=info_nce_loss, fuse_every=0):
     """One training step's forward and backward pass -> the contrastive loss, a detached scalar.
 
     encode: a PairEncoder, perhaps in DistributedDataParallel. batch: see `iterate_batches`. scale:
-    GradScaler.scale. criterion: `info_nce_loss`, with its options.
+    GradScaler.scale. criterion: `info_nce_loss`, with its options. fuse_every: of how many pairs
+    one is fused; 0: none.
 
     The loss is taken from the latents of the whole batch, and its gradient of each is passed on to
     the encoders. With a chunk_size these see that many pairs at a time, to save memory (GradCache,
@@ -149,13 +159,21 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
     images, text, photo_of_pair = batch["images"], batch["text"], batch["photo_of_pair"]
     text_features = batch.get("text_features")
 
+    def rows_to_fuse(captions):
+        first = captions.stop
+        if fuse_every:
+            first = min(first, math.ceil(captions.start / fuse_every) * fuse_every)
+        return torch.arange(first, captions.stop, fuse_every or 1, device=text.device)
+
     def encode_chunk(photos, captions):
-        inputs = [images[photos], text[captions]]
-        if isinstance(text_features, dict):  # what a pretrained text encoder takes
-            inputs.append({name: tensor[captions] for name, tensor in text_features.items()})
-        elif text_features is not None:
-            inputs.append(text_features[captions])
-        return encode(*inputs)
+        features = text_features
+        if isinstance(features, dict):  # what a pretrained text encoder takes
+            features = {name: tensor[captions] for name, tensor in features.items()}
+        elif features is not None:
+            features = features[captions]
+        rows = rows_to_fuse(captions)
+        fused = torch.stack([photo_of_pair[rows] - photos.start, rows - captions.start])
+        return encode(images[photos], text[captions], features, fused)
 
     chunks = split_in_chunks(batch, chunk_size)
     whole = len(chunks) == 1
@@ -165,12 +183,16 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
         with torch.no_grad(), frozen_statistics(encode):
             outputs = [encode_chunk(*chunk) for chunk in chunks]
 
-    image_latents = torch.cat([output[0].detach() for output in outputs]).requires_grad_()
-    text_latents = torch.cat([output[1].detach() for output in outputs]).requires_grad_()
-    logit_scale = outputs[0][2].detach().requires_grad_()
+    leaves = [torch.cat([output[i].detach() for output in outputs]).requires_grad_()
+              for i in range(3)]
+    image_latents, text_latents, fused_latents = leaves
+    logit_scale = outputs[0][3].detach().requires_grad_()
+    options = {}
+    if fuse_every:
+        options["fused"] = rows_to_fuse(slice(0, len(text))), fused_latents
     with full_float32():
         loss = criterion(image_latents[photo_of_pair], text_latents, logit_scale,
-                         batch["photo_ids"][photo_of_pair])
+                         batch["photo_ids"][photo_of_pair], **options)
         scale(loss).backward()
 
     for i, (photos, captions) in enumerate(chunks):
@@ -178,11 +200,14 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
         alone = hasattr(encode, "no_sync") and not last
         with encode.no_sync() if alone else contextlib.nullcontext():
             output = outputs[0] if whole else encode_chunk(photos, captions)
-            chunk_images, chunk_text, chunk_scale, memory_losses = output
-            memory_loss = (memory_losses[0] * (len(chunk_images) / len(images))
-                           + memory_losses[1] * (len(chunk_text) / len(text)))
-            tensors = [chunk_images, chunk_text]
-            gradients = [image_latents.grad[photos], text_latents.grad[captions]]
+            *latents, chunk_scale, memory_losses = output
+            memory_loss = (memory_losses[0] * (len(latents[0]) / len(images))
+                           + memory_losses[1] * (len(latents[1]) / len(text)))
+            tensors, gradients = [], []
+            for j, leaf in enumerate(leaves):
+                if leaf.grad is not None:  # as that of the fused, where nothing is fused
+                    tensors.append(latents[j])
+                    gradients.append(leaf.grad.split([len(output[j]) for output in outputs])[i])
             if memory_loss.requires_grad:
                 tensors.append(scale(memory_loss_weight * memory_loss))
                 gradients.append(None)

@@ -345,11 +345,8 @@ class MultiModalMemoryNetwork(nn.Module):
 
     `model` takes images (B, 3, H, W), normalised floats, or text (B, L), token ids with 0 for
     padding, or both; text_mask: (B, L) bool, True for real tokens, by default text != 0. It returns
-    a dict of `central_latent` (B, latent_dim), not of unit length, and in training `memory_loss`, a
-    scalar. Raises ValueError when neither is given. `logit_scale`: logarithm of the inverse
-    temperature.
-
-    Training shows the fusion one modality at a time: what it makes of both together is untrained.
+    {"central_latent": (B, D)}, not of unit length. Raises ValueError when neither is given.
+    `logit_scale`: logarithm of the inverse temperature.
 
     image_features, text_features: widths of pretrained encoders' features, 0 for none. With such,
     `images` are features (B, image_features), and beside `text` come `text_features` (B,
@@ -396,23 +393,25 @@ class MultiModalMemoryNetwork(nn.Module):
         return latents + self.text_head(text_features)
 
     def forward(self, text=None, images=None, text_mask=None, text_features=None):
-        latents, present = [], []
-        if images is not None:
-            latents.append(self.encode_images(images))
-            present.append(IMAGE)
-        if text is not None:
-            latents.append(self.encode_text(text, text_mask, text_features))
-            present.append(TEXT)
-        if not latents:
+        if text is None and images is None:
             raise ValueError("the model needs images, text or both; neither was given")
-        latents = torch.stack(latents, dim=1)  # (B, M, D)
-        remembered = latents if self.memory is None else self.memory(latents)
-        central = self.fusion(remembered, present)
-        output = {"central_latent": latents.mean(1) + central if self.residual else central}
-        if self.training:
-            output["memory_loss"] = (latents.new_zeros(()) if self.memory is None else
-                                     self.memory.self_supervised_loss(latents))
-        return output
+        image_latents = None if images is None else self.encode_images(images)
+        text_latents = None if text is None else self.encode_text(text, text_mask, text_features)
+        return {"central_latent": self.fuse(image_latents, text_latents)}
+
+    def fuse(self, images=None, text=None):
+        """Encoders' latents (B, D) of photos, texts or both -> central latents (B, D)."""
+        parts = [part for part in ((images, IMAGE), (text, TEXT)) if part[0] is not None]
+        latents = torch.stack([latents for latents, _ in parts], dim=1)  # (B, M, D)
+        present = [modality for _, modality in parts]
+        central = self.fusion(latents if self.memory is None else self.memory(latents), present)
+        return latents.mean(1) + central if self.residual else central
+
+    def memory_loss(self, latents):
+        """`TestTimeMemory.self_supervised_loss` of encoders' latents; zero without a memory."""
+        if self.memory is None:
+            return latents.new_zeros(())
+        return self.memory.self_supervised_loss(latents)
 
     @torch.no_grad()
     def clamp_logit_scale_(self):

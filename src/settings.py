@@ -16,6 +16,7 @@ import torch
 # The groups of flags in --help, each by the setting that it begins with.
 GROUPS = {"data_dir": "data", "model": "model", "image_encoder": "pretrained encoders",
           "recipe": "training", "min_crop": "augmentation", "device": "machine"}
+START_SHARE = 0.6  # of the epochs, the first, in which small's photos are smaller
 COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
 
 
@@ -93,6 +94,7 @@ class Settings:
 
     min_crop: float = setting(0.5, "smallest share of a photo's area in a crop", "(0, 1]")
     flip: float = setting(0.5, "probability of mirroring a photo", "[0, 1]")
+    start_size: int = setting(0)  # of the photos in START_SHARE of the epochs; 0: --image_size
     color_jitter: float = setting(0.0, "change of brightness, contrast, saturation", "[0, 1)")
     word_dropout: float = setting(0.0, "share of a caption's words left out at random", "[0, 1)")
 
@@ -109,6 +111,12 @@ class Settings:
         """Side of the photos in validation and in use, in pixels."""
         return max(self.eval_size, self.image_size)
 
+    def training_pixels(self, epoch):
+        """Side of the training photos in an epoch, in pixels."""
+        if not self.start_size or epoch > START_SHARE * self.epochs:
+            return self.image_size
+        return min(self.start_size, self.image_size)
+
     def model_arguments(self):
         """Those of the model, less the tokenizer's vocab_size."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
@@ -123,9 +131,9 @@ PRESETS = {
         lr=0.1),
     "small": dict(
         text_embed_dim=256, latent_dim=256, memory_size=128, num_heads=4, num_layers=0,
-        image_layers=0, fusion_layers=1, image_size=64, conv_channels=[32, 64, 128, 256],
-        epochs=100, batch_size=500, lr=0.1, text_lr=10.0, weight_decay=2e-3, min_crop=0.25,
-        color_jitter=0.2, word_dropout=0.2, ema=0.998, final_lr=0.4, eval_size=80),
+        image_layers=0, fusion_layers=1, image_size=96, conv_channels=[32, 64, 128, 256],
+        epochs=140, batch_size=500, lr=0.1, text_lr=10.0, weight_decay=2e-3, min_crop=0.25,
+        color_jitter=0.2, word_dropout=0.2, ema=0.998, final_lr=0.2, start_size=64, eval_size=112),
     "base": dict(),
     "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12, image_layers=12,
                   epochs=100),
@@ -135,7 +143,7 @@ PRETRAINED = dict(
     latent_dim=512, text_embed_dim=256, num_heads=4, num_layers=0, image_layers=0, fusion_layers=1,
     patch_size=16, conv_channels=None, text_conv_layers=0, tokenizer="bpe", dropout=0.5, epochs=10,
     batch_size=1000, captions_per_image=5, lr=0.3, text_lr=1.0, weight_decay=2e-3, temperature=0.07,
-    warmup=0.1, final_lr=0.0, ema=0.99, caption_contrast=0.5, eval_size=0)
+    warmup=0.1, final_lr=0.0, ema=0.99, caption_contrast=0.5, start_size=0, eval_size=0)
 # Where both encoders are one contrastive model, which has less to learn. (Chosen with one that this
 # project trained on half of Flickr8k's photos, tuned on the other half: from 24.1 to 27.3.)
 PAIR = PRETRAINED | dict(lr=0.1, dropout=0.2)
@@ -143,7 +151,12 @@ PAIR = PRETRAINED | dict(lr=0.1, dropout=0.2)
 REFERENCE = dict(
     epochs=30, batch_size=64, captions_per_image=1, caption_contrast=0.0, lr=0.01, text_lr=1.0,
     weight_decay=0.0, temperature=0.07, warmup=0.0, final_lr=0.0, ema=0.0, min_crop=1.0, flip=0.0,
-    color_jitter=0.0, word_dropout=0.0, eval_size=0, tokenizer="char")
+    color_jitter=0.0, word_dropout=0.0, start_size=0, eval_size=0, tokenizer="char")
+
+
+def uncropped(pixels):
+    """Side of the photos that training photos of so many pixels are cut from."""
+    return pixels * 8 // 7
 
 
 def default_model(synthetic, device, image_encoder=""):

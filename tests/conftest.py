@@ -185,7 +185,7 @@ def arguments(shapes, output_dir, *more, epochs=3):
         "--batch_size",
         10,
         "--captions_per_image",
-        1,
+        5,
         "--device",
         "cpu",
         *more,

@@ -65,6 +65,7 @@ def results(rank, world, folder):
             0.1,
             chunk_size,
             criterion=functools.partial(info_nce_loss, caption_contrast=0.5),
+            fuse_every=2,
         )
         found |= {f"{name} {chunk_size}": p.grad.clone() for name, p in model.named_parameters()}
     # Shares of as many pairs may hold unlike numbers of photos; alone, that of rank 1 is looked at.

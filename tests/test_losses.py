@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from src.losses import (
+    FUSED_WEIGHT,
     PairEncoder,
-    caption_contrast_loss,
+    contrast_with_captions,
     contrastive_backward,
     info_nce_loss,
     split_in_chunks,
@@ -82,36 +83,44 @@ def test_gradient_reaches_everything():
     )
 
 
-def test_caption_contrast_equals_the_definition():
-    _, texts = latents()
-    ids, scale = [0, 1, 1, 2, 0, 0], 7.0
+def contrast_by_hand(queries, texts, scale, own, ids):
+    """Of each query against all captions but its own, those of the same photo being right."""
     cosine, total = torch.nn.functional.cosine_similarity, 0.0
-    for i in range(6):
-        others = [j for j in range(6) if j != i]
-        positives = [j for j in others if ids[j] == ids[i]]
-        whole = sum(math.exp(scale * cosine(texts[i], texts[j], dim=0).item()) for j in others)
+    for query, row in zip(queries, own):
+        others = [j for j in range(len(texts)) if j != row]
+        positives = [j for j in others if ids[j] == ids[row]]
+        whole = sum(math.exp(scale * cosine(query, texts[j], dim=0).item()) for j in others)
         if positives:
             total += sum(
-                math.log(whole) - scale * cosine(texts[i], texts[j], dim=0).item()
-                for j in positives
+                math.log(whole) - scale * cosine(query, texts[j], dim=0).item() for j in positives
             ) / len(positives)
+    return total / len(own)
+
+
+@pytest.mark.parametrize("own", [[0, 1, 2, 3, 4, 5], [0, 2], [3, 5, 1]])
+def test_contrast_with_captions_equals_the_definition(own):
+    images, texts = latents()
+    ids, scale = [0, 1, 1, 2, 0, 0], 7.0
+    queries = texts if len(own) == 6 else images[: len(own)]
+    expected = contrast_by_hand(queries, texts, scale, own, ids)
     unit, log_scale = torch.nn.functional.normalize(texts, dim=-1), torch.tensor(math.log(scale))
-    alone = caption_contrast_loss(unit, log_scale, torch.tensor(ids))
-    assert alone.item() == pytest.approx(total / 6, rel=1e-5)
+    unit_queries, own = torch.nn.functional.normalize(queries, dim=-1), torch.tensor(own)
+    alone = contrast_with_captions(unit_queries, unit, log_scale, own, torch.tensor(ids))
+    assert alone.item() == pytest.approx(expected, rel=1e-5)
     # no caption has a companion
-    assert caption_contrast_loss(unit, log_scale, torch.arange(6)) == 0
+    assert contrast_with_captions(unit_queries, unit, log_scale, own, torch.arange(6)) == 0
+
     images, _ = latents(seed=1)
-    plain, both = (
-        info_nce_loss(images, texts, log_scale, torch.tensor(ids), caption_contrast=weight)
-        for weight in (0.0, 0.5)
-    )
-    assert both.item() == pytest.approx(plain.item() + 0.5 * alone.item(), rel=1e-5)
+    plain = info_nce_loss(images, texts, log_scale, torch.tensor(ids))
+    options, weight = {"fused": (own, queries)}, FUSED_WEIGHT
+    if len(own) == 6:
+        options, weight = {"caption_contrast": 0.5}, 0.5
+    both = info_nce_loss(images, texts, log_scale, torch.tensor(ids), **options)
+    assert both.item() == pytest.approx(plain.item() + weight * expected, rel=1e-5)
 
 
 class Encoder(torch.nn.Module):
-    """Two small networks in place of the model; the second output of a row depends on that row
-    alone.
-    """
+    """Two small networks in place of the model; what comes out of a row depends on that alone."""
 
     def __init__(self):
         super().__init__()
@@ -125,13 +134,14 @@ class Encoder(torch.nn.Module):
         self.logit_scale = torch.nn.Parameter(torch.tensor(1.5))
         self.rows_at_once = 0
 
-    def forward(self, images, text):
+    def forward(self, images, text, text_features, fused):
         if torch.is_grad_enabled():
             self.rows_at_once = max(self.rows_at_once, len(text))
         image_latents, text_latents = self.image(images), self.text(text)
         return (
             image_latents,
             text_latents,
+            image_latents[fused[0]] + 2 * text_latents[fused[1]],
             self.logit_scale,
             torch.stack([image_latents.square().mean(), text_latents.exp().mean()]),
         )
@@ -149,26 +159,33 @@ def step_batch():
     }
 
 
-def test_backward_without_chunks_is_the_plain_loss():
+@pytest.mark.parametrize("fuse_every", [0, 1, 3])
+def test_backward_without_chunks_is_the_plain_loss(fuse_every):
     encoder, batch = Encoder(), step_batch()
-    loss = contrastive_backward(encoder, batch, 0.1)
+    loss = contrastive_backward(encoder, batch, 0.1, fuse_every=fuse_every)
     got = [p.grad.clone() for p in encoder.parameters()]
     encoder.zero_grad()
-    images, text, scale, memory = encoder(batch["images"], batch["text"])
-    rows = batch["photo_of_pair"]
-    plain = info_nce_loss(images[rows], text, scale, batch["photo_ids"][rows])
+    photo, options = batch["photo_of_pair"], {}
+    rows = torch.arange(0, 13, fuse_every or 1)
+    images, text, both, scale, memory = encoder(
+        batch["images"], batch["text"], None, torch.stack([photo[rows], rows]))
+    if fuse_every:
+        options["fused"] = rows, both
+    plain = info_nce_loss(images[photo], text, scale, batch["photo_ids"][photo], **options)
     (plain + 0.1 * memory.sum()).backward()
     assert torch.equal(loss, plain) and not loss.requires_grad
-    assert all(torch.equal(a, p.grad) for a, p in zip(got, encoder.parameters()))
+    assert all(torch.allclose(a, p.grad, rtol=1e-5, atol=1e-6)
+               for a, p in zip(got, encoder.parameters()))
 
 
+@pytest.mark.parametrize("fuse_every", [0, 1, 5])
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 5, 12, 13, 99])
 @pytest.mark.parametrize("factor", [1.0, 1024.0])
-def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(chunk_size, factor):
+def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(chunk_size, factor, fuse_every):
     whole, chunked, batch = Encoder(), Encoder(), step_batch()
-    scale = lambda loss: loss * factor  # noqa: E731
-    expected = contrastive_backward(whole, batch, 0.1, scale=scale)
-    loss = contrastive_backward(chunked, batch, 0.1, chunk_size, scale)
+    options = {"scale": lambda loss: loss * factor, "fuse_every": fuse_every}
+    expected = contrastive_backward(whole, batch, 0.1, **options)
+    loss = contrastive_backward(chunked, batch, 0.1, chunk_size, **options)
     assert torch.allclose(loss, expected, atol=1e-6)
     for (name, a), b in zip(whole.named_parameters(), chunked.parameters()):
         assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-6 * factor), name
@@ -184,9 +201,9 @@ def test_losses_are_in_full_float32_and_encoders_in_what_the_device_has():
         seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
 
     class Noting(Encoder):
-        def forward(self, images, text):
+        def forward(self, *inputs):
             note("encoders")
-            images, text, *more = super().forward(images, text)
+            images, text, *more = super().forward(*inputs)
             if images.requires_grad:
                 images.register_hook(lambda gradient: note("encoders, backward"))
             return images, text, *more
@@ -259,7 +276,7 @@ def test_chunks_of_the_real_model(memory_size):
     results = []
     for chunk_size in (0, 4, 2):
         model.zero_grad()
-        loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size)
+        loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size, fuse_every=4)
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
     for other in results[1:]:
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(results[0], other))
@@ -292,7 +309,7 @@ def test_chunks_take_their_part_of_the_text_features(trained):
     results = []
     for chunk_size in (0, 4):
         model.zero_grad()
-        loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size)
+        loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size, fuse_every=2)
         gradients = [p.grad for p in model.parameters()]
         assert (model.text_backbone.map.weight.grad is not None) == trained
         results.append([loss] + [g.clone() for g in gradients if g is not None])

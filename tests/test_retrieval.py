@@ -15,6 +15,7 @@ from src.utils.retrieval import (
     TIE,
     Bank,
     chance_metrics,
+    fused_ranks,
     hub_share,
     retrieval_metrics,
     retrieval_ranks,
@@ -154,6 +155,25 @@ def test_the_bank_takes_hubs_back():
     assert hub_share(images, texts, bank) < hub_share(images, texts) - 20
     assert hub_share(torch.eye(5), torch.eye(5)) == 100  # no more than ten photos
     assert hub_share(torch.eye(40), torch.eye(40)) == 25  # each is found once
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+def test_ranks_of_a_photos_other_captions(monkeypatch, chunk_size):
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3, 3])
+    texts = torch.randn(10, 3, generator=generator)
+    texts[4] = texts[0]  # a tie with one of another photo
+    asked, own = torch.tensor([0, 1, 3]), torch.tensor([1, 3, 9])
+    queries = torch.randn(3, 3, generator=generator)
+    queries[1] = texts[4]
+    cosine = F.cosine_similarity(queries[:, None], texts[None], dim=-1)
+    expected = []
+    for row, photo, left_out in zip(cosine, asked.tolist(), own.tolist()):
+        best = max(row[j] for j in range(10) if owners[j] == photo and j != left_out)
+        expected.append(1 + sum(row[j] >= best - TIE for j in range(10) if owners[j] != photo))
+    monkeypatch.setattr(retrieval, "CHUNK_SIZE", chunk_size)
+    assert fused_ranks(queries, texts, owners, asked, own).tolist() == expected
+    assert expected[1] == 2
 
 
 def test_the_bank_completes_a_latent_by_the_partners_of_its_nearest():

@@ -92,7 +92,7 @@ def test_the_models_defaults_are_the_preset_base():
 
 def test_defaults_come_from_preset_and_recipe_and_flags_win():
     found = settings("--model", "small", "--lr", "3", "--device", "cpu")
-    assert found.lr == 3 and found.image_size == 64 and found.data_dir == "data/flickr8k"
+    assert found.lr == 3 and found.image_size == 96 and found.data_dir == "data/flickr8k"
     own = PRESETS["small"] | {"lr": 3}
     assert {name: getattr(found, name) for name in own} == own and not found.compile
     assert make_settings(lr=None, device="cpu").lr == make_settings(device="cpu").lr
@@ -119,6 +119,15 @@ def test_photos_in_validation_are_never_smaller_than_in_training():
         for given in ([], ["--eval_size", "40"], ["--eval_size", "40", "--image_size", "48"])
     ]
     assert sizes == [32, 40, 48]
+
+
+def test_photos_are_small_at_first():
+    found = settings("--model", "small", "--epochs", "10")
+    assert [found.training_pixels(epoch) for epoch in (1, 6, 7, 10)] == [64, 64, 96, 96]
+    assert settings("--model", "small", "--epochs", "1").training_pixels(1) == 96
+    for given in (["--image_size", "64"], ["--image_size", "48"], ["--recipe", "reference"]):
+        found = settings("--model", "small", "--epochs", "10", *given)
+        assert found.training_pixels(1) == found.training_pixels(10) == found.image_size
 
 
 @pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16"])
@@ -172,7 +181,7 @@ def test_the_reference_recipe_is_the_write_ups():
     found = settings("--recipe", "reference", "--model", "small")
     known = dict(epochs=30, batch_size=64, captions_per_image=1, lr=0.01, momentum=0.9,
                  tokenizer="char", warmup=0, text_lr=1)
-    assert {name: getattr(found, name) for name in known} == known and found.image_size == 64
+    assert {name: getattr(found, name) for name in known} == known and found.image_size == 96
     assert settings("--recipe", "reference", "--lr", "0.5").lr == 0.5
 
 

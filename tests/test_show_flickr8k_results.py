@@ -146,7 +146,9 @@ def test_what_the_bank_adds_stands_beside_the_plain_figures(tmp_path, capsys):
     folder = write_run(tmp_path / "run")
     (folder / TEST).write_text(json.dumps(metrics(70)))
     bank = {split: {"off": metrics(seed), "on": metrics(seed + 1),
-                    "hub_share": {"off": seed + 0.4, "on": seed + 0.3}}
+                    "hub_share": {"off": seed + 0.4, "on": seed + 0.3},
+                    "fused": {name: {f"r{k}": seed + i + k / 100 for k in (1, 5, 10)}
+                              for i, name in enumerate(("caption", "photo", "both"))}}
             for split, seed in (("val", 80), ("test", 90))}
     (folder / BANK).write_text(json.dumps(bank))
     status, out, err = show(folder, capsys)
@@ -156,6 +158,9 @@ def test_what_the_bank_adds_stands_beside_the_plain_figures(tmp_path, capsys):
         part = out.split("Test, best model")[0 if of_val else 1]
         for value in metrics(seed).values():
             assert f" {value:.2f} " in part
+    rows = [line.split() for line in out.splitlines()]
+    for k in (1, 5, 10):
+        assert [f"R@{k}", "(%)", *(f"{80 + i + k / 100:.2f}" for i in range(3))] in rows
     assert show_flickr8k_results.main(["--compare", str(folder), "--format", "markdown"]) == 0
     head, _, row = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
     assert row[head.index("with the bank")] == f"{metrics(81)['avg_r1']:.2f}"
@@ -296,6 +301,35 @@ def test_the_banks_order(run_dir, shapes, capsys):
     order = by_bank.argsort(descending=True).tolist()
     out = use(run_dir, capsys, "--image", photos[3], "--split", "val", "--top", 60)[1]
     assert [rest.rsplit("  (", 1)[0] for *_, rest in ranking(out)] == [texts[i] for i in order]
+
+
+def test_photos_for_a_photo_and_a_text(run_dir, shapes, capsys, tmp_path):
+    model, tokenizer, transform = load_model(run_dir)
+    photos, _ = inference.photos_of_split(shapes, "val")
+    ids = torch.tensor([tokenizer.encode("two red circles")])
+    with torch.no_grad():
+        both = model(text=ids, images=transform(photos[3])[None])["central_latent"]
+    both = torch.nn.functional.normalize(both, dim=-1)
+    cosine = (inference.embed_photos(model, transform, photos) @ both[0]).tolist()
+    status, out, err = use(run_dir, capsys, "--image", photos[3], "--query", "two red circles",
+                           "--split", "val", "--top", 12, "--no-bank", "--out", tmp_path / "a.png")
+    assert (status, err) == (0, "")
+    assert f'{photos[3]} and "two red circles" in 12 photos of val' in out
+    order = sorted(range(12), key=lambda i: -cosine[i])
+    assert [rest.split()[0] for *_, rest in ranking(out)] == [photos[i].name for i in order]
+    for i, (_, _, score, _) in zip(order, ranking(out)):
+        assert score == pytest.approx(cosine[i], abs=6e-4)
+    alone = use(run_dir, capsys, "--query", "two red circles", "--split", "val", "--no-bank",
+                "--top", 12, "--out", tmp_path / "b.png")[1]
+    assert ranking(alone) != ranking(out)
+    widths = [Image.open(tmp_path / name).width for name in ("a.png", "b.png")]
+    assert widths[0] > widths[1]  # the photo that was given comes first
+
+    config = json.loads((run_dir / CONFIG).read_text())
+    config["settings"]["captions_per_image"] = 1
+    (run_dir / CONFIG).write_text(json.dumps(config))
+    status, out, err = use(run_dir, capsys, "--image", photos[3], "--query", "two red circles")
+    assert (status, out) == (2, "") and "not trained for a photo and a text together" in err
 
 
 @pytest.mark.parametrize("bank", [None, "missing"])
@@ -532,7 +566,8 @@ def test_bad_input(run_dir, tmp_path, capsys, monkeypatch, given, message):
     "given",
     [
         ["--examples", "0"],
-        ["--query", "a", "--image", "b"],
+        ["--query", "a", "--plot"],
+        ["--image", "b", "--compare", "c"],
         ["--photos", "c"],
         ["--top", "0"],
         ["--query", "a", "--output_dir", "b", "c"],

@@ -25,7 +25,7 @@ import train_flickr8k_sgd as training
 from src import state
 from src.data import load_data
 from src.inference import load_bank, load_model
-from src.settings import make_settings
+from src.settings import make_settings, uncropped
 from src.state import MovingAverage, RunState, cosine_schedule
 from src.utils import augment, retrieval
 from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
@@ -122,14 +122,14 @@ def test_the_bank_of_a_run(finished, shapes):
     results = json.loads((output_dir / BANK).read_text())
     assert results.keys() == {"val", "test", "beta"}
     for split in ("val", "test"):
-        assert results[split].keys() == {"off", "on", "hub_share"}
+        assert results[split].keys() == {"off", "on", "hub_share", "fused"}
         assert VAL_KEYS <= results[split]["off"].keys() == results[split]["on"].keys()
     assert results["val"]["off"] == best["metrics"]
     assert results["test"]["off"] == json.loads((output_dir / TEST).read_text())
     model, tokenizer, _ = load_model(output_dir)
     data = Flickr8kImageTextDataset(shapes, "val", 32, tokenizer)
     again = compare_bank(model, data, load_bank(output_dir))  # in full precision
-    assert again["on"]["avg_r1"] == pytest.approx(results["val"]["on"]["avg_r1"], abs=5)
+    assert again["on"]["avg_r1"] == pytest.approx(results["val"]["on"]["avg_r1"], abs=10)
     assert re.search(r"bank: 40 photos of train, each with a caption, 0.0 MB, made in", out)
 
 
@@ -522,9 +522,9 @@ def test_a_damaged_checkpoint_is_named(shapes, tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path, monkeypatch, capsys):
     loss, calls = training.contrastive_backward, []
 
-    def failing_loss(*given):
+    def failing_loss(*given, **options):
         calls.append(1)
-        return loss(*given) * (float("nan") if len(calls) == 33 else 1)
+        return loss(*given, **options) * (float("nan") if len(calls) == 33 else 1)
 
     monkeypatch.setattr(training, "contrastive_backward", failing_loss)
     assert main(*arguments(shapes, tmp_path)) == 1
@@ -584,6 +584,19 @@ def start_run(shapes, **given):
     return RunState(settings, model, tokenizer, device, 100), splits
 
 
+def test_photos_are_small_in_the_first_epochs(shapes):
+    run, splits = start_run(shapes, device="cpu", amp=False, epochs=5, start_size=16)
+    data, sides, seen = splits["train"], [], []
+    run.model.image_encoder.register_forward_pre_hook(
+        lambda module, images: seen.append(images[0].shape[-1]))
+    pairs = epoch_batches(data.photo_of_caption, 2, 10, seed=0)[:1]
+    for run.epoch in (1, 3, 4, 5):
+        (batch,) = iterate_batches(data, data.photos, pairs, run.device)
+        sides.append(batch["images"].shape[-1])
+        assert torch.isfinite(training.training_step(run, batch))
+    assert sides == [36] * 4 and seen == [16, 16, 32, 32]
+
+
 def test_compiled_once_for_all_lengths_and_chunks(shapes):
     run, splits = start_run(shapes, device="cpu", amp=False, chunk_size=4)
     graphs = CompileCounter()
@@ -626,7 +639,7 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
         run = RunState(settings, model, tokenizer, torch.device("cuda"), 10)
         monkeypatch.setattr(copy, "deepcopy", lambda model: other)  # of the same fake mode
         average = MovingAverage(model, 0.9)
-        size = settings.image_size * 8 // 7
+        size = uncropped(settings.image_size)
         for mode in (contextlib.nullcontext(), NoCopies()):  # constants are made the first time
             batch = {
                 "images": torch.zeros(4, 3, size, size, dtype=torch.uint8),
@@ -636,10 +649,13 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
             }
             with torch.device("cpu"), mode:  # the default: what is made must name its device
                 training.augment(run, batch)
-                images, text, scale, memory_losses = run.encode(batch["images"], batch["text"])
                 owners = batch["photo_of_pair"]
+                rows = torch.arange(0, 8, 2, device=owners.device)
+                images, text, both, scale, memory_losses = run.encode(
+                    batch["images"], batch["text"], None, torch.stack([owners[rows], rows]))
                 ids = batch["photo_ids"][owners]
-                loss = run.criterion(images[owners], text, scale, ids) + memory_losses.sum()
+                loss = run.criterion(images[owners], text, scale, ids, fused=(rows, both))
+                loss = loss + memory_losses.sum()
                 average.update(model)
             assert loss.device.type == images.device.type == "cuda" and loss.shape == ()
     augment._per_channel.cache_clear()

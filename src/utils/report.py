@@ -199,6 +199,14 @@ def _results(run):
         share = run.bank["val"]["hub_share"]
         lines += ["", f"  {share['off']:.1f} % of val's captions find one of the ten commonest "
                       f"photos first, {share['on']:.1f} % with the bank"]
+    found = run.bank and run.bank["val"].get("fused")
+    if found:
+        lines += _heading("Validation: a photo's other captions, found by")
+        names = {"caption": "one caption", "photo": "the photo", "both": "both, fused"}
+        lines.append(" " * 24 + "".join(f"{name:>14}" for name in names.values()))
+        for k in KS:
+            cells = "".join(f"{found[name][f'r{k}']:>14.2f}" for name in names)
+            lines.append(f"    {f'R@{k} (%)':<20}{cells}")
     return lines
 
 

@@ -209,39 +209,43 @@ def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption, bank=
 
 
 @torch.no_grad()
-def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
-    """Rows of a dataset's photos and captions -> latents (N, D) and (M, D), on the model's device,
-    the same in all processes, among which the batches are shared out. amp_dtype: the autocast type,
+def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None, fused=False):
+    """Rows of a dataset's photos and captions -> latents (N, D) and (M, D), or with `fused`, where
+    they are as many, (N, D) of each photo together with its caption; on the model's device, the
+    same in all processes, among which the batches are shared out. amp_dtype: the autocast type,
     None for full precision. pixels: side to which photos are resized, None for as they are stored.
     The model is left in the mode it was in."""
     device, was_training = next(model.parameters()).device, model.training
     rank, world = rank_and_world()
 
-    def in_batches(rows, encode):
+    def in_batches(total, inputs):
         parts = []
-        for start in range(rank * BATCH_SIZE, len(rows), world * BATCH_SIZE):
-            latents = encode(rows[start:start + BATCH_SIZE])["central_latent"]
+        for start in range(rank * BATCH_SIZE, total, world * BATCH_SIZE):
+            latents = model(**inputs(slice(start, start + BATCH_SIZE)))["central_latent"]
             parts.append((start, latents.float().cpu()))
         parts = sorted(collect(parts), key=lambda part: part[0])
         return torch.cat([latents for _, latents in parts]).to(device)
 
-    def encode_photos(rows):
-        images = dataset.photos[rows]
+    def photo_inputs(part):
+        images = dataset.photos[photos[part]]
         if images.dtype != torch.uint8:
-            return model(images=images[:, 0].to(device))  # not the mirror image's features
+            return {"images": images[:, 0].to(device)}  # not the mirror image's features
         if pixels not in (None, images.shape[-1]):
             images = F.interpolate(images, (pixels, pixels), mode="bicubic", antialias=True)
-        return model(images=normalize(images.to(device)))
+        return {"images": normalize(images.to(device))}
 
-    def encode_texts(rows):
-        return model(**map_tensors(lambda tensor: tensor.to(device), dataset.text_inputs(rows)))
+    def text_inputs(part):
+        return map_tensors(lambda tensor: tensor.to(device), dataset.text_inputs(captions[part]))
 
     model.eval()
     with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        photo_latents = in_batches(photos, encode_photos)
-        text_latents = in_batches(captions, encode_texts)
+        if fused:
+            latents = in_batches(len(photos), lambda part: photo_inputs(part) | text_inputs(part))
+        else:
+            latents = (in_batches(len(photos), photo_inputs),
+                       in_batches(len(captions), text_inputs))
     model.train(was_training)
-    return photo_latents, text_latents
+    return latents
 
 
 def embed_dataset(model, dataset, amp_dtype=None):
@@ -275,6 +279,42 @@ def compare_bank(model, dataset, bank, amp_dtype=None):
     for mode, used in (("off", None), ("on", bank)):
         results[mode] = retrieval_metrics(photos, texts, photo_of_caption, used)
         results["hub_share"][mode] = hub_share(photos, texts, used)
+    return results
+
+
+def fused_ranks(queries, texts, photo_of_caption, photo_of_query, own):
+    """Ranks from 1, ties against the model, of each query's best caption, a photo's `own` aside.
+
+    queries: (Q, D), texts: (M, D). photo_of_caption: (M,), photo_of_query: (Q,). own: (Q,) row of
+    the caption that is no candidate."""
+    texts, ranks = F.normalize(texts, dim=-1), []
+    for rows in torch.arange(len(queries), device=queries.device).split(CHUNK_SIZE):
+        with full_float32():
+            similarity = F.normalize(queries[rows], dim=-1) @ texts.T
+        similarity.scatter_(1, own[rows, None], float("-inf"))
+        right = photo_of_query[rows, None] == photo_of_caption
+        best = similarity.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
+        ranks.append(((similarity >= best - TIE) & ~right).sum(1) + 1)
+    return torch.cat(ranks)
+
+
+def compare_fused(model, dataset, amp_dtype=None):
+    """How well a photo's other captions are found by its first one, by the photo, and by both fused
+    -> {"caption": {"r1", "r5", "r10"}, "photo": alike, "both": alike}, in percent. The first
+    caption is no candidate. Photos with one caption are left out; None where all are."""
+    owners, num_photos = dataset.photo_of_caption, len(dataset.names)
+    asked = (torch.bincount(owners, minlength=num_photos) > 1).nonzero().flatten()
+    if not len(asked):
+        return None
+    own = torch.searchsorted(owners, asked)
+    photos, texts = embed(model, dataset, torch.arange(num_photos), np.arange(len(owners)),
+                          amp_dtype)
+    both = embed(model, dataset, asked, own, amp_dtype, fused=True)
+    owners, asked, own = (rows.to(texts.device) for rows in (owners, asked, own))
+    results = {}
+    for name, queries in (("caption", texts[own]), ("photo", photos[asked]), ("both", both)):
+        ranks = fused_ranks(queries, texts, owners, asked, own)
+        results[name] = {f"r{k}": 100 * (ranks <= k).double().mean().item() for k in KS}
     return results
 
 
