@@ -132,7 +132,7 @@ PRESETS = {
     "small": dict(
         text_embed_dim=256, latent_dim=256, memory_size=128, num_heads=4, num_layers=0,
         image_layers=0, fusion_layers=1, image_size=96, conv_channels=[32, 64, 128, 256],
-        epochs=140, batch_size=500, lr=0.1, text_lr=10.0, weight_decay=2e-3, min_crop=0.25,
+        epochs=130, batch_size=500, lr=0.1, text_lr=10.0, weight_decay=2e-3, min_crop=0.25,
         color_jitter=0.2, word_dropout=0.2, ema=0.998, final_lr=0.2, start_size=64, eval_size=112),
     "base": dict(),
     "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12, image_layers=12,
