@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-FUSED_WEIGHT = 0.2  # of the contrast of photos fused with a caption; 1 costs the plain figures 0.5
+FUSED_WEIGHT = 0.2  # of the contrast of photos fused with a caption; 1 lowers the plain R@K by 0.6
 
 
 @contextlib.contextmanager
