@@ -46,15 +46,24 @@ def data_dir_of(args, run_dir):
 
 
 def open_gallery(args):
-    """-> (photos, captions of each, "1,000 photos of val"): the split's, or those in --photos."""
-    if not args.photos:
+    """-> (photos, captions of each, "1,000 photos of val"): the split's, or those in --photos, less
+    the photo of --image where that is part of a query. Raises DataError where none is left."""
+    if args.photos:
+        left_out = collections.Counter()
+        photos, place = photos_of_folder(args.photos, left_out), f"in {args.photos}"
+        captions = [[] for _ in photos]
+        if left_out:
+            print(f"left out, not photos that can be read: {kinds(left_out)}", file=sys.stderr)
+    else:
         photos, captions = photos_of_split(data_dir_of(args, args.output_dir[0]), args.split)
-        return photos, captions, f"{len(photos):,} photos of {args.split}"
-    left_out = collections.Counter()
-    photos = photos_of_folder(args.photos, left_out)
-    if left_out:
-        print(f"left out, not photos that can be read: {kinds(left_out)}", file=sys.stderr)
-    return photos, [[] for _ in photos], f"{len(photos):,} photos in {args.photos}"
+        place = f"of {args.split}"
+    if args.image and args.query:
+        given = Path(args.image).resolve()
+        kept = [i for i, photo in enumerate(photos) if photo.resolve() != given]
+        photos, captions = [photos[i] for i in kept], [captions[i] for i in kept]
+        if not photos:
+            raise DataError(f"there are no photos {place} but that of --image")
+    return photos, captions, f"{len(photos):,} photos {place}"
 
 
 def embed_gallery(cache, photos, faults=None):

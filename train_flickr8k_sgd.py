@@ -309,7 +309,7 @@ def evaluate_best(run, splits):
     run.model.load_state_dict(best["model_state_dict"])
     started = time.time()
     bank = make_bank(run.model, splits["train"], settings.eval_pixels, settings.seed, run.amp_dtype)
-    log.info(f"bank: {len(bank.photos):,} photos of train, each with a caption, "
+    log.info(f"bank: {len(bank.photos):,} photos and {len(bank.texts):,} captions of train, "
              f"{bank.nbytes / 1e6:.1f} MB, made in {time.time() - started:.1f} s")
     results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype)
                for split in ("val", "test")}

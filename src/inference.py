@@ -55,7 +55,7 @@ def load_bank(run_dir):
     """The `Bank` of a run's best model, None before the end of the run and for one of a version
     without banks. Raises CheckpointError, as `load_model`."""
     bank = load_best(run_dir).get("bank")
-    return None if bank is None else Bank(bank["photos"], bank["texts"])
+    return None if bank is None else Bank(**bank)
 
 
 def load_model(run_dir):

@@ -22,29 +22,30 @@ from src.utils.retrieval import (
 )
 
 
-def slow_completion(latents, alike, partners):
-    """One latent at a time -> the completed, and how near each stands to the partners in general.
-    """
-    alike, partners = alike.double(), partners.double()
+def slow_completion(latents, alike, partners, others):
+    """One latent at a time -> the completed, and how near each stands to the others in general."""
+    alike, partners, others = alike.double(), partners.double(), others.double()
     completed, hubness = [], []
     for latent in latents:
         nearest = sorted(range(len(alike)), key=lambda i: -(alike[i] @ latent))[:NEIGHBOURS]
         weights = [math.exp(BETA * (alike[i] @ latent)) for i in nearest]
         mean = sum(w * partners[i] for w, i in zip(weights, nearest)) / sum(weights)
         completed.append(F.normalize(latent + NEIGHBOUR_WEIGHT * mean, dim=-1))
-        hubness.append(math.log(sum(math.exp(BETA * (completed[-1] @ partner))
-                                    for partner in partners)) / BETA)
+        hubness.append(math.log(sum(math.exp(BETA * (completed[-1] @ other))
+                                    for other in others)) / BETA)
     return torch.stack(completed), torch.tensor(hubness)
 
 
 def slow_metrics(images, texts, photo_of_caption, bank=None):
-    """Both protocols as one would tell them, one query at a time. bank: (photos, texts)."""
+    """Both protocols as one would tell them, one query at a time. bank: (photos, the photo of each
+    text, texts, the mean of each photo's texts)."""
     images = F.normalize(images.double(), dim=-1)
     texts = F.normalize(texts.double(), dim=-1)
     to_texts = to_photos = images @ texts.T
     if bank:
-        images, photo_hubness = slow_completion(images, *bank)
-        texts, text_hubness = slow_completion(texts, *reversed(bank))
+        bank_photos, of_text, bank_texts, of_photo = bank
+        images, photo_hubness = slow_completion(images, bank_photos, of_photo, bank_texts)
+        texts, text_hubness = slow_completion(texts, bank_texts, of_text, bank_photos)
         to_texts = images @ texts.T - text_hubness
         to_photos = images @ texts.T - photo_hubness[:, None]
     num_photos, num_captions = to_texts.shape
@@ -130,9 +131,15 @@ def test_the_bank_equals_the_slow_implementation(chunk_size, monkeypatch):
     texts = torch.randn(len(photo_of_caption), 6, generator=generator) + hub
     images = torch.randn(23, 6, generator=generator) + hub
     images.index_add_(0, photo_of_caption, 0.3 * texts)
+    counts = torch.randint(1, 7, (40,), generator=generator)
+    owners = torch.arange(40).repeat_interleave(counts)
+    owners = owners[torch.randperm(len(owners), generator=generator)]
     bank = Bank(torch.randn(40, 6, generator=generator) + hub,
-                torch.randn(40, 6, generator=generator) + hub)
-    expected = slow_metrics(images, texts, photo_of_caption, (bank.photos, bank.texts))
+                torch.randn(len(owners), 6, generator=generator) + hub, owners)
+    means = torch.stack([bank.texts[owners == i].float().mean(0) for i in range(40)])
+    means = F.normalize(means, dim=-1).half()
+    expected = slow_metrics(images, texts, photo_of_caption,
+                            (bank.photos, bank.photos[owners], bank.texts, means))
     monkeypatch.setattr(retrieval, "CHUNK_SIZE", chunk_size)
     assert retrieval_metrics(images, texts, photo_of_caption, bank) == pytest.approx(expected)
     assert expected != pytest.approx(slow_metrics(images, texts, photo_of_caption))
@@ -191,9 +198,11 @@ def test_the_bank_in_half_precision_is_that_of_its_latents():
     bank = Bank(7 * latents[:12], latents[12:])
     again = Bank(**bank.state_dict())
     for name, tensor in bank.state_dict().items():
-        assert tensor.dtype == torch.float16 and tensor.equal(again.state_dict()[name])
+        assert tensor.equal(again.state_dict()[name])
+    for tensor in (again.photos, again.texts, again.captions):
+        assert tensor.dtype == torch.float16
         assert torch.allclose(tensor.float().norm(dim=1), torch.ones(len(tensor)), atol=1e-3)
-    assert bank.nbytes == 2 * 32 * (12 + 12)
+    assert bank.nbytes == 2 * 32 * (12 + 12) + 8 * 12
     for of in (bank.photo_queries, bank.photo_gallery, bank.text_queries, bank.text_gallery):
         assert of(latents).shape == (24, 33)
         with pytest.raises(ValueError, match="a width of 32, these of 31"):

@@ -314,8 +314,8 @@ def test_photos_for_a_photo_and_a_text(run_dir, shapes, capsys, tmp_path):
     status, out, err = use(run_dir, capsys, "--image", photos[3], "--query", "two red circles",
                            "--split", "val", "--top", 12, "--no-bank", "--out", tmp_path / "a.png")
     assert (status, err) == (0, "")
-    assert f'{photos[3]} and "two red circles" in 12 photos of val' in out
-    order = sorted(range(12), key=lambda i: -cosine[i])
+    assert f'{photos[3]} and "two red circles" in 11 photos of val' in out
+    order = sorted((i for i in range(12) if i != 3), key=lambda i: -cosine[i])
     assert [rest.split()[0] for *_, rest in ranking(out)] == [photos[i].name for i in order]
     for i, (_, _, score, _) in zip(order, ranking(out)):
         assert score == pytest.approx(cosine[i], abs=6e-4)
@@ -323,7 +323,13 @@ def test_photos_for_a_photo_and_a_text(run_dir, shapes, capsys, tmp_path):
                 "--top", 12, "--out", tmp_path / "b.png")[1]
     assert ranking(alone) != ranking(out)
     widths = [Image.open(tmp_path / name).width for name in ("a.png", "b.png")]
-    assert widths[0] > widths[1]  # the photo that was given comes first
+    assert widths[0] == widths[1]  # the photo that was given comes first, and is no result
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(photos[3], folder / "a.png")
+    status, out, err = use(run_dir, capsys, "--image", folder / "a.png", "--query", "two red circles",
+                           "--photos", folder)
+    assert (status, out) == (2, "") and "no photos" in err and "but that of --image" in err
 
     config = json.loads((run_dir / CONFIG).read_text())
     config["settings"]["captions_per_image"] = 1

@@ -21,13 +21,13 @@ TIE = 1e-6  # closer similarities count against the model; those of equals diffe
 CHUNK_SIZE = 256  # captions ranked at a time
 BATCH_SIZE = 256  # embedded at a time
 BANK_SIZE = 5000  # photos in a bank
-BETA = 15.0  # of the bank: how much more the nearest count
+BETA = 20.0  # of the bank: how much more the nearest count
 NEIGHBOURS = 10  # in the bank, which complete a latent
 NEIGHBOUR_WEIGHT = 0.2  # of their partners, beside the latent itself
 
 
 class Bank:
-    """Training photos, each with one of its captions, remembered while ranking, in two ways.
+    """Training photos with their captions, remembered while ranking, in two ways.
 
     A latent is completed by the partners of its nearest in the bank: a photo by the captions of
     photos like it, a text by the photos of captions like it (query expansion and database-side
@@ -36,53 +36,66 @@ class Bank:
     taken back: the inverted softmax (Smith et al. 2017) with a bank of training queries (Bogolin et
     al. 2022).
 
-    photos, texts: (P, D), pair i in row i. Kept in float16, of unit length. All methods take
-    latents (N, D) of unit length, and raise ValueError for another D. The dot product of a query
-    and an item of the gallery is what to rank by: the cosine of the completed, less hubness."""
+    photos: (P, D), texts: (T, D). photo_of_text: (T,) the row of each text's photo, by default its
+    own. Kept in float16, of unit length. All methods take latents (N, D) of unit length, and raise
+    ValueError for another D. The dot product of a query and an item of the gallery is what to rank
+    by: the cosine of the completed, less hubness."""
 
-    def __init__(self, photos, texts):
+    def __init__(self, photos, texts, photo_of_text=None):
         self.photos = F.normalize(photos.float(), dim=-1).half()
         self.texts = F.normalize(texts.float(), dim=-1).half()
+        self.photo_of_text = photo_of_text
+        if photo_of_text is None:
+            self.photo_of_text = torch.arange(len(texts))
+        sums = torch.zeros(self.photos.shape).index_add_(0, self.photo_of_text, self.texts.float())
+        self.captions = F.normalize(sums, dim=-1).half()  # the mean of each photo's
 
     @property
     def nbytes(self):
-        return self.photos.nbytes + self.texts.nbytes
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     def state_dict(self):
-        return {"photos": self.photos, "texts": self.texts}
+        return {"photos": self.photos, "texts": self.texts, "photo_of_text": self.photo_of_text}
 
     def text_queries(self, texts):
         """-> (N, D + 1), for a gallery of photos."""
-        return self._queries(texts, self.texts, self.photos)
+        return self._queries(*self._complete_texts(texts))
 
     def photo_queries(self, photos):
         """-> (N, D + 1), for a gallery of texts."""
-        return self._queries(photos, self.photos, self.texts)
+        return self._queries(*self._complete_photos(photos))
 
     def photo_gallery(self, photos):
         """-> (N, D + 1), for texts that look for photos."""
-        return self._gallery(photos, self.photos, self.texts)
+        return self._gallery(*self._complete_photos(photos))
 
     def text_gallery(self, texts):
         """-> (N, D + 1), for photos that look for texts."""
-        return self._gallery(texts, self.texts, self.photos)
-
-    def _queries(self, latents, alike, partners):
-        completed, _ = self._complete(latents, alike, partners)
-        return torch.cat([completed, torch.ones_like(completed[:, :1])], 1)
-
-    def _gallery(self, latents, alike, partners):
-        completed, hubness = self._complete(latents, alike, partners)
-        return torch.cat([completed, -hubness[:, None]], 1)
+        return self._gallery(*self._complete_texts(texts))
 
     @staticmethod
-    def _complete(latents, alike, partners):
+    def _queries(completed, hubness):
+        return torch.cat([completed, torch.ones_like(hubness)[:, None]], 1)
+
+    @staticmethod
+    def _gallery(completed, hubness):
+        return torch.cat([completed, -hubness[:, None]], 1)
+
+    def _complete_photos(self, photos):
+        return self._complete(photos, self.photos, self.captions, self.texts)
+
+    def _complete_texts(self, texts):
+        return self._complete(texts, self.texts, self.photos[self.photo_of_text], self.photos)
+
+    @staticmethod
+    def _complete(latents, alike, partners, others):
         """-> the completed (N, D), of unit length, and their hubness (N,): how near each stands to
-        the partners in general."""
+        the others in general. partners: of `alike`, row by row."""
         if latents.shape[1] != alike.shape[1]:
             raise ValueError(f"the bank's latents have a width of {alike.shape[1]}, these of "
                              f"{latents.shape[1]}")
-        alike, partners = (bank.to(latents.device).float() for bank in (alike, partners))
+        alike, partners, others = (bank.to(latents.device).float()
+                                   for bank in (alike, partners, others))
         completed, hubness = [], []
         with full_float32():
             for chunk in latents.split(CHUNK_SIZE):
@@ -90,7 +103,7 @@ class Bank:
                 weights = NEIGHBOUR_WEIGHT * (BETA * nearest).softmax(1)
                 chunk = chunk + (weights[:, :, None] * partners[rows]).sum(1)
                 completed.append(F.normalize(chunk, dim=-1))
-                hubness.append((BETA * (completed[-1] @ partners.T)).logsumexp(1) / BETA)
+                hubness.append((BETA * (completed[-1] @ others.T)).logsumexp(1) / BETA)
         return torch.cat(completed), torch.cat(hubness)
 
 
@@ -261,15 +274,15 @@ def evaluate(model, dataset, amp_dtype=None):
 
 
 def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
-    """The Bank of a training split, of BANK_SIZE photos at most, drawn by the seed, as is the
-    caption of each. pixels: side of the photos that the model is used with."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    caption_of = dict(zip(dataset.photo_of_caption[order].tolist(), order.tolist()))
-    pairs = list(caption_of.items())[:BANK_SIZE]
-    pairs.sort(key=lambda pair: dataset.texts.lengths[pair[1]])  # little padding
-    photos, captions = map(list, zip(*pairs))
-    return Bank(*(latents.cpu() for latents in embed(model, dataset, torch.tensor(photos), captions,
-                                                     amp_dtype, pixels)))
+    """The Bank of a training split: BANK_SIZE photos at most, drawn by the seed, and all captions
+    of these. pixels: side of the photos that the model is used with."""
+    photos, owners = dataset.photo_of_caption.unique(), dataset.photo_of_caption
+    order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed))
+    photos = photos[order[:BANK_SIZE].sort().values]
+    captions = torch.isin(owners, photos).nonzero().flatten().numpy()
+    captions = captions[np.argsort(dataset.texts.lengths[captions], kind="stable")]  # little padding
+    latents = embed(model, dataset, photos, captions, amp_dtype, pixels)
+    return Bank(*(rows.cpu() for rows in latents), torch.searchsorted(photos, owners[captions]))
 
 
 def compare_bank(model, dataset, bank, amp_dtype=None):
