@@ -5,9 +5,12 @@
     python show_flickr8k_results.py --image my_photo.jpg        captions for a photo
     python show_flickr8k_results.py --image my_photo.jpg --query "in the snow"   photos for both
     python show_flickr8k_results.py --compare outputs/*         several runs
+    python show_flickr8k_results.py --serve --photos ~/Pictures a search in the browser
+    python show_flickr8k_results.py --page run.html             a run in one file, to keep or send
 """
 import argparse
 import collections
+import contextlib
 import random
 import sys
 from pathlib import Path
@@ -15,20 +18,22 @@ from pathlib import Path
 from src.encoder_names import load_encoders
 from src.inference import (
     EmbeddingCache,
+    Search,
     embed_photos,
-    embed_texts,
     kinds,
     load_model,
     photos_of_folder,
     photos_of_split,
 )
-from src.settings import Parser, UsageError, text
-from src.utils import report
+from src.settings import Parser, UsageError, number, text
+from src.utils import page, report
 from src.utils.checkpoint import CheckpointError, check_data_dir, load_run
 from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset, first_three
 from src.utils.layouts import SPLIT_FILES, DataError
 from src.utils.pictures import contact_sheet, plot_curves
 from src.utils.retrieval import compare_test_time_training, retrieval_ranks
+
+PAGE_EXAMPLES = 4  # hits, and as many misses, on the page of a run
 
 
 def same(text):
@@ -46,8 +51,8 @@ def data_dir_of(args, run_dir):
 
 
 def open_gallery(args):
-    """-> (photos, captions of each, "1,000 photos of val"): the split's, or those in --photos, less
-    the photo of --image where that is part of a query. Raises DataError where none is left."""
+    """-> (photos, captions of each, "of val"): the split's, or those in --photos, less the photo of
+    --image where that is part of a query. Raises DataError where none is left."""
     if args.photos:
         left_out = collections.Counter()
         photos, place = photos_of_folder(args.photos, left_out), f"in {args.photos}"
@@ -63,20 +68,23 @@ def open_gallery(args):
         photos, captions = [photos[i] for i in kept], [captions[i] for i in kept]
         if not photos:
             raise DataError(f"there are no photos {place} but that of --image")
-    return photos, captions, f"{len(photos):,} photos {place}"
+    return photos, captions, place
 
 
-def embed_gallery(cache, photos, faults=None):
-    """The embeddings of the photos less the faulty, which are said and put in `faults`."""
-    line = report.ProgressLine(stream=sys.stderr)
+def open_search(args, cache):
+    """-> (Search, "1,000 photos of val"). Photos in --photos that cannot be read are left out and
+    said; in the dataset itself they raise DataError."""
+    photos, captions, place = open_gallery(args)
+    search = Search(cache, photos, captions, args.bank)
+    line, faults = report.ProgressLine(stream=sys.stderr), {} if args.photos else None
     try:
-        embeddings = cache.photos(photos, line.counter("embedding"), faults)
+        search.embed_photos(line.counter("embedding"), faults)
     finally:
         line.clear()
     if faults:
         said = report.printable(first_three(faults.values()))
         print(f"left out, {len(faults):,} photos that cannot be read: {said}", file=sys.stderr)
-    return embeddings
+    return search, f"{len(search.photos):,} photos {place}"
 
 
 def open_cache(args):
@@ -84,16 +92,16 @@ def open_cache(args):
     if args.bank and cache.bank is None:
         print(f"{args.output_dir[0]}: no bank, which training makes at its end; the order is that "
               "of the scores", file=sys.stderr)
-    args.bank = args.bank and cache.bank is not None
+        args.bank = False
     return cache
 
 
-def print_ranking(title, scores, by_bank, args, about):
-    """Print the best --top of the scores (N,), in the order of the bank's where there are such, ->
-    (title, cells) for a contact sheet. about(i) gives what the line and the sheet say of i, its
-    photo, and whether it is a right one."""
+def print_ranking(title, cosines, scores, args, about):
+    """Print the best --top by the scores (N,), with their cosines, -> (title, cells) for a contact
+    sheet. about(i) gives what the line and the sheet say of i, its photo, and whether it is a right
+    one."""
     title += ", in the bank's order" if args.bank else ""
-    order = (by_bank if args.bank else scores).argsort(descending=True, stable=True).tolist()
+    order = scores.argsort(descending=True, stable=True).tolist()
     ranks = [rank for rank, i in enumerate(order, start=1) if about(i)[3]]
     title += f"; the right one is ranked {ranks[0]:,}" if ranks else ""
     print(title)
@@ -101,8 +109,8 @@ def print_ranking(title, scores, by_bank, args, about):
     for rank, i in enumerate(order[:args.top], start=1):
         line, label, photo, right = about(i)
         line = report.printable(line).rstrip()
-        print(f"{'*' if right else ' '} {rank:3d}  {scores[i]:6.3f}  {line}")
-        cells.append((photo, f"{rank}.  {scores[i]:.3f}  {label}", right))
+        print(f"{'*' if right else ' '} {rank:3d}  {cosines[i]:6.3f}  {line}")
+        cells.append((photo, f"{rank}.  {cosines[i]:.3f}  {label}", right))
     return title, cells
 
 
@@ -113,36 +121,33 @@ def cut(query):
     return query[:MAX_LENGTH]
 
 
+def trained_for_both(run_dir):
+    """Whether the run is one for a photo and a text together."""
+    return load_run(run_dir).settings.captions_per_image > 1
+
+
 def show_photos(args):
     """--query: the photos nearest to each text, or to each fused with the photo of --image."""
     cache, queries = open_cache(args), [cut(query) for query in args.query]
-    if args.image and load_run(args.output_dir[0]).settings.captions_per_image == 1:
+    if args.image and not trained_for_both(args.output_dir[0]):
         raise UsageError(f"{args.output_dir[0]}: was not trained for a photo and a text together, "
                          "which takes several captions of a photo in a step")
     for query in queries:
         if not cache.tokenizer.knows(query):
             raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
                              "read")
-    photos, captions, gallery = open_gallery(args)
-    faults = {} if args.photos else None  # in the dataset itself a bad photo is an error
-    embeddings = embed_gallery(cache, photos, faults)
-    if faults:
-        photos = [photo for photo in photos if photo not in faults]
-        gallery = f"{len(photos):,} photos in {args.photos}"
-    photo = cache.transform(args.image) if args.image else None
-    texts = embed_texts(cache.model, cache.tokenizer, queries, photo=photo)
-    scores, rows = texts @ embeddings.T, []
-    by_bank = scores
-    if args.bank:
-        by_bank = cache.bank.text_queries(texts) @ cache.photo_gallery(photos).T
-    for query, own_scores, own_by_bank in zip(queries, scores, by_bank):
+    search, gallery = open_search(args, cache)
+    photo, rows = cache.transform(args.image) if args.image else None, []
+    found = search.photos_for(search.embed_texts(queries, photo))
+    for query, cosines, scores in zip(queries, *found):
         def about(i, query=query):
-            name = photos[i].relative_to(args.photos) if args.photos else photos[i].name
-            caption = captions[i][0] if captions[i] else ""
-            return f"{name}  {caption}", name, photos[i], same(query) in map(same, captions[i])
+            photo, captions = search.photos[i], search.captions[i]
+            name = photo.relative_to(args.photos) if args.photos else photo.name
+            line = f"{name}  {captions[0] if captions else ''}"
+            return line, name, photo, same(query) in map(same, captions)
 
         title = f'{args.image} and "{query}"' if args.image else f'"{query}"'
-        title, cells = print_ranking(f"{title} in {gallery}", own_scores, own_by_bank, args, about)
+        title, cells = print_ranking(f"{title} in {gallery}", cosines, scores, args, about)
         first = [(args.image, "the photo", False)] if args.image else []
         rows.append((title, first + cells))
         print()
@@ -152,45 +157,85 @@ def show_photos(args):
 def show_captions(args):
     """--image: the captions nearest to a photo, its own marked where it is one of the split's."""
     cache, (photos, captions, _) = open_cache(args), open_gallery(args)
-    texts = [text for own in captions for text in own]
-    of_photo = [i for i, own in enumerate(captions) for _ in own]
-    image = embed_photos(cache.model, cache.transform, [args.image])[0]
-    scores = by_bank = cache.texts(texts) @ image
-    if args.bank:
-        by_bank = cache.text_gallery(texts) @ cache.bank.photo_queries(image[None])[0]
-    own = [photo.resolve() == Path(args.image).resolve() for photo in photos]
+    search = Search(cache, photos, captions, args.bank)
+    image = embed_photos(cache.model, cache.transform, [args.image])
+    cosines, scores = search.captions_for(image)
+    own = [photo.resolve() == Path(args.image).resolve() for photo in search.photos]
 
     def about(i):
-        photo = photos[of_photo[i]]
-        return f"{texts[i]}  ({photo.name})", texts[i], photo, own[of_photo[i]]
+        text, photo = search.texts[i], search.photo_of_text[i]
+        name = search.photos[photo]
+        return f"{text}  ({name.name})", text, name, own[photo]
 
-    title = f"{args.image} among {len(texts):,} captions of {args.split}"
-    title, cells = print_ranking(title, scores, by_bank, args, about)
+    title = f"{args.image} among {len(search.texts):,} captions of {args.split}"
+    title, cells = print_ranking(title, cosines[0], scores[0], args, about)
     return [(title, [(args.image, "the photo", False), *cells])]
 
 
 def show_examples(args):
     """--examples: captions drawn at random among hits and misses, and how many hit."""
-    cache, (photos, captions, gallery) = EmbeddingCache(args.output_dir[0]), open_gallery(args)
-    texts = [text for own in captions for text in own]
-    of_photo = [i for i, own in enumerate(captions) for _ in own]
-    image_rows, text_rows = embed_gallery(cache, photos), cache.texts(texts)
-    ranks = retrieval_ranks(image_rows, text_rows, of_photo)
-    nearest = (text_rows @ image_rows.T).topk(min(2, len(photos)), dim=1).indices.tolist()
+    search, gallery = open_search(args, EmbeddingCache(args.output_dir[0]))
+    texts = search.cache.texts(search.texts)
+    ranks = retrieval_ranks(search.rows, texts, search.photo_of_text)["t2i"]
     print(f"{gallery}, {len(texts):,} captions: of the right photos, "
-          f"{100 * (ranks['t2i'] == 1).double().mean():.2f} % are ranked first")
+          f"{100 * (ranks == 1).double().mean():.2f} % are ranked first")
+    return examples(search, texts, ranks, args.examples)
+
+
+def examples(search, texts, ranks, number):
+    """So many hits and misses at random, each with the photo that is first, or second -> rows of a
+    contact sheet. texts, ranks: the embeddings and the ranks of the search's texts."""
+    nearest = (texts @ search.rows.T).topk(min(2, len(search.photos)), dim=1).indices.tolist()
     rows = []
-    for what, other, wanted in (("hit", "ranked 2", ranks["t2i"] == 1),
-                                ("miss", "ranked first", ranks["t2i"] > 1)):
+    for what, other, wanted in (("hit", "ranked 2", ranks == 1),
+                                ("miss", "ranked first", ranks > 1)):
         drawn = wanted.nonzero().flatten().tolist()
-        for i in random.Random(0).sample(drawn, min(args.examples, len(drawn))):
-            right = of_photo[i]
-            label = f"right, ranked {int(ranks['t2i'][i]):,}: {photos[right].name}"
-            cells = [(photos[right], label, True)]
-            cells += [(photos[photo], f"{other}: {captions[photo][0]}", False)
+        for i in random.Random(0).sample(drawn, min(number, len(drawn))):
+            right = search.photo_of_text[i]
+            label = f"right, ranked {int(ranks[i]):,}: {search.photos[right].name}"
+            cells = [(search.photos[right], label, True)]
+            cells += [(search.photos[photo], f"{other}: {search.captions[photo][0]}", False)
                       for photo in nearest[i] if photo != right][:1]
-            rows.append((f"{what}: {texts[i]}", cells))
+            rows.append((f"{what}: {search.texts[i]}", cells))
     return rows
+
+
+def serve(args):
+    """--serve: a search in the browser, until Ctrl-C."""
+    folder = args.output_dir[0]
+    with page.Server(args.serve) as server:
+        search, gallery = open_search(args, open_cache(args))
+        search.cache.texts(search.texts)
+        tries = search.texts
+        if not tries:
+            with contextlib.suppress(DataError, UsageError):
+                tries = [own[0] for own in photos_of_split(data_dir_of(args, folder), "val")[1]]
+        server.pages = page.SearchPages(search, trained_for_both(folder), f"{folder} · {gallery}",
+                                        tries)
+        print(f"http://{page.HOST}:{server.server_port} (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
+
+
+def write_page(args):
+    """--page: the runs in one HTML file; of each, where its photos are at hand, how kinds of
+    captions are found, hits and misses."""
+    sections = []
+    for folder in args.output_dir:
+        run = load_run(folder)
+        try:
+            photos, captions = photos_of_split(data_dir_of(args, folder), args.split)
+            search = Search(EmbeddingCache(folder), photos, captions, bank=False)
+            search.embed_photos()
+            texts = search.cache.texts(search.texts)
+            ranks = retrieval_ranks(search.rows, texts, search.photo_of_text)["t2i"]
+            title = f"Text to photo by kind of caption: {len(photos):,} photos of {args.split}"
+            shown = page.kinds_table(title, search.texts, ranks)
+            shown += page.sheet(examples(search, texts, ranks, PAGE_EXAMPLES))
+        except (CheckpointError, DataError, UsageError) as error:
+            shown = page.note(f"No photos are shown: {error}")
+            print(f"{folder}: no photos on the page: {error}", file=sys.stderr)
+        sections.append(page.run_section(run, shown))
+    page.write_runs(sections, args.page)
 
 
 def show_test_time(args):
@@ -237,6 +282,11 @@ def parse_args(argv):
     what.add_argument("--examples", type=int, metavar="N", help="show N hits and N misses")
     what.add_argument("--test_time", action="store_true",
                       help="measure what the memory's test-time training adds")
+    what.add_argument("--serve", type=number(int, "[0, 65535]"), nargs="?", const=8008,
+                      metavar="PORT", help="search in the browser, at this port of this machine "
+                      "alone; 0: one that is free (default: 8008)")
+    what.add_argument("--page", type=text, metavar="FILE.html",
+                      help="write the runs into one file, with curves, hits and misses")
     what.add_argument("--compare", type=text, nargs="+", metavar="DIR",
                       help="runs, best on validation first")
     add("--query", nargs="+", metavar="TEXT", help="rank photos by each text, of which the first "
@@ -244,7 +294,7 @@ def parse_args(argv):
     add("--image", type=text, help="rank a split's captions by this photo; with --query: rank "
         "photos by both")
     add("--photos", type=text, metavar="DIR",
-        help="with --query: rank the photos in this folder and below it")
+        help="with --query or --serve: the photos in this folder and below it")
     add("--split", choices=list(SPLIT_FILES), help="whose photos and captions are ranked "
         "(default: test; val with --test_time)")
     add("--data_dir", type=text,
@@ -261,14 +311,15 @@ def parse_args(argv):
     for name in ("top", "examples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if len(args.output_dir) > 1 and (args.query or args.image or args.examples):
-        parser.error("--query, --image and --examples take one --output_dir")
-    if args.photos and not args.query:
-        parser.error("--photos needs a --query")
-    if (args.query or args.image) and (args.plot or args.examples or args.test_time
-                                       or args.compare):
-        parser.error("--query and --image go with none of --plot, --examples, --test_time and "
-                     "--compare")
+    serve = args.serve is not None
+    if len(args.output_dir) > 1 and (args.query or args.image or args.examples or serve):
+        parser.error("--query, --image, --examples and --serve take one --output_dir")
+    if args.photos and not (args.query or serve):
+        parser.error("--photos needs a --query or --serve")
+    if (args.query or args.image) and (args.plot or args.examples or args.test_time or args.compare
+                                       or args.page or serve):
+        parser.error("--query and --image go with none of --plot, --examples, --test_time, "
+                     "--compare, --serve and --page")
     return args
 
 
@@ -281,6 +332,12 @@ def show(args):
     if args.test_time:
         show_test_time(args)
         return None
+    if args.serve is not None:
+        serve(args)
+        return None
+    if args.page:
+        write_page(args)
+        return args.page
     if args.plot:
         out = out or folder / "curves.png"
         plot_curves([load_run(path) for path in args.output_dir], out)

@@ -234,6 +234,52 @@ class EmbeddingCache:
             save_checkpoint(self.state, self.path)
 
 
+class Search:
+    """A gallery of photos with their captions, N and M of them, which texts, photos or both find.
+
+    cache: an `EmbeddingCache`. photos: paths, captions: a list of each one's, perhaps empty. bank:
+    whether to order by the run's. `rows`: the photos' embeddings, once `embed_photos` was called.
+    """
+
+    def __init__(self, cache, photos, captions, bank):
+        self.cache, self.bank, self.rows = cache, cache.bank if bank else None, None
+        self._hold(photos, captions)
+
+    def _hold(self, photos, captions):
+        self.photos, self.captions = photos, captions
+        self.texts = [text for own in captions for text in own]
+        self.photo_of_text = [i for i, own in enumerate(captions) for _ in own]
+
+    def embed_photos(self, progress=None, faults=None):
+        """Those in `faults` leave the gallery, see `EmbeddingCache.photos`."""
+        self.rows = self.cache.photos(self.photos, progress, faults)
+        kept = [i for i, photo in enumerate(self.photos) if photo not in (faults or {})]
+        self._hold([self.photos[i] for i in kept], [self.captions[i] for i in kept])
+
+    def embed_texts(self, texts, photo=None):
+        """(Q, latent_dim) of the texts, each fused with the photo where there is one."""
+        return embed_texts(self.cache.model, self.cache.tokenizer, texts, photo=photo)
+
+    def embed_photo(self, path):
+        """-> what the model takes of a photo, and its embedding (1, latent_dim)."""
+        inputs = self.cache.transform(path)
+        return inputs, embed_photos(self.cache.model, lambda _: inputs, [path])
+
+    def photos_for(self, queries):
+        """What `embed_texts` gives -> cosines (Q, N), and scores to order by, alike."""
+        cosines = queries @ self.rows.T
+        if self.bank is None:
+            return cosines, cosines
+        return cosines, self.bank.text_queries(queries) @ self.cache.photo_gallery(self.photos).T
+
+    def captions_for(self, queries):
+        """Embeddings of photos (Q, latent_dim) -> cosines (Q, M), and scores, alike."""
+        cosines = queries @ self.cache.texts(self.texts).T
+        if self.bank is None:
+            return cosines, cosines
+        return cosines, self.bank.photo_queries(queries) @ self.cache.text_gallery(self.texts).T
+
+
 def photos_of_split(data_dir, split):
     """-> ([path of each photo], [its captions]). Raises DataError for what is missing."""
     folder = read_folder(data_dir)

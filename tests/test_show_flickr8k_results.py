@@ -327,7 +327,7 @@ def test_photos_for_a_photo_and_a_text(run_dir, shapes, capsys, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     shutil.copy(photos[3], folder / "a.png")
-    status, out, err = use(run_dir, capsys, "--image", folder / "a.png", "--query", "two red circles",
+    status, out, err = use(run_dir, capsys, "--image", folder / "a.png", "--query", "red",
                            "--photos", folder)
     assert (status, out) == (2, "") and "no photos" in err and "but that of --image" in err
 

@@ -132,12 +132,12 @@ def _facts(facts):
     return [f"  {name:<24}{value}" for name, value in facts.items()]
 
 
-def _recall_rows(columns):
-    """columns: {heading: metrics}. One row a measure, one column a set of metrics."""
-    widths = [max(9, len(name) + 2) for name in columns]
-    lines = [" " * 24 + "".join(f"{name:>{width}}" for name, width in zip(columns, widths))]
+def recall_rows(columns):
+    """{heading: metrics} -> [[name, cells]]: one row a measure, one cell a set of metrics, and a
+    row without cells before those of each protocol."""
+    rows = []
     for protocol, prefix in (("standard", ""), ("pair", "pair_")):
-        lines.append(f"  {protocol} protocol")
+        rows.append([f"{protocol} protocol"])
         keys = {}
         for arrow, direction in (("I->T", "i2t"), ("T->I", "t2i")):
             keys |= {f"{arrow} R@{k} (%)": f"{prefix}{direction}_r{k}" for k in KS}
@@ -146,9 +146,16 @@ def _recall_rows(columns):
         keys["Avg R@1 (%)"] = f"{prefix}avg_r1"
         for name, key in keys.items():
             values = [metrics.get(key) for metrics in columns.values()]
-            cells = ["-" if value is None else f"{value:.2f}" for value in values]
-            row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
-            lines.append(f"    {name:<20}{row}")
+            rows.append([name, *("-" if value is None else f"{value:.2f}" for value in values)])
+    return rows
+
+
+def _recall_lines(columns):
+    widths = [max(9, len(name) + 2) for name in columns]
+    lines = [" " * 24 + "".join(f"{name:>{width}}" for name, width in zip(columns, widths))]
+    for name, *cells in recall_rows(columns):
+        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
+        lines.append(f"    {name:<20}{row}" if cells else f"  {name}")
     return lines
 
 
@@ -166,7 +173,8 @@ def _chance(data):
 
 
 @contextlib.contextmanager
-def _reading(run):
+def reading(run):
+    """Inside, what a file of a Run lacks is a CheckpointError."""
     try:
         yield
     except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -176,25 +184,16 @@ def _reading(run):
 
 def summary(run):
     """The tables of a Run, as one string. Raises CheckpointError for files that do not fit."""
-    with _reading(run):
+    with reading(run):
         return "\n".join(_results(run) + _progress(run) + _description(run))
 
 
 def _results(run):
-    data, best, last = run.config["data"], run.best, run.history[-1]
     title = data_name(run).upper() + (" (NOT FLICKR8K)" if run.settings.synthetic else "")
-    epochs = f"{last['epoch']} of {run.settings.epochs} epochs in {run.minutes:.1f} minutes"
-    state = "" if run.finished else ": not finished"
     lines = ["=" * WIDTH, f"{title}, RETRIEVAL WITH SGD", "=" * WIDTH]
-    lines += _facts({"run": run.dir, "training": epochs + state, "trained on": trained_on(run)})
-    lines += _heading(f"Validation: {_counts(data['val'])}")
-    lines += _recall_rows({f"best (epoch {best['epoch']})": best["val"]} | _with_bank(run, "val")
-                          | {f"final (epoch {last['epoch']})": last["val"],
-                             "chance": _chance(data["val"])})
-    if run.test:
-        lines += _heading(f"Test, best model: {_counts(data['test'])}")
-        lines += _recall_rows({"test": run.test} | _with_bank(run, "test")
-                              | {"chance": _chance(data["test"])})
+    lines += _facts({"run": run.dir, "training": training(run), "trained on": trained_on(run)})
+    for title, columns in recalls(run).items():
+        lines += _heading(title) + _recall_lines(columns)
     if run.bank:
         share = run.bank["val"]["hub_share"]
         lines += ["", f"  {share['off']:.1f} % of val's captions find one of the ten commonest "
@@ -208,6 +207,24 @@ def _results(run):
             cells = "".join(f"{found[name][f'r{k}']:>14.2f}" for name in names)
             lines.append(f"    {f'R@{k} (%)':<20}{cells}")
     return lines
+
+
+def training(run):
+    """How far a Run is, in a few words."""
+    epochs = f"{run.history[-1]['epoch']} of {run.settings.epochs} epochs"
+    return f"{epochs} in {run.minutes:.1f} minutes" + ("" if run.finished else ": not finished")
+
+
+def recalls(run):
+    """{title: {heading: metrics}} of a Run, on val and, when it is done, on test."""
+    data, best, last = run.config["data"], run.best, run.history[-1]
+    tables = {f"Validation: {_counts(data['val'])}": {
+        f"best (epoch {best['epoch']})": best["val"], **_with_bank(run, "val"),
+        f"final (epoch {last['epoch']})": last["val"], "chance": _chance(data["val"])}}
+    if run.test:
+        tables[f"Test, best model: {_counts(data['test'])}"] = {
+            "test": run.test, **_with_bank(run, "test"), "chance": _chance(data["test"])}
+    return tables
 
 
 def _with_bank(run, split):
@@ -305,7 +322,7 @@ def comparison(runs, form="terminal"):
     CheckpointError for files that do not fit."""
     rows = []
     for run in runs:
-        with _reading(run):
+        with reading(run):
             rows.append((-run.best["val"]["avg_r1"], _cells(run)))
     rows = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
     if form == "markdown":

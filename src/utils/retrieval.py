@@ -280,7 +280,8 @@ def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
     order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed))
     photos = photos[order[:BANK_SIZE].sort().values]
     captions = torch.isin(owners, photos).nonzero().flatten().numpy()
-    captions = captions[np.argsort(dataset.texts.lengths[captions], kind="stable")]  # little padding
+    lengths = dataset.texts.lengths[captions]
+    captions = captions[np.argsort(lengths, kind="stable")]  # little padding
     latents = embed(model, dataset, photos, captions, amp_dtype, pixels)
     return Bank(*(rows.cpu() for rows in latents), torch.searchsorted(photos, owners[captions]))
 
