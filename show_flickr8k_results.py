@@ -26,11 +26,10 @@ from src.inference import (
     photos_of_split,
 )
 from src.settings import Parser, UsageError, number, text
-from src.utils import page, report
+from src.utils import page, pictures, report
 from src.utils.checkpoint import CheckpointError, check_data_dir, load_run
 from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset, first_three
 from src.utils.layouts import SPLIT_FILES, DataError
-from src.utils.pictures import contact_sheet, plot_curves
 from src.utils.retrieval import compare_test_time_training, retrieval_ranks
 
 PAGE_EXAMPLES = 4  # hits, and as many misses, on the page of a run
@@ -235,7 +234,8 @@ def write_page(args):
             shown = page.note(f"No photos are shown: {error}")
             print(f"{folder}: no photos on the page: {error}", file=sys.stderr)
         sections.append(page.run_section(run, shown))
-    page.write_runs(sections, args.page)
+    html = page.document("Image-text retrieval", f'<div class="runs">{"".join(sections)}</div>')
+    pictures.write(args.page, lambda path: Path(path).write_text(html, "utf-8", "replace"))
 
 
 def show_test_time(args):
@@ -340,7 +340,7 @@ def show(args):
         return args.page
     if args.plot:
         out = out or folder / "curves.png"
-        plot_curves([load_run(path) for path in args.output_dir], out)
+        pictures.plot_curves([load_run(path) for path in args.output_dir], out)
         return out
     if args.query or args.image or args.examples:
         if args.query:
@@ -350,7 +350,7 @@ def show(args):
         else:
             rows, out = show_examples(args), out or folder / "examples.png"
         if out:
-            contact_sheet(rows, out)
+            pictures.contact_sheet(rows, out)
         return out
     print("\n\n".join(report.summary(load_run(path)) for path in args.output_dir))
     return None

@@ -65,9 +65,11 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS):
                                         **encoders.widths)
     except ValueError as error:
         raise UsageError(f"these sizes make no model: {error}") from None
-    if encoders.image is None and settings.eval_pixels % settings.patch_size:
-        raise UsageError(f"--eval_size {settings.eval_pixels} is not a multiple of "
-                         f"patch_size={settings.patch_size}")
+    if encoders.image is None:
+        for side in (settings.start_size, settings.image_size, settings.eval_pixels):
+            if side % model.image_encoder.stride:
+                raise UsageError(f"photos of {side} pixels: the model takes multiples of "
+                                 f"{model.image_encoder.stride}")
     with torch.no_grad():
         model.logit_scale.fill_(-math.log(settings.temperature))
         model.clamp_logit_scale_()

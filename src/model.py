@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 IMAGE, TEXT = MODALITIES = (0, 1)
+LENGTH_GROUP = 64  # captions that a CPU encodes together, of like length
 PAD_ID = 0  # the token id that every tokenizer keeps for padding
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound on the inverse temperature (Radford et al. 2021)
 
@@ -66,62 +67,60 @@ def sinusoidal_positions(length, dim, device):
     return torch.cat([torch.sin(position * frequency), torch.cos(position * frequency)], dim=1)
 
 
-class TextConv(nn.Module):
-    """Residual convolution of width 5 over tokens that halves their number: (B, L, D) and mask
-    (B, L) -> (B, L / 2, D) and its mask.
+class TextTransformer(nn.Module):
+    """Token ids (B, L), mask (B, L) -> latents (B, latent_dim), zero at first: the mean of real
+    tokens."""
 
-    L must be even. Padding is zeroed on the way in, so that its length makes no difference."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.conv = nn.Conv1d(dim, dim, kernel_size=5, stride=2, padding=2)
-
-    def forward(self, x, mask):
-        real = mask.unsqueeze(-1)
-        y = self.conv((self.norm(x) * real).transpose(1, 2))
-        x = (F.gelu(y) + F.avg_pool1d((x * real).transpose(1, 2), 2)).transpose(1, 2)
-        return x, mask.unflatten(1, (-1, 2)).any(2)
-
-
-class TextEncoder(nn.Module):
-    """Token ids (B, L) -> text latents (B, latent_dim), whatever the padding: a transformer and the
-    mean over real tokens. With num_layers=0 it is a bag of tokens, normalised as a whole: token by
-    token, a rare word would weigh as much as one that was learned.
-
-    conv_layers: convolutions before the transformer, each halving the length, which make word
-    pieces of characters (cf. Kim et al. 2016, "Character-aware neural language models")."""
-
-    def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers, conv_layers=0):
+    def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, dim, padding_idx=PAD_ID)
-        self.convs = nn.ModuleList(TextConv(dim) for _ in range(conv_layers))
         self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, latent_dim)
-        if not num_layers:  # so that a word weighs nearly nothing before it was learned
-            with torch.no_grad():
-                self.token_embedding.weight.mul_(0.02)
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
 
-    def forward(self, text, text_mask=None):
-        mask = text != PAD_ID if text_mask is None else text_mask.bool()
-        if not (self.convs or self.blocks):
-            weight = self.token_embedding.weight
-            x = F.embedding_bag(text * mask, weight, mode="mean", padding_idx=PAD_ID)
-            return self.projection(self.norm(x))
-        extra = -text.shape[1] % 2 ** len(self.convs)  # up to a length that halves evenly
-        text, mask = F.pad(text, (0, extra), value=PAD_ID), F.pad(mask, (0, extra))
+    def forward(self, text, mask):
+        if text.device.type == "cpu" and len(text) > 2 * LENGTH_GROUP:
+            # The longest caption is three times as long as most: padding is not computed.
+            lengths = (mask * torch.arange(1, mask.shape[1] + 1)).amax(1)
+            groups = lengths.argsort().split(LENGTH_GROUP)
+            latents = [self.encode(text[rows, :longest], mask[rows, :longest])
+                       for rows in groups for longest in [int(lengths[rows].max())]]
+            return torch.cat(latents)[torch.cat(groups).argsort()]
+        return self.encode(text, mask)
+
+    def encode(self, text, mask):
         x = self.token_embedding(text)
-        for conv in self.convs:
-            x, mask = conv(x, mask)
-        if self.blocks:  # what the convolutions leave has no use for its order
-            x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device)
+        x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device)
         for block in self.blocks:
             x = block(x, mask=mask[:, None, None, :])
         real = mask.unsqueeze(-1)
-        x = (self.norm(x) if self.blocks else x) * real
-        x = x.sum(1) / real.sum(1).clamp(min=1)
-        return self.projection(x if self.blocks else self.norm(x))
+        return self.projection((self.norm(x) * real).sum(1) / real.sum(1).clamp(min=1))
+
+
+class TextEncoder(nn.Module):
+    """Token ids (B, L) -> text latents (B, latent_dim), whatever the padding: a bag of tokens, to
+    which a transformer adds what their order says. The bag is normalised as a whole: token by
+    token, a rare word would weigh as much as one that was learned."""
+
+    def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, dim, padding_idx=PAD_ID)
+        with torch.no_grad():  # so that a word weighs nearly nothing before it was learned
+            self.token_embedding.weight.mul_(0.02)
+        self.norm = nn.LayerNorm(dim)
+        self.projection = nn.Linear(dim, latent_dim)
+        self.transformer = None
+        if num_layers:
+            self.transformer = TextTransformer(vocab_size, dim, latent_dim, num_heads, num_layers)
+
+    def forward(self, text, text_mask=None):
+        mask = text != PAD_ID if text_mask is None else text_mask.bool()
+        weight = self.token_embedding.weight
+        bag = F.embedding_bag(text * mask, weight, mode="mean", padding_idx=PAD_ID)
+        latents = self.projection(self.norm(bag))
+        return latents if self.transformer is None else latents + self.transformer(text, mask)
 
 
 class ResidualConv(nn.Module):
@@ -149,53 +148,33 @@ class ResidualConv(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim). The position
-    embedding is interpolated where H and W are not image_size. Raises ValueError where they are not
-    multiples of patch_size.
+    """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim): a residual convnet
+    and the mean over its places.
 
-    A vision transformer (Dosovitskiy et al. 2021) with a mean over its patches. With
-    `conv_channels`, these come from a residual convnet (cf. Xiao et al. 2021, "Early convolutions
-    help transformers see better"), which halves the resolution at its start and after every stage
-    but the last: patch_size must be 2 ** number of stages."""
+    channels: of each stage, of `units` residual units. The resolution is halved at the start and
+    after every stage but the last: H and W must be multiples of `stride`, 2 ** number of stages,
+    else a ValueError is raised."""
 
-    def __init__(self, image_size, patch_size, dim, latent_dim, num_heads, num_layers,
-                 conv_channels=None):
+    def __init__(self, channels, units, latent_dim):
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"image_size={image_size} is no multiple of patch_size={patch_size}")
-        self.patch_size, self.grid = patch_size, image_size // patch_size
-        if not conv_channels:
-            self.stem = nn.Conv2d(3, dim, patch_size, patch_size)
-        else:
-            if patch_size != 2 ** len(conv_channels):
-                raise ValueError(f"conv_channels={conv_channels} makes patches of "
-                                 f"{2 ** len(conv_channels)} pixels, not patch_size={patch_size}")
-            channels = conv_channels[0]
-            layers = [nn.Conv2d(3, channels, 3, 2, 1, bias=False)]
-            for stage, width in enumerate(conv_channels):
-                layers.append(ResidualConv(channels, width, stride=2 if stage > 0 else 1))
-                channels = width
-            layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, dim, 1)]
-            self.stem = nn.Sequential(*layers)
-        self.position = nn.Parameter(torch.randn(1, self.grid**2, dim) * 0.02)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(dim)
-        self.projection = nn.Linear(dim, latent_dim)
+        self.stride, width = 2 ** len(channels), channels[0]
+        layers = [nn.Conv2d(3, width, 3, 2, 1, bias=False)]
+        for stage, next_width in enumerate(channels):
+            for unit in range(units):
+                halves = stage > 0 and unit == 0
+                layers.append(ResidualConv(width, next_width, stride=2 if halves else 1))
+                width = next_width
+        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, latent_dim, 1)]
+        self.convnet = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(latent_dim)
+        self.projection = nn.Linear(latent_dim, latent_dim)
 
     def forward(self, images):
         height, width = images.shape[2:]
-        if height % self.patch_size or width % self.patch_size:
+        if height % self.stride or width % self.stride:
             raise ValueError(f"photos of {height} x {width} pixels are no multiples of "
-                             f"patch_size={self.patch_size}")
-        x = self.stem(images)  # (B, D, H / patch_size, W / patch_size)
-        position = self.position
-        if x.shape[2:] != (self.grid, self.grid):
-            position = position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-            position = F.interpolate(position, x.shape[2:], mode="bilinear")
-            position = position.flatten(2).transpose(1, 2)
-        x = x.flatten(2).transpose(1, 2) + position  # (B, N, D)
-        for block in self.blocks:
-            x = block(x)
+                             f"{self.stride}")
+        x = self.convnet(images).flatten(2).transpose(1, 2)  # (B, N, latent_dim)
         return self.projection(self.norm(x).mean(1))
 
 
@@ -356,17 +335,15 @@ class MultiModalMemoryNetwork(nn.Module):
     takes, `text_features` the dict of tensors that its `prepare` gives."""
 
     def __init__(self, vocab_size=34, text_embed_dim=512, latent_dim=512, memory_size=128,
-                 num_heads=8, num_layers=4, image_layers=4, fusion_layers=4, image_size=224,
-                 patch_size=16, conv_channels=None, text_conv_layers=0, dropout=0.0,
-                 image_features=0, text_features=0):
+                 num_heads=8, num_layers=4, fusion_layers=4, conv_channels=(64, 128, 256, 512),
+                 conv_units=2, dropout=0.0, image_features=0, text_features=0):
         super().__init__()
         self.text_encoder = TextEncoder(vocab_size, text_embed_dim, latent_dim, num_heads,
-                                        num_layers, text_conv_layers)
+                                        num_layers)
         if image_features:
             self.image_encoder = FeatureHead(image_features, latent_dim, dropout)
         else:
-            self.image_encoder = ImageEncoder(image_size, patch_size, latent_dim, latent_dim,
-                                              num_heads, image_layers, conv_channels)
+            self.image_encoder = ImageEncoder(conv_channels, conv_units, latent_dim)
         self.text_head = FeatureHead(text_features, latent_dim, dropout) if text_features else None
         self.image_backbone = self.text_backbone = None
         self.memory = TestTimeMemory(latent_dim, memory_size, num_heads) if memory_size else None

@@ -48,22 +48,20 @@ class Settings:
     allow_incomplete: bool = setting(False, "leave out photos that are missing or unreadable")
     tokenizer: str = setting("bpe", "char: 33 characters; bpe: byte pairs of the captions",
                              choices=("char", "bpe"))
-    eval_size: int = setting(0, "side of photos in validation and use, in pixels, where more than "
-                             "--image_size", "[0, inf)")
+    eval_size: int = setting(112, "side of photos in validation and use, in pixels, where more "
+                             "than --image_size", "[0, inf)")
 
     model: str = setting(None, "preset", choices=("tiny", "small", "base", "large"),
                          auto="base on CUDA, small elsewhere, tiny with --synthetic")
-    image_size: int = architecture(224, "side of the training photos, in pixels", "[1, inf)")
+    image_size: int = setting(96, "side of the training photos, in pixels", "[1, inf)")
     latent_dim: int = architecture(512, "width of the shared space", "[1, inf)")
     memory_size: int = architecture(128, "slots of the memory; 0: no memory", "[0, inf)")
     text_embed_dim: int = architecture(512)
     num_heads: int = architecture(8)
     num_layers: int = architecture(4)
-    image_layers: int = architecture(4)
     fusion_layers: int = architecture(4)
-    patch_size: int = architecture(16)
-    conv_channels: list | None = architecture(None)
-    text_conv_layers: int = architecture(0)
+    conv_channels: list = architecture((64, 128, 256, 512))
+    conv_units: int = architecture(2)
 
     image_encoder: str = setting("", "a model of torchvision, of transformers (a name or a folder) "
                                  "or FILE.py:FUNCTION that photos go through first", auto="none")
@@ -76,27 +74,27 @@ class Settings:
     recipe: str = setting("own", "the preset's own, or that of the run which this project started "
                           "from", choices=("own", "reference"))
     epochs: int = setting(30, "passes over all pairs", "[1, inf)")
-    batch_size: int = setting(320, "pairs a step, of all processes together", "[2, inf)")
+    batch_size: int = setting(500, "pairs a step, of all processes together", "[2, inf)")
     captions_per_image: int = setting(
         5, "captions of a photo that a step takes together, the photo encoded once", "[1, inf)")
-    lr: float = setting(0.03, "peak learning rate", "(0, inf)")
-    text_lr: float = setting(4.0, "the text encoder's, as a multiple of --lr", "(0, inf)")
+    lr: float = setting(0.1, "peak learning rate", "(0, inf)")
+    text_lr: float = setting(10.0, "that of the bag of tokens, as a multiple of --lr", "(0, inf)")
     momentum: float = setting(0.9, "Nesterov momentum", "(0, 1)")
-    weight_decay: float = setting(5e-4, "of weight matrices only", "[0, 1]")
+    weight_decay: float = setting(2e-3, "of weight matrices only", "[0, 1]")
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises", "[0, 1)")
-    final_lr: float = setting(0.0, "what the cosine ends at, as a share of --lr", "[0, 1]")
+    final_lr: float = setting(0.2, "what the cosine ends at, as a share of --lr", "[0, 1]")
     temperature: float = setting(0.1, "of the loss at the start; it is learned", "(0, inf)")
-    ema: float = setting(0.0, "decay of the moving average of the weights, shorter at first, that "
-                         "is validated and kept; 0: none", "[0, 1)")
+    ema: float = setting(0.998, "decay of the moving average of the weights, shorter at first, "
+                         "that is validated and kept; 0: none", "[0, 1)")
     caption_contrast: float = setting(
         1.0, "weight of a contrast among captions, those of one photo being positives", "[0, 1e6]")
     seed: int = setting(0, "of weights, order and augmentation", "[0, 4294967295]")
 
-    min_crop: float = setting(0.5, "smallest share of a photo's area in a crop", "(0, 1]")
+    min_crop: float = setting(0.25, "smallest share of a photo's area in a crop", "(0, 1]")
     flip: float = setting(0.5, "probability of mirroring a photo", "[0, 1]")
-    start_size: int = setting(0)  # of the photos in START_SHARE of the epochs; 0: --image_size
-    color_jitter: float = setting(0.0, "change of brightness, contrast, saturation", "[0, 1)")
-    word_dropout: float = setting(0.0, "share of a caption's words left out at random", "[0, 1)")
+    start_size: int = setting(64)  # of the photos in START_SHARE of the epochs; 0: --image_size
+    color_jitter: float = setting(0.2, "change of brightness, contrast, saturation", "[0, 1)")
+    word_dropout: float = setting(0.2, "share of a caption's words left out at random", "[0, 1)")
 
     device: str = setting(None, "cuda, cuda:1, mps or cpu", auto="the first that is there")
     amp: bool = setting(None, "mixed precision",
@@ -125,25 +123,23 @@ class Settings:
 
 PRESETS = {
     "tiny": dict(
-        text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1, image_layers=1,
-        fusion_layers=1, image_size=32, patch_size=8, conv_channels=[16, 32, 64],
-        text_conv_layers=1, tokenizer="char", epochs=7, batch_size=100, captions_per_image=2,
-        lr=0.1),
+        text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1,
+        fusion_layers=1, conv_channels=[16, 32, 64], image_size=32, start_size=0, eval_size=0,
+        epochs=7, batch_size=100, captions_per_image=2, text_lr=4.0, weight_decay=5e-4,
+        final_lr=0.0, ema=0.0, min_crop=0.5, color_jitter=0.0, word_dropout=0.0),
     "small": dict(
-        text_embed_dim=256, latent_dim=256, memory_size=128, num_heads=4, num_layers=0,
-        image_layers=0, fusion_layers=1, image_size=96, conv_channels=[32, 64, 128, 256],
-        epochs=130, batch_size=500, lr=0.1, text_lr=10.0, weight_decay=2e-3, min_crop=0.25,
-        color_jitter=0.2, word_dropout=0.2, ema=0.998, final_lr=0.2, start_size=64, eval_size=112),
+        text_embed_dim=256, latent_dim=256, num_heads=4, num_layers=0, fusion_layers=1,
+        conv_channels=[32, 64, 128, 256], conv_units=1, epochs=130),
     "base": dict(),
-    "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12, image_layers=12,
-                  epochs=100),
+    "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12,
+                  conv_channels=[160, 320, 640, 1280], epochs=100),
 }
 # With a pretrained image encoder, in the place of what the preset has.
 PRETRAINED = dict(
-    latent_dim=512, text_embed_dim=256, num_heads=4, num_layers=0, image_layers=0, fusion_layers=1,
-    patch_size=16, conv_channels=None, text_conv_layers=0, tokenizer="bpe", dropout=0.5, epochs=10,
-    batch_size=1000, captions_per_image=5, lr=0.3, text_lr=1.0, weight_decay=2e-3, temperature=0.07,
-    warmup=0.1, final_lr=0.0, ema=0.99, caption_contrast=0.5, start_size=0, eval_size=0)
+    latent_dim=512, text_embed_dim=256, num_heads=4, num_layers=0, fusion_layers=1, dropout=0.5,
+    tokenizer="bpe", epochs=10, batch_size=1000, captions_per_image=5, lr=0.3, text_lr=1.0,
+    weight_decay=2e-3, temperature=0.07, warmup=0.1, final_lr=0.0, ema=0.99, caption_contrast=0.5,
+    start_size=0, eval_size=0)
 # Where both encoders are one contrastive model, which has less to learn. (Chosen with one that this
 # project trained on half of Flickr8k's photos, tuned on the other half: from 24.1 to 27.3.)
 PAIR = PRETRAINED | dict(lr=0.1, dropout=0.2)
@@ -182,6 +178,7 @@ def make_settings(**given):
         pretrained = PAIR
     settings = Settings(**PRESETS[chosen["model"]] | pretrained | recipe | chosen)
     settings.extra_data = list(settings.extra_data)
+    settings.conv_channels = list(settings.conv_channels)
     if settings.extra_all and not settings.extra_data:
         raise UsageError("--extra_all needs --extra_data")
     if settings.finetune and not (settings.image_encoder or settings.text_encoder):

@@ -23,7 +23,7 @@ def build_optimizer(model, settings, fused):
     groups = {}
     for name, parameter in model.named_parameters():
         part, factor, weight_decay = name.split(".")[0], 1.0, settings.weight_decay
-        if part == "text_encoder":
+        if part == "text_encoder" and "transformer" not in name:
             factor = settings.text_lr
             weight_decay /= factor  # which multiplies it
         elif part in ("image_backbone", "text_backbone"):

@@ -74,7 +74,7 @@ def test_speedrun_of_a_training_that_fails(tmp_path, capfd):
 def test_what_many_pairs_take(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "SCALE_ROUNDS", 1)
     monkeypatch.setattr(benchmark, "SCALE_BASE", 2000)
-    flags = "--model tiny --pairs 20000 --steps 1 --device cpu --output".split()
+    flags = "--model tiny --tokenizer char --pairs 20000 --steps 1 --device cpu --output".split()
     assert benchmark.main([*flags, str(tmp_path / "b.json")]) == 0
     scale = json.loads((tmp_path / "b.json").read_text())["scale"]
     assert list(scale) == ["2000", "20000"]

@@ -19,7 +19,7 @@ from src.utils.retrieval import evaluate
 from src.utils.stores import STORE_FOLDER
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
-from tests.conftest import model_arguments, start_script, write_dataset
+from tests.conftest import model_arguments, start_script, without_batch_norm, write_dataset
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed"
@@ -28,8 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 def model_and_batch():
     torch.manual_seed(0)
-    # no batch norm: see contrastive_backward
-    model = MultiModalMemoryNetwork(**model_arguments("tiny", conv_channels=None))
+    model = without_batch_norm(MultiModalMemoryNetwork(**model_arguments("tiny")))
     batch = {
         "images": torch.randn(8, 3, 32, 32),
         "text": torch.randint(1, 34, (16, 12)),

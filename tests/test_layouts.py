@@ -492,5 +492,6 @@ def test_a_caption_that_the_tokenizer_cannot_read_is_named_with_its_line(tmp_pat
                  "9.jpg,\u72d7")
     for i in range(10):
         Image.new("RGB", (9, 9), (25 * i, 250 - 25 * i, 0)).save(root / f"{i}.jpg")
-    assert main("--data_dir", root, "--output_dir", tmp_path / "run", "--model", "tiny") == 2
+    assert main("--data_dir", root, "--output_dir", tmp_path / "run", "--model", "tiny",
+                "--tokenizer", "char") == 2
     assert "captions.csv, line 11, 9.jpg: the text '\u72d7' has no char" in capsys.readouterr().err

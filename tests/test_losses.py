@@ -12,7 +12,7 @@ from src.losses import (
     split_in_chunks,
 )
 from src.model import MultiModalMemoryNetwork
-from tests.conftest import model_arguments
+from tests.conftest import model_arguments, without_batch_norm
 
 
 def latents(batch=6, dim=5, seed=0):
@@ -268,8 +268,8 @@ def test_running_statistics_are_updated_once_a_step():
 @pytest.mark.parametrize("memory_size", [16, 0])
 def test_chunks_of_the_real_model(memory_size):
     torch.manual_seed(0)
-    changes = {"conv_channels": None, "memory_size": memory_size}  # batch norm would see the chunks
-    model = MultiModalMemoryNetwork(**model_arguments("tiny", **changes))
+    model = MultiModalMemoryNetwork(**model_arguments("tiny", memory_size=memory_size))
+    model = without_batch_norm(model)
     batch = {"images": torch.randn(6, 3, 32, 32), "text": torch.randint(1, 34, (12, 16)),
              "photo_ids": torch.arange(6), "photo_of_pair": torch.arange(6).repeat_interleave(2)}
     batch["text"][::3, 9:] = 0
@@ -278,8 +278,9 @@ def test_chunks_of_the_real_model(memory_size):
         model.zero_grad()
         loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size, fuse_every=4)
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
-    for other in results[1:]:
-        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(results[0], other))
+    for other in results[1:]:  # without batch norm, some gradients are large
+        for a, b in zip(results[0], other):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
 
 
 class Mean(torch.nn.Module):

@@ -145,7 +145,7 @@ def test_the_bank_is_drawn_by_the_seed(shapes, monkeypatch):
     of_photo = (banks[0].photos.float() @ F.normalize(photos, dim=-1).T).argmax(1)
     captions = (banks[0].texts.float() @ F.normalize(texts, dim=-1).T).argmax(1)
     assert len(banks[0].photos) == len(of_photo.unique()) == 9
-    assert len(banks[0].texts) == len(captions.unique()) == torch.isin(owners, of_photo).sum() > 9
+    assert len(banks[0].texts) == torch.isin(owners, of_photo).sum() > 9
     assert owners[captions].equal(of_photo[banks[0].photo_of_text])
 
 
@@ -342,8 +342,8 @@ def test_without_data_both_ways_on_are_told(tmp_path):
     (["--resume"], "nothing to resume"),
     (["--device", "cuda:99"], "is not available on this machine"),
     (["--device", "abacus"], "is not available on this machine"),
-    (["--image_size", 33], "is no multiple"),
-    (["--eval_size", 44], "--eval_size 44 is not a multiple"),
+    (["--image_size", 33], "photos of 33 pixels"),
+    (["--eval_size", 44], "photos of 44 pixels: the model takes multiples of 8"),
     (["--latent_dim", 63], "does not divide"),
 ])
 def test_settings_that_cannot_be(shapes, tmp_path, capsys, given, message):

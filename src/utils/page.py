@@ -1,5 +1,5 @@
-"""What a browser shows of a run: `serve`, a search among photos, and `run_page`, the run in one
-file. Nothing is fetched from elsewhere, and all works without JavaScript."""
+"""What a browser shows of runs: a search among photos, which `Server` answers, and `run_section`s,
+runs in one file. Nothing comes from elsewhere, and all works without JavaScript."""
 import base64
 import collections
 import email
@@ -13,9 +13,8 @@ import sys
 import threading
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from PIL import Image
 
@@ -23,11 +22,13 @@ from src.settings import UsageError
 from src.utils import report
 from src.utils.flickr8k_simple import MAX_LENGTH
 from src.utils.formats import DataError
+from src.utils.pictures import svg_curves
 from src.utils.retrieval import KS
 from src.utils.stores import open_photo
 
 HOST = "127.0.0.1"
-THUMBNAIL, SMALL, TOP = 300, 180, 24  # longer sides in pixels, served and in a file; photos shown
+THUMBNAIL, SMALL = 300, 180  # longer sides in pixels, of photos served and of those in a file
+TOP, AT_RANDOM, CAPTIONS, TRIES = 24, 12, 10, 3  # what a page shows of each
 MAX_UPLOAD = 20_000_000  # bytes
 KEPT_THUMBNAILS, KEPT_UPLOADS = 1000, 20  # about 20 MB, and at most 30 MB
 STYLE = """
@@ -37,47 +38,49 @@ h1 { font-size: 1.3rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 1.5
 a { color: inherit; } :focus-visible { outline: 3px solid Highlight; outline-offset: 2px; }
 form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: .5rem 0; }
 input, button { font: inherit; padding: .4rem .6rem; max-width: 100%; box-sizing: border-box; }
-input[type=search] { flex: 1 1 12rem; } .small, footer { font-size: .85rem; opacity: .8; }
-.photos { list-style: none; margin: 0; padding: 0; display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.5rem), 1fr)); }
-.photos img, .asked { width: 100%; aspect-ratio: 1; object-fit: contain; display: block;
-  background: rgb(128 128 128 / .15); }
-.asked { max-width: 12rem; } .photos p { margin: .3rem 0; font-size: .85rem; }
-table { border-collapse: collapse; font-size: .9rem; } .wide { overflow-x: auto; }
+input[type=search] { flex: 1 1 12rem; } footer, li, table { font-size: .9rem; }
+.photos, .runs { list-style: none; padding: 0; display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
+.runs { gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
+.photos p { margin: .2rem 0; } .asked { max-width: 12rem; } .right { outline: 4px solid #09963c; }
+img { width: 100%; aspect-ratio: 1; object-fit: contain; background: rgb(128 128 128 / .15); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; } svg { max-width: 36rem; }
 td, th { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid rgb(128 128 128 / .3); }
-td:first-child, th:first-child { text-align: left; }
-.runs { display: grid; gap: 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
-svg { width: 100%; height: auto; } .right { outline: 4px solid #09963c; }
-@media print { body { max-width: none; } figure, tr, li { break-inside: avoid; } }
+td:first-child, th:first-child, .facts td { text-align: left; } figure { margin: 1rem 0; }
+@media print { figure, tr, li { break-inside: avoid; } }
 """
-# Dropping a picture anywhere, searching for one as soon as it is chosen, and "searching ...".
+# "searching ...", and searching for a picture as soon as it is chosen, or dropped anywhere.
 SCRIPT = """
-const upload = document.getElementById("upload"), file = upload.elements.image;
-const say = text => { document.getElementById("status").textContent = text; };
-const send = () => { if (file.files.length) upload.requestSubmit(); };
-document.addEventListener("submit", () => say("searching …"));
+const form = document.getElementById("upload"), file = form.elements.image;
+const send = () => { if (file.files.length) form.requestSubmit(); };
+document.addEventListener("submit", () => {
+  document.getElementById("status").textContent = "searching …"; });
 file.addEventListener("change", send);
 document.addEventListener("dragover", event => event.preventDefault());
 document.addEventListener("drop", event => {
-  event.preventDefault();
-  if (event.dataTransfer.files.length) { file.files = event.dataTransfer.files; send(); }
-});
+  event.preventDefault(); file.files = event.dataTransfer.files; send(); });
 """
+SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+HEADERS = {  # nothing from elsewhere, no script but that one, in no other's page
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; form-action 'self'; "
+    "style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'; "
+    f"script-src 'sha256-{SCRIPT_HASH}'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store"}
 
 
-POLICY = ("default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
-          "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; script-src 'sha256-"
-          + base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode() + "'")
-
-
-def document(title, body, script=False):
+def document(title, body, script=""):
     """An HTML page. title: plain text; body: HTML."""
-    script = f"<script>{SCRIPT}</script>" if script else ""
-    return ('<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+    return ('<!doctype html>\n<html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
-            f"<style>{STYLE}</style>\n<body>{body}{script}</body></html>\n")
+            f"<title>{escape(title)}</title><style>{STYLE}</style>\n<body>{body}"
+            f"<script>{script}</script></body></html>\n")
+
+
+def link(**fields):
+    """The address of a search."""
+    fields = {name: value for name, value in fields.items() if value != ""}
+    return escape("/?" + urlencode(fields)) if fields else "/"
 
 
 def thumbnail(photo, pixels=THUMBNAIL):
@@ -90,219 +93,169 @@ def thumbnail(photo, pixels=THUMBNAIL):
 
 
 class Refused(Exception):
-    """A request that gets an error page: HTTP status, and what is wrong in words."""
-
-    def __init__(self, status, words):
-        super().__init__(words)
-        self.status, self.words = status, words
-
-
-class Upload:
-    """A picture in memory, with as much of Path as `open_photo` takes."""
-
-    def __init__(self, content):
-        self.content = content
-
-    def __str__(self):
-        return "the picture"
-
-    def open(self, mode="rb"):
-        return io.BytesIO(self.content)
-
-    def stat(self):
-        return SimpleNamespace(st_size=len(self.content))
+    """A request that gets an error page: its HTTP status, and what is wrong in words."""
 
 
 def uploaded_picture(content_type, body):
-    """The file in the body of a form, as an Upload. Raises Refused for none, and for one of more
-    pixels than Pillow takes without a warning."""
+    """The bytes of the file in a form's body. Raises Refused for none, for what is no picture, and
+    for more pixels than Pillow takes without a warning."""
     head = f"Content-Type: {content_type}\r\n\r\n".encode("latin-1", "replace")
     form = email.message_from_bytes(head + body, policy=email.policy.HTTP)
-    parts = [part for part in form.iter_parts() if part.get_filename()]
-    content = parts[0].get_payload(decode=True) if parts else b""
-    if not content:
+    contents = [part.get_payload(decode=True) for part in form.iter_parts() if part.get_filename()]
+    if not any(contents):
         raise Refused(400, "No picture was chosen.")
     try:
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(contents[0])) as picture:
             pixels = picture.width * picture.height
     except Exception:  # Pillow's decoders raise anything
         raise Refused(400, "That file is no picture that can be read.") from None
     if pixels > Image.MAX_IMAGE_PIXELS:
         raise Refused(413, f"That picture has more than {Image.MAX_IMAGE_PIXELS:,} pixels.")
-    return Upload(content)
+    return contents[0]
 
 
 class SearchPages:
-    """The pages of a search, from the parts of an address, by any number of threads.
+    """The pages of a search; they may be asked for by any number of threads.
 
     search: a `Search` of `src/inference.py`, its photos embedded. both: whether the model was
-    trained for a photo and a text together. about: the page's last line. examples: captions."""
+    trained for a photo and a text together. about: the page's last line. tries: captions."""
 
-    def __init__(self, search, both, about, examples):
-        self.search, self.both, self.about, self.examples = search, both, about, examples
+    def __init__(self, search, both, about, tries):
+        self.search, self.both, self.about, self.tries = search, both, about, tries
         self.lock, self.uploads = threading.Lock(), collections.OrderedDict()
         self.thumbnail = functools.lru_cache(KEPT_THUMBNAILS)(thumbnail)
 
-    def photo_of(self, number):
+    def photo(self, number):
         if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(self.search.photos):
             raise Refused(404, "There is no photo of that number.")
-        return int(number)
+        return self.search.photos[int(number)]
 
-    def add_upload(self, picture):
-        """-> a picture's key, under which it is kept while it is among the last."""
-        key = hashlib.sha256(picture.content).hexdigest()[:20]
+    def image(self, number):
+        """-> media type and bytes of a photo's thumbnail; of one that cannot be read, a grey square
+        with its name."""
+        photo = self.photo(number)
         try:
-            small = thumbnail(picture)
-            with self.lock:
-                self.uploads[key] = *self.search.embed_photo(picture), small
-        except DataError as error:
-            raise Refused(400, f"{error}.".capitalize()) from None
-        while len(self.uploads) > KEPT_UPLOADS:
-            self.uploads.popitem(last=False)
+            with self.lock:  # one at a time, as a large photo takes its memory
+                return "image/jpeg", self.thumbnail(photo)
+        except DataError:
+            return "image/svg+xml", (
+                '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 300"><rect width="300" '
+                'height="300" fill="#999"/><text x="150" y="150" text-anchor="middle">'
+                f"{escape(report.printable(photo.name))}</text></svg>").encode()
+
+    def add_upload(self, content_type, body):
+        """-> the key under which a form's picture is kept while it is among the last."""
+        with self.lock:
+            content = uploaded_picture(content_type, body)
+            key = hashlib.sha256(content).hexdigest()[:20]
+            picture = SimpleNamespace(open=lambda mode: io.BytesIO(content))
+            try:
+                self.uploads[key] = self.search.embed_photo(picture), thumbnail(picture)
+            except DataError:
+                raise Refused(400, "That picture is damaged.") from None
+            while len(self.uploads) > KEPT_UPLOADS:
+                self.uploads.popitem(last=False)
         return key
 
-    def upload_of(self, key):
+    def upload(self, key):
         if key not in self.uploads:
             raise Refused(410, "That picture is no longer kept here. Choose it once more.")
         return self.uploads[key]
 
-    def picture(self, number):
-        """-> media type and bytes of a photo's thumbnail; of one that cannot be read a grey square
-        with its name."""
-        photo = self.search.photos[self.photo_of(number)]
-        try:
-            return "image/jpeg", self.thumbnail(photo)
-        except DataError:
-            name = escape(photo.name.encode("utf-8", "replace").decode())
-            return "image/svg+xml", (
-                '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 300"><rect width="300" '
-                'height="300" fill="#999"/><text x="150" y="150" text-anchor="middle" '
-                f'font-size="16">{name}</text></svg>').encode()
-
-    def answer(self, asked):
-        """{"q": words, "photo": number, "upload": key, "top": number}, texts, all optional -> the
-        page, HTML. Raises Refused."""
-        query = asked.get("q", "").strip()
-        words, notes = query[:MAX_LENGTH], []
-        if len(query) > MAX_LENGTH:
-            notes.append(f"Of the query, the first {MAX_LENGTH:,} characters are read.")
-        given = self.given(asked) if asked.get("photo") or asked.get("upload") else None
-        if not words and given is None:
-            return self.page(words, None, notes, self.start())
-        if words and not self.search.cache.tokenizer.knows(words):
-            notes.append("The model has learned none of these words. Try others, in the language "
-                         "of the captions that it was trained on.")
-            return self.page(words, given, notes, "")
-        top = asked.get("top", "")
-        top = max(1, int(top)) if re.fullmatch("[0-9]{1,6}", top) else TOP
+    def answer(self, q="", photo="", upload="", top=""):
+        """The page for words, the number of a photo, the key of an upload, all optional; top: how
+        many photos to show. Raises Refused."""
+        words, notes, shown, picture, found = q.strip()[:MAX_LENGTH], "", "", None, None
+        if len(q) > MAX_LENGTH:
+            notes = note(f"Of the words, the first {MAX_LENGTH:,} characters are read.")
+        readable = not words or self.search.cache.tokenizer.knows(words)
+        if not readable:
+            notes += note("The model has learned none of these words. Try others, in the language "
+                          "of its captions.")
         with self.lock:
-            results = self.results(words, given, top)
-        return self.page(words, given, notes, results)
-
-    def given(self, asked):
-        """The picture that is asked with: its fields of the address, its embedding (1, D), what the
-        model takes of it, as a function, and its number in the gallery, None for an upload."""
-        if asked.get("photo"):
-            number = self.photo_of(asked["photo"])
-            return SimpleNamespace(
-                fields={"photo": number}, latent=self.search.rows[number:number + 1], number=number,
-                inputs=lambda: self.search.embed_photo(self.search.photos[number])[0],
-                image=self.image(number, "asked"))
-        key = asked["upload"]
-        inputs, latent, _ = self.upload_of(key)
-        image = f'<img class="asked" src="/upload/{key}" alt="the picture that you gave">'
-        return SimpleNamespace(fields={"upload": key}, latent=latent, number=None,
-                               inputs=lambda: inputs, image=image)
-
-    def results(self, words, given, top):
-        """What was found, HTML: photos, for a picture alone captions, too."""
-        search = self.search
-        if words:
-            inputs = given.inputs() if given else None
-            cosines, scores = search.photos_for(search.embed_texts([words], inputs))
-        else:
-            cosines = scores = given.latent @ search.rows.T  # the bank is for texts and photos
-        order = scores[0].argsort(descending=True, stable=True).tolist()
-        order = [i for i in order if given is None or i != given.number]
-        cards = "".join(self.card(i, f"{cosines[0, i]:.3f}") for i in order[:top])
-        html = (f"<h2>{min(top, len(order)):,} of {len(order):,} photos, best first</h2>"
-                f'<ol class="photos">{cards}</ol>')
-        if top < len(order):
-            fields = ({"q": words} if words else {}) | (given.fields if given else {})
-            html += f'<p><a href="{link(fields | {"top": 2 * top})}">more</a></p>'
-        if not words and search.texts:
-            html = self.captions(given.latent) + html
-        return html
-
-    def captions(self, latent):
-        cosines, scores = self.search.captions_for(latent)
-        items = []
-        for i in scores[0].argsort(descending=True, stable=True)[:10].tolist():
-            href = link({"photo": self.search.photo_of_text[i]})
-            text = escape(self.search.texts[i])
-            items.append(f'<li><a href="{href}">{text}</a> <span class="small">'
-                         f"{cosines[0, i]:.3f}</span></li>")
-        return f"<h2>Nearest captions</h2><ol>{''.join(items)}</ol>"
+            if photo:
+                picture, shown = self.search.embed_photo(self.photo(photo)), self.card(int(photo))
+            elif upload:
+                picture = self.upload(upload)[0]
+                shown = f'<li><img src="/upload/{upload}" alt="the picture that you gave"></li>'
+            if words and readable:
+                inputs = picture[0] if picture and self.both else None
+                found = self.search.photos_for(self.search.embed_texts([words], inputs))
+            elif picture and readable:
+                found = (picture[1] @ self.search.rows.T,) * 2  # the bank is not for two photos
+            captions = "" if words or not picture else self.captions(picture[1])
+        body = ""
+        if found:
+            top = max(1, int(top)) if re.fullmatch("[0-9]{1,6}", top) else TOP
+            order = found[1][0].argsort(descending=True, stable=True).tolist()
+            order = [i for i in order if not photo or i != int(photo)]
+            body = f"<h2>{min(top, len(order)):,} of {len(order):,} photos, best first</h2>"
+            body += self.grid(order[:top], found[0][0])
+            if top < len(order):
+                more = link(q=words, photo=photo, upload=upload, top=2 * top)
+                body += f'<p><a href="{more}">more</a></p>'
+        elif readable:
+            body = self.start()
+        if shown:
+            shown = (f'<ul class="photos asked">{shown}</ul><p><a href="{link(q=words)}">without '
+                     "the picture</a></p>")
+        return self.page(words, {"photo": photo, "upload": upload} if self.both else {},
+                         notes, shown + captions + body)
 
     def start(self):
-        """The first page: photos at random, and queries to try."""
-        photos = self.search.photos
-        drawn = random.sample(range(len(photos)), min(12, len(photos)))
-        tries = random.sample(self.examples, min(3, len(self.examples)))
-        tries = "".join(f'<li><a href="{link({"q": text})}">{escape(text)}</a></li>'
-                        for text in tries)
-        return ((f"<h2>For example</h2><ul>{tries}</ul>" if tries else "")
-                + f'<h2>{len(drawn)} of {len(photos):,} photos, at random</h2><ul class="photos">'
-                + "".join(map(self.card, drawn)) + "</ul>")
+        tries = "".join(f'<li><a href="{link(q=text)}">{escape(text)}</a></li>'
+                        for text in random.sample(self.tries, min(TRIES, len(self.tries))))
+        number = len(self.search.photos)
+        drawn = random.sample(range(number), min(AT_RANDOM, number))
+        return (f"<h2>For example</h2><ul>{tries}</ul><h2>{len(drawn)} of {number:,} photos, at "
+                f"random</h2>{self.grid(drawn)}")
 
-    def image(self, number, css=""):
-        photo, captions = self.search.photos[number], self.search.captions[number]
-        version = hashlib.sha256(self.search.cache.keys[photo].encode()).hexdigest()[:8]
-        return (f'<img class="{css}" src="/photo/{number}?v={version}" loading="lazy" '
-                f'alt="{escape(captions[0] if captions else photo.name)}">')
+    def captions(self, latent):
+        if not self.search.texts:
+            return ""
+        (cosines,), (scores,) = self.search.captions_for(latent)
+        items = ""
+        for i in scores.argsort(descending=True, stable=True)[:CAPTIONS].tolist():
+            href = link(photo=self.search.photo_of_text[i])
+            items += (f'<li>{cosines[i]:.3f} <a href="{href}">{escape(self.search.texts[i])}</a>'
+                      "</li>")
+        return f"<h2>Nearest captions</h2><ol>{items}</ol>"
+
+    def grid(self, numbers, cosines=None):
+        cards = (self.card(i, "" if cosines is None else f"{cosines[i]:.3f}") for i in numbers)
+        return f'<ol class="photos">{"".join(cards)}</ol>'
 
     def card(self, number, similarity=""):
-        name, captions = escape(self.search.photos[number].name), self.search.captions[number]
-        said = "".join(f"<p>{escape(text)}</p>" for text in captions[1:])
+        photo, captions = self.search.photos[number], self.search.captions[number]
+        name = escape(report.printable(photo.name))
+        version = hashlib.sha256(self.search.cache.keys[photo].encode()).hexdigest()[:8]
+        said = ""
         if captions:
-            said = f"<details><summary>{escape(captions[0])}</summary>{said}</details>"
-        return (f'<li><a href="{link({"photo": number})}">{self.image(number)}</a>'
-                f'<p><b>{similarity}</b> {name}</p><div class="small">{said}</div></li>')
+            more = "".join(map(note, captions[1:]))
+            said = f"<details><summary>{escape(captions[0])}</summary>{more}</details>"
+        return (f'<li><a href="{link(photo=number)}"><img src="/photo/{number}?v={version}" '
+                f'loading="lazy" alt="{escape(captions[0]) if captions else name}"></a>'
+                f"<p><b>{similarity}</b> {name}</p>{said}</li>")
 
-    def page(self, words, given, notes, results):
-        hidden = label = shown = ""
-        if given is not None:
-            label = "Words for it" if self.both else "Words, without the picture"
-            if self.both:
-                hidden = "".join(f'<input type="hidden" name="{name}" value="{value}">'
-                                 for name, value in given.fields.items())
-            name = ""
-            if given.number is not None:
-                name = escape(self.search.photos[given.number].name) + " · "
-            without = link({"q": words} if words else {})
-            shown = (f'{given.image}<p class="small">{name}<a href="{without}">without the '
-                     "picture</a></p>")
-        notes = "".join(f"<p>{note}</p>" for note in notes)
-        body = f"""<header><h1><a href="/">Search photos</a></h1>
-<form action="/" role="search"><label for="q">{label or "Words"}</label>
+    def page(self, words, fields, notes, body):
+        """fields: the picture's, for words that are added to it."""
+        hidden = "".join(f'<input type="hidden" name="{name}" value="{escape(value)}">'
+                         for name, value in fields.items() if value)
+        label = "Words for the picture" if hidden else "Words"
+        return document(words or "Search photos", f"""<h1><a href="/">Search photos</a></h1>
+<form role="search"><label for="q">{label}</label>
 <input type="search" id="q" name="q" value="{escape(words)}" autofocus>{hidden}
 <button>Search</button></form>
 <form id="upload" action="/upload" method="post" enctype="multipart/form-data">
-<label for="image">or a picture</label><input type="file" id="image" name="image" accept="image/*"
-required><button>Search by it</button></form></header>
-<main><div id="status" role="status">{notes}</div>{shown}{results}</main>
-<footer><p>{escape(self.about)}</p></footer>"""
-        title = words or ("photos like it" if given else "Search photos")
-        return document(title, body, script=True)
-
-
-def link(fields):
-    return escape("/?" + urlencode(fields)) if fields else "/"
+<label for="image">or a picture</label> <button>Search by it</button>
+<input type="file" id="image" name="image" accept="image/*" required></form>
+<main><div id="status" role="status">{notes}</div>{body}</main>
+<footer>{escape(report.printable(self.about))}</footer>""", SCRIPT)
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version, server_version, sys_version = "HTTP/1.1", "photos", ""
-    timeout = 30  # seconds that a client may be silent
+    """HTTP/1.0: a connection ends with its answer, and its thread."""
+    server_version, sys_version, timeout = "photos", "", 10  # seconds that a client may be silent
 
     def do_GET(self):
         self.guarded(self.get)
@@ -316,29 +269,31 @@ class Handler(BaseHTTPRequestHandler):
         hosts = [f"{name}:{self.server.server_port}" for name in (HOST, "localhost")]
         try:
             # A page whose name was made to lead here (DNS rebinding) must not read the photos.
-            if self.headers.get("Host") not in hosts:
-                raise Refused(403, "This server answers to its own address only.")
-            if self.headers.get("Origin") not in [None, *(f"http://{host}" for host in hosts)]:
-                raise Refused(403, "This server takes pictures from its own pages only.")
+            if (self.headers.get("Host") not in hosts or self.headers.get("Origin")
+                    not in (None, *(f"http://{host}" for host in hosts))):
+                raise Refused(403, "This server answers to its own address and pages only.")
             method()
         except Refused as refused:
-            self.send_error(refused.status, refused.words)
+            self.send_error(*refused.args)
+        except DataError as error:  # a photo that is gone meanwhile
+            self.send_error(410, str(error))
+        except (ConnectionError, TimeoutError):  # the client went away
+            pass
+        except Exception as error:
+            print(f"a request failed: {type(error).__name__}: {error}", file=sys.stderr)
+            self.send_error(500, "Something failed here; the terminal says what.")
 
     def get(self):
         url, pages = urlsplit(self.path), self.server.pages
+        folder, _, name = url.path[1:].partition("/")
         if url.path == "/":
-            try:
-                asked = parse_qs(url.query, max_num_fields=20)
-            except ValueError:
-                raise Refused(400, "That address has too many fields.") from None
-            asked = {name: values[0] for name, values in asked.items()}
-            self.reply(200, "text/html; charset=utf-8", pages.answer(asked).encode())
-        elif url.path.startswith("/photo/"):
-            kind, content = pages.picture(url.path.removeprefix("/photo/"))
-            # The address changes with the photo.
-            self.reply(200, kind, content, {"Cache-Control": "private, max-age=31536000"})
-        elif url.path.startswith("/upload/"):
-            self.reply(200, "image/jpeg", pages.upload_of(url.path.removeprefix("/upload/"))[2])
+            asked = {name: value for name, value in parse_qsl(url.query)[:20]
+                     if name in ("q", "photo", "upload", "top")}
+            self.reply(200, "text/html; charset=utf-8", pages.answer(**asked).encode())
+        elif folder == "photo":  # whose address changes with the photo
+            self.reply(200, *pages.image(name), {"Cache-Control": "private, max-age=31536000"})
+        elif folder == "upload":
+            self.reply(200, "image/jpeg", pages.upload(name)[1])
         else:
             raise Refused(404, "There is no such page.")
 
@@ -346,23 +301,18 @@ class Handler(BaseHTTPRequestHandler):
         length, kind = self.headers.get("Content-Length", ""), self.headers.get("Content-Type", "")
         if self.path != "/upload" or not kind.startswith("multipart/form-data"):
             raise Refused(404, "There is no such page.")
-        if not re.fullmatch("[0-9]{1,18}", length):
+        if not re.fullmatch("[0-9]{1,12}", length):
             raise Refused(411, "The picture's size was not said.")
         if int(length) > MAX_UPLOAD:
+            for left in range(min(int(length), 10 * MAX_UPLOAD), 0, -2 ** 16):
+                self.rfile.read(min(left, 2 ** 16))  # so that the client comes to read the page
             raise Refused(413, f"That picture has more than {MAX_UPLOAD // 1_000_000} MB.")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise Refused(400, "The picture did not come whole.")
-        key = self.server.pages.add_upload(uploaded_picture(kind, body))
-        self.reply(303, "text/html", b"", {"Location": link({"upload": key})})
+        key = self.server.pages.add_upload(kind, self.rfile.read(int(length)))
+        self.reply(303, "text/html", b"", {"Location": f"/?upload={key}"})
 
     def reply(self, status, kind, content, headers=None):
-        """The policy: nothing from elsewhere, no script but the page's own, in no other's page."""
-        headers = {"Content-Type": kind, "Content-Length": len(content),
-                   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                   "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store",
-                   "Content-Security-Policy": POLICY} | (headers or {})
         self.send_response(status)
+        headers = HEADERS | {"Content-Type": kind, "Content-Length": len(content)} | (headers or {})
         for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
@@ -370,21 +320,19 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_error(self, code, message=None, explain=None):
-        """What is wrong as a page; the connection ends, as what follows may be an unread body."""
-        words = message or self.responses.get(code, ("",))[0]
+        """A page that says what is wrong."""
+        words = message or self.responses[code][0]
         body = f'<h1>{escape(words)}</h1><p><a href="/">Search photos</a></p>'
-        self.close_connection = True
-        self.reply(code, "text/html; charset=utf-8", document(words, body).encode(),
-                   {"Connection": "close"})
+        self.reply(code, "text/html; charset=utf-8", document(words, body).encode())
 
     def log_message(self, *args):
         pass
 
 
 class Server(ThreadingHTTPServer):
-    """Of `pages`, a SearchPages, on the loopback address. Raises UsageError for a port that cannot
-    be had."""
-    request_queue_size, daemon_threads, pages = 64, True, None
+    """Answers at the loopback address with `pages`, a SearchPages, which is to be set. Raises
+    UsageError for a port that cannot be had."""
+    request_queue_size, daemon_threads, pages = 64, False, None
 
     def __init__(self, port):
         try:
@@ -394,73 +342,36 @@ class Server(ThreadingHTTPServer):
                              "--serve PORT") from None
 
     def handle_error(self, request, client_address):
-        error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, TimeoutError)):  # of a client that went away
-            print(f"a request failed: {type(error).__name__}: {error}", file=sys.stderr)
+        pass  # the client went away
 
 
-KINDS = {  # of captions, by the words in them
-    "people": "man|men|woman|women|boys?|girls?|child|children|people|person|kids?|baby|players?",
-    "dogs": "dogs?|puppy|puppies",
-    "colours": "white|black|red|blue|green|yellow|brown|orange|pink|purple|gr[ae]y|tan|blond",
-    "numbers": "two|three|four|five|six|several|many|group",
-    "water, snow": "water|ocean|sea|pool|lake|river|beach|waves?|snow|snowy|ice",
-}
+KINDS = {  # of captions, by what is found in them
+    "all": "", "8 words or less": r"^(\S+\s+){0,7}\S+\s*$", "15 words or more": r"(\S+\s+){14}\S",
+    "people": r"\b(m[ae]n|wom[ae]n|boys?|girls?|child|children|people|person|kids?|player)\b",
+    "dogs": r"\b(dogs?|puppy|puppies)\b",
+    "numbers": r"\b(two|three|four|five|six|several|group)\b",
+    "colours": r"\b(white|black|red|blue|green|yellow|brown|orange|pink|purple|gr[ae]y|blond)\b",
+    "water, snow": r"\b(water|ocean|sea|pool|lake|river|beach|waves?|snow|snowy|ice)\b"}
+
+
+def note(words):
+    return f"<p>{escape(words)}</p>"
+
+
+def table(columns, rows, css=""):
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}' for cell in row)}" for row in rows)
+    head = "".join(f"<th>{escape(name)}" for name in columns)
+    return f'<div class="wide"><table class="{css}"><tr>{head}{rows}</table></div>'
 
 
 def kinds_table(title, texts, ranks):
-    """R@1, R@5, R@10 of captions by kind: of each's words, or by their number. ranks: (M,)."""
-    groups = {name: [bool(re.search(rf"\b({words})\b", text.lower())) for text in texts]
-              for name, words in KINDS.items()}
-    lengths = [len(text.split()) for text in texts]
-    groups |= {"up to 8 words": [n <= 8 for n in lengths],
-               "9 to 14 words": [8 < n <= 14 for n in lengths],
-               "15 words and more": [n > 14 for n in lengths], "all": [True] * len(texts)}
+    """R@K of captions by kind, HTML. ranks: (M,) of the captions' photos."""
     rows = []
-    for name, members in groups.items():
-        own = [rank for rank, member in zip(ranks.tolist(), members) if member]
-        if own:
-            hits = [f"{100 * sum(rank <= k for rank in own) / len(own):.1f}" for k in KS]
-            rows.append([name, f"{len(own):,}", *hits])
-    columns = ["captions", "number", *(f"R@{k} (%)" for k in KS)]
-    return f"<h2>{escape(title)}</h2>" + table(columns, rows)
-
-
-def table(columns, rows):
-    head = "".join(f"<th>{escape(str(name))}" for name in columns)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}" for cell in row) for row in rows)
-    return f'<div class="wide"><table><tr>{head}{rows}</table></div>'
-
-
-def curves(title, epochs, lines):
-    """Lines over the epochs, as SVG. lines: {name: values, of which None are left out}."""
-    width, height, left, bottom = 480, 240, 44, 24
-    values = [value for line in lines.values() for value in line if value is not None]
-    if not values:
-        return ""
-    top, last = max(values) or 1, max(epochs[-1], epochs[0] + 1)
-
-    def place(epoch, value):
-        x = left + (width - left - 10) * (epoch - epochs[0]) / (last - epochs[0])
-        return f"{x:.1f},{(height - bottom) - (height - bottom - 14) * value / top:.1f}"
-
-    parts = []
-    for share in (0, 0.5, 1):
-        x, y = place(epochs[0], share * top).split(",")
-        parts.append(f'<path d="M{x} {y}H{width}" stroke="currentColor" stroke-opacity=".2"/>'
-                     f'<text x="{left - 6}" y="{y}" text-anchor="end">{share * top:.3g}</text>')
-    for i, (name, line) in enumerate(lines.items()):
-        points = " ".join(place(epoch, value) for epoch, value in zip(epochs, line)
-                          if value is not None)
-        colour = ("#2a7de1", "#e0662a", "#0a9b52", "#b04ad8")[i % 4]
-        x, y = points.split()[0].split(",")
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                     f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}"/>'
-                     f'<text x="{left + 12 + 105 * i}" y="11" fill="{colour}">{name}</text>')
-    parts.append(f'<text x="{width - 10}" y="{height - 6}" text-anchor="end">epoch {last}</text>')
-    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {width} {height}" '
-            f'role="img" aria-label="{title}" font-size="12" fill="currentColor">'
-            f"{''.join(parts)}</svg></figure>")
+    for kind, pattern in KINDS.items():
+        own = ranks[[i for i, text in enumerate(texts) if re.search(pattern, text.lower())]]
+        hits = [f"{100 * (own <= k).double().mean():.2f}" for k in KS if len(own)]
+        rows.append([kind, f"{len(own):,}", *hits])
+    return f"<h2>{escape(title)}</h2>" + table(["captions", "", *(f"R@{k} (%)" for k in KS)], rows)
 
 
 def sheet(rows):
@@ -470,19 +381,15 @@ def sheet(rows):
         html += f'<h2>{escape(title)}</h2><ul class="photos">'
         for photo, label, marked in cells:
             image = base64.b64encode(thumbnail(photo, SMALL)).decode()
-            html += (f'<li><img{" class=right" * marked} src="data:image/jpeg;base64,{image}" '
-                     f'alt=""><p>{escape(label)}</p></li>')
+            html += (f'<li><img class="{"right" * marked}" src="data:image/jpeg;base64,{image}" '
+                     f'alt="">{note(label)}</li>')
         html += "</ul>"
     return html
 
 
-def note(words):
-    return f"<p>{escape(words)}</p>"
-
-
 def run_section(run, shown):
-    """What a Run has come to, HTML. shown: more of it, HTML. Raises CheckpointError for files that
-    do not fit."""
+    """What a Run has come to, HTML, then `shown`. Raises CheckpointError for files that do not fit.
+    """
     with report.reading(run):
         config, history = run.config, run.history
         facts = {"training": report.training(run), "trained on": report.trained_on(run),
@@ -490,25 +397,13 @@ def run_section(run, shown):
                  "pretrained encoders": report.encoders(run), "hardware": config["device"],
                  "precision": config["precision"], "date": config["date"],
                  "command": config["command"]}
-        html = f"<h1>{escape(str(run.dir))}</h1>" + table([], facts.items())
+        html = f"<h1>{escape(str(run.dir))}</h1>" + table([], facts.items(), "facts")
         for title, columns in report.recalls(run).items():
             html += f"<h2>{escape(title)}</h2>" + table(["", *columns], report.recall_rows(columns))
         epochs = [row["epoch"] for row in history]
-        recalls = {f"{name} R@{k}": [row["val"][f"{way}_r{k}"] for row in history]
-                   for name, way in (("photo to text", "i2t"), ("text to photo", "t2i"))
-                   for k in (1, 10)}
-        html += curves("Recall on validation, in percent", epochs, recalls)
-        html += curves("Loss in training", epochs,
-                       {"loss": [row["train"]["loss"] for row in history]})
+        html += svg_curves("Recall on validation, in percent", epochs, {
+            f"{name} R@{k}": [row["val"][f"{way}_r{k}"] for row in history] for name, way in
+            (("photo to text", "i2t"), ("text to photo", "t2i")) for k in (1, 10)})
+        losses = {"loss": [row["train"]["loss"] for row in history]}
+        html += svg_curves("Loss in training", epochs, losses)
     return f"<section>{html}{shown}</section>"
-
-
-def write_runs(sections, path):
-    """What `run_section` gives of each run -> one file. Raises UsageError where it cannot be
-    written."""
-    html = document("Image-text retrieval", f'<div class="runs">{"".join(sections)}</div>')
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(html, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None

@@ -106,10 +106,11 @@ def contact_sheet(rows, path):
             for i, line in enumerate(lines):
                 draw.text((left, top + CELL + 8 + i * LABEL_LINE), line, colour, label_font)
             left += CELL + GAP
-    _write(path, sheet.save)
+    write(path, sheet.save)
 
 
-def _write(path, save):
+def write(path, save):
+    """Make the file's folder and call save(path). Raises UsageError where it cannot be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save(path)
@@ -160,4 +161,24 @@ def plot_curves(runs, path):
                    for k, style in styles.items()]
         axes.legend(handles=handles, loc="upper left")
     loss.legend(loc="upper right")
-    _write(path, lambda path: figure.savefig(path, dpi=120))
+    write(path, lambda path: figure.savefig(path, dpi=120))
+
+
+def svg_curves(title, epochs, lines):
+    """Lines over the epochs, {name: values, None where there is none}, as SVG."""
+    top = max((value for line in lines.values() for value in line if value is not None), default=1)
+    first, last = epochs[0], max(epochs[-1], epochs[0] + 1)
+    parts = [f'<path d="M40 {y}H470" stroke="gray" stroke-width=".5"/><text x="36" y="{y + 4}" '
+             f'text-anchor="end">{top * (220 - y) / 200:.3g}</text>' for y in (20, 120, 220)]
+    parts += [f'<text x="{x}" y="236" text-anchor="{anchor}">{said}</text>' for x, anchor, said in
+              ((40, "start", f"epoch {first}"), (470, "end", last))]
+    for i, (name, line) in enumerate(lines.items()):
+        points = [f"{40 + 430 * (epoch - first) / (last - first):.1f},{220 - 200 * value / top:.1f}"
+                  for epoch, value in zip(epochs, line) if value is not None]
+        colour = ("#2a7de1", "#e0662a", "#0a9b52", "#b04ad8")[i]
+        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" '
+                     'stroke-width="2" stroke-linecap="square"/>'
+                     f'<text x="{40 + 110 * i}" y="12" fill="{colour}">{name}</text>')
+    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 240" role="img" '
+            f'aria-label="{title}" font-size="12" fill="currentColor">{"".join(parts)}</svg>'
+            "</figure>")
