@@ -242,7 +242,8 @@ class Search:
     """
 
     def __init__(self, cache, photos, captions, bank):
-        self.cache, self.bank, self.rows = cache, cache.bank if bank else None, None
+        self.cache, self.bank = cache, cache.bank if bank else None
+        self.rows = self.gallery = None
         self._hold(photos, captions)
 
     def _hold(self, photos, captions):
@@ -255,6 +256,8 @@ class Search:
         self.rows = self.cache.photos(self.photos, progress, faults)
         kept = [i for i, photo in enumerate(self.photos) if photo not in (faults or {})]
         self._hold([self.photos[i] for i in kept], [self.captions[i] for i in kept])
+        if self.bank is not None:
+            self.gallery = self.cache.photo_gallery(self.photos)
 
     def embed_texts(self, texts, photo=None):
         """(Q, latent_dim) of the texts, each fused with the photo where there is one."""
@@ -270,7 +273,7 @@ class Search:
         cosines = queries @ self.rows.T
         if self.bank is None:
             return cosines, cosines
-        return cosines, self.bank.text_queries(queries) @ self.cache.photo_gallery(self.photos).T
+        return cosines, self.bank.text_queries(queries) @ self.gallery.T
 
     def captions_for(self, queries):
         """Embeddings of photos (Q, latent_dim) -> cosines (Q, M), and scores, alike."""

@@ -189,7 +189,8 @@ class SearchPages:
             top = max(1, int(top)) if re.fullmatch("[0-9]{1,6}", top) else TOP
             order = found[1][0].argsort(descending=True, stable=True).tolist()
             order = [i for i in order if not photo or i != int(photo)]
-            body = f"<h2>{min(top, len(order)):,} of {len(order):,} photos, best first</h2>"
+            by = ", by the bank" if words and self.search.bank else ""
+            body = f"<h2>{min(top, len(order)):,} of {len(order):,} photos, best first{by}</h2>"
             body += self.grid(order[:top], found[0][0])
             if top < len(order):
                 more = link(q=words, photo=photo, upload=upload, top=2 * top)
@@ -247,8 +248,9 @@ class SearchPages:
 <input type="search" id="q" name="q" value="{escape(words)}" autofocus>{hidden}
 <button>Search</button></form>
 <form id="upload" action="/upload" method="post" enctype="multipart/form-data">
-<label for="image">or a picture</label> <button>Search by it</button>
-<input type="file" id="image" name="image" accept="image/*" required></form>
+<label for="image">or a picture</label>
+<input type="file" id="image" name="image" accept="image/*" required>
+<button>Search by it</button></form>
 <main><div id="status" role="status">{notes}</div>{body}</main>
 <footer>{escape(report.printable(self.about))}</footer>""", SCRIPT)
 
