@@ -174,7 +174,7 @@ def show_captions(args):
 def show_examples(args):
     """--examples: captions drawn at random among hits and misses, and how many hit."""
     search, gallery = open_search(args, EmbeddingCache(args.output_dir[0]))
-    texts = search.cache.texts(search.texts)
+    texts = search.text_rows
     ranks = retrieval_ranks(search.rows, texts, search.photo_of_text)["t2i"]
     print(f"{gallery}, {len(texts):,} captions: of the right photos, "
           f"{100 * (ranks == 1).double().mean():.2f} % are ranked first")
@@ -204,9 +204,10 @@ def serve(args):
     folder = args.output_dir[0]
     with page.Server(args.serve) as server:
         search, gallery = open_search(args, open_cache(args))
-        search.cache.texts(search.texts)
         tries = search.texts
-        if not tries:
+        if tries:
+            search.captions_for(search.rows[:1])  # embeds them before the first query comes
+        else:
             with contextlib.suppress(DataError, UsageError):
                 tries = [own[0] for own in photos_of_split(data_dir_of(args, folder), "val")[1]]
         server.pages = page.SearchPages(search, trained_for_both(folder), f"{folder} · {gallery}",
@@ -225,7 +226,7 @@ def write_page(args):
             photos, captions = photos_of_split(data_dir_of(args, folder), args.split)
             search = Search(EmbeddingCache(folder), photos, captions, bank=False)
             search.embed_photos()
-            texts = search.cache.texts(search.texts)
+            texts = search.text_rows
             ranks = retrieval_ranks(search.rows, texts, search.photo_of_text)["t2i"]
             title = f"Text to photo by kind of caption: {len(photos):,} photos of {args.split}"
             shown = page.kinds_table(title, search.texts, ranks)

@@ -10,6 +10,7 @@
 Everything is computed in float32."""
 import collections
 import contextlib
+import functools
 import hashlib
 import os
 import time
@@ -259,6 +260,14 @@ class Search:
         if self.bank is not None:
             self.gallery = self.cache.photo_gallery(self.photos)
 
+    @functools.cached_property
+    def text_rows(self):
+        return self.cache.texts(self.texts)
+
+    @functools.cached_property
+    def text_gallery(self):
+        return self.cache.text_gallery(self.texts)
+
     def embed_texts(self, texts, photo=None):
         """(Q, latent_dim) of the texts, each fused with the photo where there is one."""
         return embed_texts(self.cache.model, self.cache.tokenizer, texts, photo=photo)
@@ -277,10 +286,10 @@ class Search:
 
     def captions_for(self, queries):
         """Embeddings of photos (Q, latent_dim) -> cosines (Q, M), and scores, alike."""
-        cosines = queries @ self.cache.texts(self.texts).T
+        cosines = queries @ self.text_rows.T
         if self.bank is None:
             return cosines, cosines
-        return cosines, self.bank.photo_queries(queries) @ self.cache.text_gallery(self.texts).T
+        return cosines, self.bank.photo_queries(queries) @ self.text_gallery.T
 
 
 def photos_of_split(data_dir, split):

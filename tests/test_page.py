@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import show_flickr8k_results
-from src.inference import EmbeddingCache, Search, photos_of_folder, photos_of_split
+from src.inference import CACHE, EmbeddingCache, Search, photos_of_folder, photos_of_split
 from src.utils import page
 from src.utils.checkpoint import BEST, CONFIG, HISTORY
 from tests.conftest import start_script
@@ -338,6 +338,7 @@ def test_serving_a_folder_takes_examples_from_the_data(run, shapes, tmp_path, mo
     pages = []
     monkeypatch.setattr(page.Server, "serve_forever", lambda server: pages.append(server.pages))
     given = ["--output_dir", str(run), "--serve", "0", "--photos", str(tmp_path)]
+    (run / CACHE).unlink(missing_ok=True)
     assert show_flickr8k_results.main(given) == 0
     assert len(pages[0].search.photos) == 1 and "1 photos in" in pages[0].about
     assert pages[0].tries == [own[0] for own in photos_of_split(shapes, "val")[1]]
