@@ -44,7 +44,8 @@ input[type=search] { flex: 1 1 12rem; } footer, li, table { font-size: .9rem; }
 .runs { gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
 .photos p { margin: .2rem 0; } .asked { max-width: 12rem; } .right { outline: 4px solid #09963c; }
 img { width: 100%; aspect-ratio: 1; object-fit: contain; background: rgb(128 128 128 / .15); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; } svg { max-width: 36rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
+.facts td + td { overflow-wrap: anywhere; } svg { max-width: 36rem; }
 td, th { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid rgb(128 128 128 / .3); }
 td:first-child, th:first-child, .facts td { text-align: left; } figure { margin: 1rem 0; }
 @media print { figure, tr, li { break-inside: avoid; } }
@@ -405,7 +406,7 @@ def run_section(run, shown):
         epochs = [row["epoch"] for row in history]
         html += svg_curves("Recall on validation, in percent", epochs, {
             f"{name} R@{k}": [row["val"][f"{way}_r{k}"] for row in history] for name, way in
-            (("photo to text", "i2t"), ("text to photo", "t2i")) for k in (1, 10)})
+            (("I->T", "i2t"), ("T->I", "t2i")) for k in (1, 10)})
         losses = {"loss": [row["train"]["loss"] for row in history]}
         html += svg_curves("Loss in training", epochs, losses)
     return f"<section>{html}{shown}</section>"

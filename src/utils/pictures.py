@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import unicodedata
+from html import escape
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -178,7 +179,7 @@ def svg_curves(title, epochs, lines):
         colour = ("#2a7de1", "#e0662a", "#0a9b52", "#b04ad8")[i]
         parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" '
                      'stroke-width="2" stroke-linecap="square"/>'
-                     f'<text x="{40 + 110 * i}" y="12" fill="{colour}">{name}</text>')
+                     f'<text x="{40 + 110 * i}" y="12" fill="{colour}">{escape(name)}</text>')
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 240" role="img" '
             f'aria-label="{title}" font-size="12" fill="currentColor">{"".join(parts)}</svg>'
             "</figure>")
