@@ -71,11 +71,13 @@ HEADERS = {  # nothing from elsewhere, no script but that one, in no other's pag
 
 
 def document(title, body, script=""):
-    """An HTML page. title: plain text; body: HTML."""
+    """An HTML page. title: plain text; body: HTML; script: "", or SCRIPT, which the policy allows.
+    """
+    script = script and f"<script>{script}</script>"
     return ('<!doctype html>\n<html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{STYLE}</style>\n<body>{body}"
-            f"<script>{script}</script></body></html>\n")
+            f"<title>{escape(title)}</title><style>{STYLE}</style>\n<body>{body}{script}"
+            "</body></html>\n")
 
 
 def link(**fields):
