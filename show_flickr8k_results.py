@@ -32,7 +32,7 @@ from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset, firs
 from src.utils.layouts import SPLIT_FILES, DataError
 from src.utils.retrieval import compare_test_time_training, retrieval_ranks
 
-PAGE_EXAMPLES = 4  # hits, and as many misses, on the page of a run
+EXAMPLES = 4  # hits, and as many misses, on the page of a run
 
 
 def same(text):
@@ -96,9 +96,9 @@ def open_cache(args):
 
 
 def print_ranking(title, cosines, scores, args, about):
-    """Print the best --top by the scores (N,), with their cosines, -> (title, cells) for a contact
-    sheet. about(i) gives what the line and the sheet say of i, its photo, and whether it is a right
-    one."""
+    """Print the best --top by the scores (N,), with their cosines, -> (title, cells) for a `sheet`.
+    about(i) gives what the line and the sheet say of i, its photo, and whether it is a right one.
+    """
     title += ", in the bank's order" if args.bank else ""
     order = scores.argsort(descending=True, stable=True).tolist()
     ranks = [rank for rank, i in enumerate(order, start=1) if about(i)[3]]
@@ -171,25 +171,15 @@ def show_captions(args):
     return [(title, [(args.image, "the photo", False), *cells])]
 
 
-def show_examples(args):
-    """--examples: captions drawn at random among hits and misses, and how many hit."""
-    search, gallery = open_search(args, EmbeddingCache(args.output_dir[0]))
-    texts = search.text_rows
-    ranks = retrieval_ranks(search.rows, texts, search.photo_of_text)["t2i"]
-    print(f"{gallery}, {len(texts):,} captions: of the right photos, "
-          f"{100 * (ranks == 1).double().mean():.2f} % are ranked first")
-    return examples(search, texts, ranks, args.examples)
-
-
-def examples(search, texts, ranks, number):
-    """So many hits and misses at random, each with the photo that is first, or second -> rows of a
-    contact sheet. texts, ranks: the embeddings and the ranks of the search's texts."""
+def examples(search, texts, ranks):
+    """Hits and misses at random, each with the photo that is first, or second -> rows of a `sheet`.
+    texts, ranks: the embeddings and the ranks of the search's texts."""
     nearest = (texts @ search.rows.T).topk(min(2, len(search.photos)), dim=1).indices.tolist()
     rows = []
     for what, other, wanted in (("hit", "ranked 2", ranks == 1),
                                 ("miss", "ranked first", ranks > 1)):
         drawn = wanted.nonzero().flatten().tolist()
-        for i in random.Random(0).sample(drawn, min(number, len(drawn))):
+        for i in random.Random(0).sample(drawn, min(EXAMPLES, len(drawn))):
             right = search.photo_of_text[i]
             label = f"right, ranked {int(ranks[i]):,}: {search.photos[right].name}"
             cells = [(search.photos[right], label, True)]
@@ -229,14 +219,14 @@ def write_page(args):
             texts = search.text_rows
             ranks = retrieval_ranks(search.rows, texts, search.photo_of_text)["t2i"]
             title = f"Text to photo by kind of caption: {len(photos):,} photos of {args.split}"
-            shown = page.kinds_table(title, search.texts, ranks)
-            shown += page.sheet(examples(search, texts, ranks, PAGE_EXAMPLES))
+            shown = pictures.kinds_table(title, search.texts, ranks)
+            shown += pictures.sheet(examples(search, texts, ranks))
         except (CheckpointError, DataError, UsageError) as error:
-            shown = page.note(f"No photos are shown: {error}")
+            shown = pictures.note(f"No photos are shown: {error}")
             print(f"{folder}: no photos on the page: {error}", file=sys.stderr)
-        sections.append(page.run_section(run, shown))
-    html = page.document("Image-text retrieval", f'<div class="runs">{"".join(sections)}</div>')
-    pictures.write(args.page, lambda path: Path(path).write_text(html, "utf-8", "replace"))
+        sections.append(pictures.run_section(run, shown))
+    runs = f'<div class="runs">{"".join(sections)}</div>'
+    pictures.write(args.page, "Image-text retrieval", runs)
 
 
 def show_test_time(args):
@@ -278,16 +268,12 @@ def parse_args(argv):
                     epilog="Without one of these: the tables of the run.")
     add, what = parser.add_argument, parser.add_mutually_exclusive_group()
     add("--output_dir", type=text, nargs="+", default=["outputs/flickr8k_sgd"], help="of the run; "
-        "several for --plot, --test_time and the tables (default: outputs/flickr8k_sgd)")
-    what.add_argument("--plot", action="store_true", help="draw loss, R@K and learning rate")
-    what.add_argument("--examples", type=int, metavar="N", help="show N hits and N misses")
+        "several for --page, --test_time and the tables (default: outputs/flickr8k_sgd)")
     what.add_argument("--test_time", action="store_true",
                       help="measure what the memory's test-time training adds")
     what.add_argument("--serve", type=number(int, "[0, 65535]"), nargs="?", const=8008,
                       metavar="PORT", help="search in the browser, at this port of this machine "
                       "alone; 0: one that is free (default: 8008)")
-    what.add_argument("--page", type=text, metavar="FILE.html",
-                      help="write the runs into one file, with curves, hits and misses")
     what.add_argument("--compare", type=text, nargs="+", metavar="DIR",
                       help="runs, best on validation first")
     add("--query", nargs="+", metavar="TEXT", help="rank photos by each text, of which the first "
@@ -303,66 +289,51 @@ def parse_args(argv):
     add("--bank", action=argparse.BooleanOptionalAction, default=True,
         help="order photos and captions with the run's bank (default: on)")
     add("--top", type=int, default=5, metavar="K", help="results to show (default: 5)")
-    add("--out", type=text, metavar="FILE", help="picture to write (default: none; in --output_dir "
-        "examples.png of --examples, curves.png of --plot)")
+    add("--page", type=text, metavar="FILE.html", help="write one file: of the runs, with curves, "
+        "hits and misses; with --query or --image, of what was found")
     add("--format", choices=["terminal", "markdown"], default="terminal",
         help="of --compare (default: terminal)")
     args = parser.parse_args(argv)
     args.split = args.split or ("val" if args.test_time else "test")
-    for name in ("top", "examples"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    serve = args.serve is not None
-    if len(args.output_dir) > 1 and (args.query or args.image or args.examples or serve):
-        parser.error("--query, --image, --examples and --serve take one --output_dir")
+    if args.top < 1:
+        parser.error("--top must be at least 1")
+    serve, search = args.serve is not None, args.query or args.image
+    if len(args.output_dir) > 1 and (search or serve):
+        parser.error("--query, --image and --serve take one --output_dir")
     if args.photos and not (args.query or serve):
         parser.error("--photos needs a --query or --serve")
-    if (args.query or args.image) and (args.plot or args.examples or args.test_time or args.compare
-                                       or args.page or serve):
-        parser.error("--query and --image go with none of --plot, --examples, --test_time, "
-                     "--compare, --serve and --page")
+    if (search or args.page) and (args.test_time or args.compare or serve):
+        parser.error("--query, --image and --page go with none of --test_time, --compare and "
+                     "--serve")
+    if args.page and not args.page.lower().endswith(".html"):
+        parser.error("--page names an HTML file: FILE.html")
     return args
 
 
 def show(args):
-    """Print what was asked for -> path of the picture that was written, None for none."""
-    folder, out = Path(args.output_dir[0]), args.out
+    """Print, serve or write what was asked for."""
     if args.compare:
         print(report.comparison(runs_of(args.compare), args.format))
-        return None
-    if args.test_time:
+    elif args.test_time:
         show_test_time(args)
-        return None
-    if args.serve is not None:
+    elif args.serve is not None:
         serve(args)
-        return None
-    if args.page:
+    elif args.query or args.image:
+        rows = show_photos(args) if args.query else show_captions(args)
+        if args.page:
+            pictures.write(args.page, "Image-text retrieval", pictures.sheet(rows))
+    elif args.page:
         write_page(args)
-        return args.page
-    if args.plot:
-        out = out or folder / "curves.png"
-        pictures.plot_curves([load_run(path) for path in args.output_dir], out)
-        return out
-    if args.query or args.image or args.examples:
-        if args.query:
-            rows = show_photos(args)
-        elif args.image:
-            rows = show_captions(args)
-        else:
-            rows, out = show_examples(args), out or folder / "examples.png"
-        if out:
-            pictures.contact_sheet(rows, out)
-        return out
-    print("\n\n".join(report.summary(load_run(path)) for path in args.output_dir))
-    return None
+    else:
+        print("\n\n".join(report.summary(load_run(path)) for path in args.output_dir))
+    if args.page:
+        print(f"wrote {args.page}")
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        out = show(args)
-        if out:
-            print(f"wrote {out}")
+        show(args)
     except (CheckpointError, DataError, UsageError, ValueError) as error:  # a text of no tokens
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,12 +17,11 @@ from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import pytest
-import torch
 from PIL import Image
 
 import show_flickr8k_results
 from src.inference import CACHE, EmbeddingCache, Search, photos_of_folder, photos_of_split
-from src.utils import page
+from src.utils import page, pictures
 from src.utils.checkpoint import BEST, CONFIG, HISTORY
 from tests.conftest import start_script
 
@@ -216,7 +215,7 @@ def test_thumbnails(site):
     assert status == 200 and headers["Cache-Control"].startswith("private, max-age=")
     assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
     photo = Image.open(io.BytesIO(content))
-    assert photo.format == "JPEG" and max(photo.size) <= page.THUMBNAIL
+    assert photo.format == "JPEG" and max(photo.size) <= pictures.THUMBNAIL
     site.pages.thumbnail.cache_clear()
     for _ in range(3):
         ask(site, "/photo/0")
@@ -367,34 +366,22 @@ def test_the_page_of_a_run(run, tmp_path, capsys):
     for figure in ("i2t_r1", "t2i_r10"):
         for row in (best, history[-1]):
             assert f"<td>{row['val'][figure]:.2f}" in html
-    assert html.count("<svg") == 2 and html.count("<polyline") == 5
+    assert html.count("<svg") == 3 and html.count("<polyline") == 6
+    drawn = []
     for points in re.findall('polyline points="(.*?)"', html):
         places = [tuple(map(float, point.split(","))) for point in points.split()]
-        assert len(places) == 3 and [x for x, _ in places] == [40, 255, 470]
+        assert [x for x, _ in places] == [40, 40, 255, 470]  # the first twice
         assert all(20 <= y <= 220 for _, y in places)
-    loss = [float(point.split(",")[1]) for point in points.split()]
-    top = max(row["train"]["loss"] for row in history)
-    assert loss == [pytest.approx(220 - 200 * row["train"]["loss"] / top, abs=0.1)
-                    for row in history]
-    pictures = re.findall(r'src="data:image/jpeg;base64,(.*?)"', html)
+        drawn.append([y for _, y in places[1:]])
+    for line, values in zip(drawn[-2:], ([row["train"]["loss"] for row in history],
+                                         [row["lr"] for row in history])):
+        assert line == [pytest.approx(220 - 200 * value / max(values), abs=0.1)
+                        for value in values]
+    photos = re.findall(r'src="data:image/jpeg;base64,(.*?)"', html)
     hits, misses = text.count("<h2>hit: "), text.count("<h2>miss: ")
-    assert 0 < hits + misses <= 8 and len(pictures) == 2 * (hits + misses)
+    assert 0 < hits + misses <= 8 and len(photos) == 2 * (hits + misses)
     kinds = dict(re.findall(r"<tr><td>([^<]*)<td>([\d,]+)<td>", html))
     assert kinds["all"] == "40" and 0 < int(kinds["colours"]) <= 40
-
-
-def test_recall_by_kind_of_caption():
-    texts = ["Two dogs", "a man in red", "a doggy", "one two three four five six seven eight nine"]
-    html = page.kinds_table("title", texts, torch.tensor([1, 3, 20, 7]))
-    rows = {cells[0]: cells[1:] for cells in
-            (row.split("<td>")[1:] for row in html.replace("</table></div>", "").split("<tr>"))
-            if cells}
-    assert rows["all"] == ["4", "25.00", "50.00", "75.00"]
-    assert rows["dogs"] == ["1", "100.00", "100.00", "100.00"]
-    assert rows["numbers"] == ["2", "50.00", "50.00", "100.00"]
-    assert rows["colours"] == rows["people"] == ["1", "0.00", "100.00", "100.00"]
-    assert rows["8 words or less"] == ["3", "33.33", "66.67", "66.67"]
-    assert rows["15 words or more"] == ["0"]
 
 
 def test_the_page_of_several_runs_of_which_one_goes_on(run, tmp_path, capsys):
@@ -408,17 +395,19 @@ def test_the_page_of_several_runs_of_which_one_goes_on(run, tmp_path, capsys):
     assert status == 0 and err.count("\n") == 1 and "lost: no photos on the page" in err
     html = out.read_text("utf-8")
     assert html.count("<section>") == 3 and "1 of 3 epochs" in html and "<i>" not in html
-    assert "no best model yet" in html and html.count("<svg") == 6
+    assert "no best model yet" in html and html.count("<svg") == 9
 
 
 @pytest.mark.parametrize("wrong, said", [
-    (["--page", "FOLDER"], "cannot be written"), (["--page", "a.html", "--query", "x"], "go with"),
-    (["--serve", "--page", "a.html"], "not allowed"), (["--serve", "70000"], "70000"),
+    (["--page", "FOLDER.html"], "cannot be written"), (["--page", "sheet.png"], "FILE.html"),
+    (["--serve", "--page", "a.html"], "go with"), (["--serve", "--compare", "a"], "not allowed"),
+    (["--serve", "70000"], "70000"),
     (["--serve", "--query", "x"], "go with"), (["--output_dir", "nowhere", "--serve"], "nowhere"),
     (["--output_dir", "a", "b", "--serve"], "take one --output_dir")])
 def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys, wrong, said):
     given = ["--output_dir", str(run)] * ("--output_dir" not in wrong)
-    given += [str(tmp_path) if word == "FOLDER" else word for word in wrong]
+    (tmp_path / "FOLDER.html").mkdir()
+    given += [str(tmp_path / word) if "FOLDER" in word else word for word in wrong]
     try:
         status = show_flickr8k_results.main(given)
     except SystemExit as exit:

@@ -488,7 +488,7 @@ def test_folders_whose_names_are_not_utf8(shapes, tmp_path, capsys):
     assert main("--resume", "--output_dir", out, "--epochs", 2) == 0
     assert show_flickr8k_results.main(["--output_dir", str(out)]) == 0
     given = ["--query", "red", "--photos", str(data / "Flicker8k_Dataset"),
-             "--out", str(out / "sheet.png")]
+             "--page", str(out / "found.html")]
     assert show_flickr8k_results.main(["--output_dir", str(out), *given]) == 0
     assert "sortie ?" in (out / LOG).read_text(encoding="utf-8")
 

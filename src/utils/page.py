@@ -1,5 +1,5 @@
-"""What a browser shows of runs: a search among photos, which `Server` answers, and `run_section`s,
-runs in one file. Nothing comes from elsewhere, and all works without JavaScript."""
+"""A search among photos in the browser, which `Server` answers. Nothing comes from elsewhere, and
+all works without JavaScript."""
 import base64
 import collections
 import email
@@ -22,34 +22,12 @@ from src.settings import UsageError
 from src.utils import report
 from src.utils.flickr8k_simple import MAX_LENGTH
 from src.utils.formats import DataError
-from src.utils.pictures import svg_curves
-from src.utils.retrieval import KS
-from src.utils.stores import open_photo
+from src.utils.pictures import document, note, thumbnail
 
 HOST = "127.0.0.1"
-THUMBNAIL, SMALL = 300, 180  # longer sides in pixels, of photos served and of those in a file
 TOP, AT_RANDOM, CAPTIONS, TRIES = 24, 12, 10, 3  # what a page shows of each
 MAX_UPLOAD = 20_000_000  # bytes
 KEPT_THUMBNAILS, KEPT_UPLOADS = 1000, 20  # about 20 MB, and at most 30 MB
-STYLE = """
-:root { color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif; }
-body { margin: 0 auto; padding: 1rem; max-width: 80rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.3rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 1.5rem 0 .5rem; }
-a { color: inherit; } :focus-visible { outline: 3px solid Highlight; outline-offset: 2px; }
-form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: .5rem 0; }
-input, button { font: inherit; padding: .4rem .6rem; max-width: 100%; box-sizing: border-box; }
-input[type=search] { flex: 1 1 12rem; } footer, li, table { font-size: .9rem; }
-.photos, .runs { list-style: none; padding: 0; display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
-.runs { gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
-.photos p { margin: .2rem 0; } .asked { max-width: 12rem; } .right { outline: 4px solid #09963c; }
-img { width: 100%; aspect-ratio: 1; object-fit: contain; background: rgb(128 128 128 / .15); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
-.facts td + td { overflow-wrap: anywhere; } svg { max-width: 36rem; }
-td, th { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid rgb(128 128 128 / .3); }
-td:first-child, th:first-child, .facts td { text-align: left; } figure { margin: 1rem 0; }
-@media print { figure, tr, li { break-inside: avoid; } }
-"""
 # "searching ...", and searching for a picture as soon as it is chosen, or dropped anywhere.
 SCRIPT = """
 const form = document.getElementById("upload"), file = form.elements.image;
@@ -70,29 +48,10 @@ HEADERS = {  # nothing from elsewhere, no script but that one, in no other's pag
     "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store"}
 
 
-def document(title, body, script=""):
-    """An HTML page. title: plain text; body: HTML; script: "", or SCRIPT, which the policy allows.
-    """
-    script = script and f"<script>{script}</script>"
-    return ('<!doctype html>\n<html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{STYLE}</style>\n<body>{body}{script}"
-            "</body></html>\n")
-
-
 def link(**fields):
     """The address of a search."""
     fields = {name: value for name, value in fields.items() if value != ""}
     return escape("/?" + urlencode(fields)) if fields else "/"
-
-
-def thumbnail(photo, pixels=THUMBNAIL):
-    """A photo's path, or what has `open`, -> JPEG, upright, its longer side of so many pixels.
-    Raises DataError as `open_photo` does."""
-    small, file = open_photo(photo, pixels), io.BytesIO()
-    small.thumbnail((pixels, pixels))
-    small.save(file, "JPEG", quality=80)
-    return file.getvalue()
 
 
 class Refused(Exception):
@@ -348,67 +307,3 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address):
         pass  # the client went away
-
-
-KINDS = {  # of captions, by what is found in them
-    "all": "", "8 words or less": r"^(\S+\s+){0,7}\S+\s*$", "15 words or more": r"(\S+\s+){14}\S",
-    "people": r"\b(m[ae]n|wom[ae]n|boys?|girls?|child|children|people|person|kids?|player)\b",
-    "dogs": r"\b(dogs?|puppy|puppies)\b",
-    "numbers": r"\b(two|three|four|five|six|several|group)\b",
-    "colours": r"\b(white|black|red|blue|green|yellow|brown|orange|pink|purple|gr[ae]y|blond)\b",
-    "water, snow": r"\b(water|ocean|sea|pool|lake|river|beach|waves?|snow|snowy|ice)\b"}
-
-
-def note(words):
-    return f"<p>{escape(words)}</p>"
-
-
-def table(columns, rows, css=""):
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}' for cell in row)}" for row in rows)
-    head = "".join(f"<th>{escape(name)}" for name in columns)
-    return f'<div class="wide"><table class="{css}"><tr>{head}{rows}</table></div>'
-
-
-def kinds_table(title, texts, ranks):
-    """R@K of captions by kind, HTML. ranks: (M,) of the captions' photos."""
-    rows = []
-    for kind, pattern in KINDS.items():
-        own = ranks[[i for i, text in enumerate(texts) if re.search(pattern, text.lower())]]
-        hits = [f"{100 * (own <= k).double().mean():.2f}" for k in KS if len(own)]
-        rows.append([kind, f"{len(own):,}", *hits])
-    return f"<h2>{escape(title)}</h2>" + table(["captions", "", *(f"R@{k} (%)" for k in KS)], rows)
-
-
-def sheet(rows):
-    """What `contact_sheet` takes, HTML, the photos in it."""
-    html = ""
-    for title, cells in rows:
-        html += f'<h2>{escape(title)}</h2><ul class="photos">'
-        for photo, label, marked in cells:
-            image = base64.b64encode(thumbnail(photo, SMALL)).decode()
-            html += (f'<li><img class="{"right" * marked}" src="data:image/jpeg;base64,{image}" '
-                     f'alt="">{note(label)}</li>')
-        html += "</ul>"
-    return html
-
-
-def run_section(run, shown):
-    """What a Run has come to, HTML, then `shown`. Raises CheckpointError for files that do not fit.
-    """
-    with report.reading(run):
-        config, history = run.config, run.history
-        facts = {"training": report.training(run), "trained on": report.trained_on(run),
-                 "model": f"{run.settings.model}, {config['parameters']:,} parameters",
-                 "pretrained encoders": report.encoders(run), "hardware": config["device"],
-                 "precision": config["precision"], "date": config["date"],
-                 "command": config["command"]}
-        html = f"<h1>{escape(str(run.dir))}</h1>" + table([], facts.items(), "facts")
-        for title, columns in report.recalls(run).items():
-            html += f"<h2>{escape(title)}</h2>" + table(["", *columns], report.recall_rows(columns))
-        epochs = [row["epoch"] for row in history]
-        html += svg_curves("Recall on validation, in percent", epochs, {
-            f"{name} R@{k}": [row["val"][f"{way}_r{k}"] for row in history] for name, way in
-            (("I->T", "i2t"), ("T->I", "t2i")) for k in (1, 10)})
-        losses = {"loss": [row["train"]["loss"] for row in history]}
-        html += svg_curves("Loss in training", epochs, losses)
-    return f"<section>{html}{shown}</section>"

@@ -1,168 +1,71 @@
-"""Pictures of what a run learned: contact sheets of photos (Pillow) and curves of its history
-(matplotlib, an extra)."""
-import functools
-import importlib.util
-import unicodedata
+"""What a run learned in a file of HTML that holds all it shows: tables, curves, photos found."""
+import base64
+import io
+import re
 from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
 from src.settings import UsageError
-from src.utils.checkpoint import CheckpointError
-from src.utils.report import printable
+from src.utils import report
+from src.utils.retrieval import KS
 from src.utils.stores import open_photo
 
-CELL, GAP, FRAME = 220, 16, 5  # pixels: a photo's square, space around it, width of a mark
-RIGHT = (0, 150, 60)  # its colour
-TITLE_SIZE, LABEL_SIZE = 20, 14
-TITLE_LINE, LABEL_LINE = TITLE_SIZE + 6, LABEL_SIZE + 4
-# With Latin, Greek and Cyrillic letters; one of them is on most machines.
-FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "FreeSans.ttf",
-         "arial.ttf", "Arial.ttf", "Arial Unicode.ttf")
-NO_CHARACTER = "\uffff"
+THUMBNAIL, SMALL = 300, 180  # longer sides in pixels, of photos served and of those in a file
+STYLE = """
+:root { color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif; }
+body { margin: 0 auto; padding: 1rem; max-width: 80rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.3rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 1.5rem 0 .5rem; }
+a { color: inherit; } :focus-visible { outline: 3px solid Highlight; outline-offset: 2px; }
+form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: .5rem 0; }
+input, button { font: inherit; padding: .4rem .6rem; max-width: 100%; box-sizing: border-box; }
+input[type=search] { flex: 1 1 12rem; } footer, li, table { font-size: .9rem; }
+.photos, .runs { list-style: none; padding: 0; display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
+.runs { gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
+.photos p { margin: .2rem 0; } .asked { max-width: 12rem; } .right { outline: 4px solid #09963c; }
+img { width: 100%; aspect-ratio: 1; object-fit: contain; background: rgb(128 128 128 / .15); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
+.facts td + td { overflow-wrap: anywhere; } svg { max-width: 36rem; }
+td, th { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid rgb(128 128 128 / .3); }
+td:first-child, th:first-child, .facts td { text-align: left; } figure { margin: 1rem 0; }
+@media print { figure, tr, li { break-inside: avoid; } }
+"""
+KINDS = {  # of captions, by what is found in them
+    "all": "", "8 words or less": r"^(\S+\s+){0,7}\S+\s*$", "15 words or more": r"(\S+\s+){14}\S",
+    "people": r"\b(m[ae]n|wom[ae]n|boys?|girls?|child|children|people|person|kids?|player)\b",
+    "dogs": r"\b(dogs?|puppy|puppies)\b",
+    "numbers": r"\b(two|three|four|five|six|several|group)\b",
+    "colours": r"\b(white|black|red|blue|green|yellow|brown|orange|pink|purple|gr[ae]y|blond)\b",
+    "water, snow": r"\b(water|ocean|sea|pool|lake|river|beach|waves?|snow|snowy|ice)\b"}
 
 
-@functools.cache
-def load_font(size):
-    """One of FONTS, from the system or matplotlib's copy; else Pillow's, whose letters are ASCII's.
+def document(title, body, script=""):
+    """An HTML page. title: plain text; body: HTML; script: "", or SCRIPT, which the policy allows.
     """
-    paths, matplotlib = list(FONTS), importlib.util.find_spec("matplotlib")
-    if matplotlib is not None:
-        paths.append(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / FONTS[0])
-    for path in paths:
-        try:
-            # Raqm, the other engine, raises for some texts.
-            return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
+    script = script and f"<script>{script}</script>"
+    return ('<!doctype html>\n<html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(title)}</title><style>{STYLE}</style>\n<body>{body}{script}"
+            "</body></html>\n")
 
 
-@functools.cache
-def has_glyph(font, character):
-    mask, none = font.getmask(character), font.getmask(NO_CHARACTER)
-    return mask.size != none.size or bytes(mask) != bytes(none)
+def thumbnail(photo, pixels=THUMBNAIL):
+    """A photo's path, or what has `open`, -> JPEG, upright, its longer side of so many pixels.
+    Raises DataError as `open_photo` does."""
+    small, file = open_photo(photo, pixels), io.BytesIO()
+    small.thumbnail((pixels, pixels))
+    small.save(file, "JPEG", quality=80)
+    return file.getvalue()
 
 
-def drawable(text, font):
-    """The text in what the font can draw: without accents where it lacks them, else "?"."""
-    drawn = ""
-    for character in printable(unicodedata.normalize("NFC", text)):
-        if not has_glyph(font, character):
-            base = unicodedata.normalize("NFKD", character)[0]
-            character = base if base != character and has_glyph(font, base) else "?"
-        drawn += character
-    return drawn
+def note(words):
+    return f"<p>{escape(words)}</p>"
 
 
-def wrap(text, font, width):
-    """Text -> lines no wider than `width` pixels; a word that is wider by itself is cut."""
-    lines, line = [], ""
-    for word in text.split():
-        while font.getlength(word) > width:
-            fits = len(word) - 1
-            while fits > 1 and font.getlength(word[:fits]) > width:
-                fits -= 1
-            lines += [line] * bool(line) + [word[:fits]]
-            line, word = "", word[fits:]
-        longer = f"{line} {word}".strip()
-        if font.getlength(longer) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = longer
-    return lines + [line] * bool(line)
-
-
-def contact_sheet(rows, path):
-    """Write rows of labelled photos, [(title, [(photo's path, label, marked)])], to a PNG or JPEG
-    file, a marked photo in a green frame. Raises DataError for what cannot be read, UsageError for
-    a path that cannot be written."""
-    title_font, label_font = load_font(TITLE_SIZE), load_font(LABEL_SIZE)
-    columns = max(3, *(len(cells) for _, cells in rows))  # room for a title above a single photo
-    width = GAP + columns * (CELL + GAP)
-    laid, height = [], GAP
-    for title, cells in rows:
-        titles = wrap(drawable(title, title_font), title_font, width - 2 * GAP)
-        labels = [wrap(drawable(label, label_font), label_font, CELL) for _, label, _ in cells]
-        laid.append((height, titles, labels))
-        height += len(titles) * TITLE_LINE + CELL + max(map(len, labels)) * LABEL_LINE + 3 * GAP
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for (top, titles, labels), (_, cells) in zip(laid, rows):
-        for line in titles:
-            draw.text((GAP, top), line, "black", title_font)
-            top += TITLE_LINE
-        top += GAP // 2
-        left = GAP
-        for (photo, _, marked), lines in zip(cells, labels):
-            small = ImageOps.contain(open_photo(photo, CELL), (CELL, CELL))
-            x, y = left + (CELL - small.width) // 2, top + (CELL - small.height) // 2
-            sheet.paste(small, (x, y))
-            if marked:
-                right, bottom = x + small.width + FRAME - 1, y + small.height + FRAME - 1
-                draw.rectangle((x - FRAME, y - FRAME, right, bottom), outline=RIGHT, width=FRAME)
-            colour = RIGHT if marked else "black"
-            for i, line in enumerate(lines):
-                draw.text((left, top + CELL + 8 + i * LABEL_LINE), line, colour, label_font)
-            left += CELL + GAP
-    write(path, sheet.save)
-
-
-def write(path, save):
-    """Make the file's folder and call save(path). Raises UsageError where it cannot be written."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save(path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that the library does not know
-        raise UsageError(f"{path}: cannot be written ({error})") from None
-
-
-def plot_curves(runs, path):
-    """Loss, R@1, R@5 and R@10 both ways, and learning rate over the epochs of Runs, in one PNG.
-    Raises UsageError where matplotlib is missing or the path cannot be written, CheckpointError
-    where a history lacks a figure."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise UsageError("curves need matplotlib: pip install -r requirements-extra.txt") from None
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    (loss, i2t), (rate, t2i) = figure.subplots(2, 2)
-    styles = {10: ":", 5: "--", 1: "-"}
-    for i, run in enumerate(runs):
-        color, rows = f"C{i}", run.history
-        try:
-            epochs = [row["epoch"] for row in rows]
-            losses = [row["train"]["loss"] for row in rows]
-            name = drawable(str(run.dir), load_font(LABEL_SIZE))
-            mark = "o" if len(rows) == 1 else None  # a line of one point cannot be seen
-            loss.plot(epochs, losses, color, marker=mark, label=name)
-            rate.plot(epochs, [row["lr"] for row in rows], color, marker=mark)
-            for axes, direction in ((i2t, "i2t"), (t2i, "t2i")):
-                for k in (1, 5, 10):
-                    recall = [row["val"][f"{direction}_r{k}"] for row in rows]
-                    axes.plot(epochs, recall, color, linestyle=styles[k], marker=mark)
-        except (KeyError, TypeError):
-            raise CheckpointError(f"{run.dir}: an epoch of its history lacks what it should "
-                                  "hold") from None
-    titles = {loss: "training loss", rate: "learning rate at the epoch's end",
-              i2t: "validation, photo to text, R@K in %",
-              t2i: "validation, text to photo, R@K in %"}
-    for axes, title in titles.items():
-        axes.set(title=title, xlabel="epoch")
-        axes.grid(alpha=0.3)
-        axes.margins(x=0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for axes in (i2t, t2i):
-        axes.set_ylim(bottom=0)
-        handles = [Line2D([], [], color="black", linestyle=style, label=f"R@{k}")
-                   for k, style in styles.items()]
-        axes.legend(handles=handles, loc="upper left")
-    loss.legend(loc="upper right")
-    write(path, lambda path: figure.savefig(path, dpi=120))
+def table(columns, rows, css=""):
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}' for cell in row)}" for row in rows)
+    head = "".join(f"<th>{escape(name)}" for name in columns)
+    return f'<div class="wide"><table class="{css}"><tr>{head}{rows}</table></div>'
 
 
 def svg_curves(title, epochs, lines):
@@ -177,9 +80,67 @@ def svg_curves(title, epochs, lines):
         points = [f"{40 + 430 * (epoch - first) / (last - first):.1f},{220 - 200 * value / top:.1f}"
                   for epoch, value in zip(epochs, line) if value is not None]
         colour = ("#2a7de1", "#e0662a", "#0a9b52", "#b04ad8")[i]
-        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" '
+        # The first twice: a single point is seen as a square.
+        parts.append(f'<polyline points="{" ".join(points[:1] + points)}" fill="none" '
+                     f'stroke="{colour}" '
                      'stroke-width="2" stroke-linecap="square"/>'
                      f'<text x="{40 + 110 * i}" y="12" fill="{colour}">{escape(name)}</text>')
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 240" role="img" '
             f'aria-label="{title}" font-size="12" fill="currentColor">{"".join(parts)}</svg>'
             "</figure>")
+
+
+def kinds_table(title, texts, ranks):
+    """R@K of captions by kind, HTML. ranks: (M,) of the captions' photos."""
+    rows = []
+    for kind, pattern in KINDS.items():
+        own = ranks[[i for i, text in enumerate(texts) if re.search(pattern, text.lower())]]
+        hits = [f"{100 * (own <= k).double().mean():.2f}" for k in KS if len(own)]
+        rows.append([kind, f"{len(own):,}", *hits])
+    return f"<h2>{escape(title)}</h2>" + table(["captions", "", *(f"R@{k} (%)" for k in KS)], rows)
+
+
+def sheet(rows):
+    """Rows of labelled photos, [(title, [(photo's path, label, marked)])], -> HTML, a marked photo
+    in a green frame. Raises DataError for what cannot be read."""
+    html = ""
+    for title, cells in rows:
+        html += f'<h2>{escape(title)}</h2><ul class="photos">'
+        for photo, label, marked in cells:
+            image = base64.b64encode(thumbnail(photo, SMALL)).decode()
+            html += (f'<li><img class="{"right" * marked}" src="data:image/jpeg;base64,{image}" '
+                     f'alt="">{note(label)}</li>')
+        html += "</ul>"
+    return html
+
+
+def run_section(run, shown):
+    """What a Run has come to, HTML, then `shown`. Raises CheckpointError for files that do not fit.
+    """
+    with report.reading(run):
+        config, history = run.config, run.history
+        facts = {"training": report.training(run), "trained on": report.trained_on(run),
+                 "model": f"{run.settings.model}, {config['parameters']:,} parameters",
+                 "pretrained encoders": report.encoders(run), "hardware": config["device"],
+                 "precision": config["precision"], "date": config["date"],
+                 "command": config["command"]}
+        html = f"<h1>{escape(str(run.dir))}</h1>" + table([], facts.items(), "facts")
+        for title, columns in report.recalls(run).items():
+            html += f"<h2>{escape(title)}</h2>" + table(["", *columns], report.recall_rows(columns))
+        epochs = [row["epoch"] for row in history]
+        html += svg_curves("Recall on validation, in percent", epochs, {
+            f"{name} R@{k}": [row["val"][f"{way}_r{k}"] for row in history] for name, way in
+            (("I->T", "i2t"), ("T->I", "t2i")) for k in (1, 10)})
+        for name, line in (("Loss in training", [row["train"]["loss"] for row in history]),
+                           ("Learning rate at the epoch's end", [row["lr"] for row in history])):
+            html += svg_curves(name, epochs, {"": line})
+    return f"<section>{html}{shown}</section>"
+
+
+def write(path, title, body):
+    """Write a `document`. Raises UsageError where that cannot be."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(document(title, body), "utf-8", "replace")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error})") from None
