@@ -47,9 +47,9 @@ def test_a_sheet_of_what_cannot_be_read_or_written(tmp_path):
 def test_curves_of_one_epoch_and_of_missing_values():
     html = pictures.svg_curves("loss", [3], {"": [2.5]})
     points = re.search('points="(.*?)"', html)[1].split()
-    assert points == ["40.0,20.0"] * 2  # which is drawn as a point
+    assert points == ["48.0,20.0"] * 2  # which is drawn as a point
     html = pictures.svg_curves("loss", [1, 2, 3], {"a": [1, None, 2], "b": [None] * 3})
-    assert re.findall('points="(.*?)"', html) == ["40.0,120.0 40.0,120.0 470.0,20.0", ""]
+    assert re.findall('points="(.*?)"', html) == ["48.0,120.0 48.0,120.0 470.0,20.0", ""]
 
 
 def test_a_history_that_lacks_what_it_should_hold(tmp_path):

@@ -44,7 +44,8 @@ HEADERS = {  # nothing from elsewhere, no script but that one, in no other's pag
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; form-action 'self'; "
     "style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'; "
     f"script-src 'sha256-{SCRIPT_HASH}'",
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",  # with no-referrer a form's Origin is "null", and refused
     "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store"}
 
 

@@ -72,19 +72,19 @@ def svg_curves(title, epochs, lines):
     """Lines over the epochs, {name: values, None where there is none}, as SVG."""
     top = max((value for line in lines.values() for value in line if value is not None), default=1)
     first, last = epochs[0], max(epochs[-1], epochs[0] + 1)
-    parts = [f'<path d="M40 {y}H470" stroke="gray" stroke-width=".5"/><text x="36" y="{y + 4}" '
+    parts = [f'<path d="M48 {y}H470" stroke="gray" stroke-width=".5"/><text x="44" y="{y + 4}" '
              f'text-anchor="end">{top * (220 - y) / 200:.3g}</text>' for y in (20, 120, 220)]
     parts += [f'<text x="{x}" y="236" text-anchor="{anchor}">{said}</text>' for x, anchor, said in
-              ((40, "start", f"epoch {first}"), (470, "end", last))]
+              ((48, "start", f"epoch {first}"), (470, "end", last))]
     for i, (name, line) in enumerate(lines.items()):
-        points = [f"{40 + 430 * (epoch - first) / (last - first):.1f},{220 - 200 * value / top:.1f}"
+        points = [f"{48 + 422 * (epoch - first) / (last - first):.1f},{220 - 200 * value / top:.1f}"
                   for epoch, value in zip(epochs, line) if value is not None]
         colour = ("#2a7de1", "#e0662a", "#0a9b52", "#b04ad8")[i]
         # The first twice: a single point is seen as a square.
         parts.append(f'<polyline points="{" ".join(points[:1] + points)}" fill="none" '
                      f'stroke="{colour}" '
                      'stroke-width="2" stroke-linecap="square"/>'
-                     f'<text x="{40 + 110 * i}" y="12" fill="{colour}">{escape(name)}</text>')
+                     f'<text x="{48 + 108 * i}" y="12" fill="{colour}">{escape(name)}</text>')
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 240" role="img" '
             f'aria-label="{title}" font-size="12" fill="currentColor">{"".join(parts)}</svg>'
             "</figure>")
