@@ -214,7 +214,7 @@ def test_thumbnails(site):
     status, headers, content = ask(site, "/photo/0?v=abc")
     assert status == 200 and headers["Cache-Control"].startswith("private, max-age=")
     assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
-    # With "no-referrer" browsers send the form of a picture with the Origin "null", which is refused.
+    # With "no-referrer" browsers send a form with the Origin "null", which is refused.
     assert headers["Referrer-Policy"] == "same-origin"
     photo = Image.open(io.BytesIO(content))
     assert photo.format == "JPEG" and max(photo.size) <= pictures.THUMBNAIL
