@@ -292,9 +292,9 @@ class TestTimeMemory(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Latents of the modalities present (B, M, D) -> one latent (B, latent_dim). Presence signals:
-    each modality's latent carries a learned type embedding, and the central token, which begins as
-    their mean and reads them, a learned code of the presence bits."""
+    """Latents of the modalities present (B, M, D) -> one latent (B, D), zero at first. Presence
+    signals: each modality's latent carries a learned type embedding, and the central token, which
+    begins as their mean and reads them, a learned code of the presence bits."""
 
     def __init__(self, dim, num_heads, num_layers):
         super().__init__()
@@ -303,6 +303,8 @@ class Fusion(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, dim)
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
         nn.init.normal_(self.type_embedding.weight, std=0.02)
         self.register_buffer("one_hot", torch.eye(len(MODALITIES)), persistent=False)
 
@@ -319,8 +321,9 @@ class Fusion(nn.Module):
 
 
 class MultiModalMemoryNetwork(nn.Module):
-    """Photos, captions or both -> one central latent in a shared space. The defaults are the preset
-    `base`; with memory_size=0 there is no memory.
+    """Photos, captions or both -> one central latent in a shared space: the mean of the encoders'
+    latents, to which fusion adds what it makes of what they and the memory hold, at first nothing.
+    The defaults are the preset `base`; with memory_size=0 there is no memory.
 
     `model` takes images (B, 3, H, W), normalised floats, or text (B, L), token ids with 0 for
     padding, or both; text_mask: (B, L) bool, True for real tokens, by default text != 0. It returns
@@ -329,10 +332,9 @@ class MultiModalMemoryNetwork(nn.Module):
 
     image_features, text_features: widths of pretrained encoders' features, 0 for none. With such,
     `images` are features (B, image_features), and beside `text` come `text_features` (B,
-    text_features), whose latents are added to those of the model's own encoder; memory and fusion
-    begin as nothing beside the latents that they read. With a pretrained encoder itself in
-    `image_backbone` or `text_backbone`, which `src/pretrained.py` makes, `images` may be what that
-    takes, `text_features` the dict of tensors that its `prepare` gives."""
+    text_features), whose latents are added to those of the model's own encoder. With a pretrained
+    encoder itself in `image_backbone` or `text_backbone`, which `src/pretrained.py` makes, `images`
+    may be what that takes, `text_features` the dict of tensors that its `prepare` gives."""
 
     def __init__(self, vocab_size=34, text_embed_dim=512, latent_dim=512, memory_size=128,
                  num_heads=8, num_layers=4, fusion_layers=4, conv_channels=(64, 128, 256, 512),
@@ -348,10 +350,6 @@ class MultiModalMemoryNetwork(nn.Module):
         self.image_backbone = self.text_backbone = None
         self.memory = TestTimeMemory(latent_dim, memory_size, num_heads) if memory_size else None
         self.fusion = Fusion(latent_dim, num_heads, fusion_layers)
-        self.residual = bool(image_features or text_features)
-        if self.residual:
-            nn.init.zeros_(self.fusion.projection.weight)
-            nn.init.zeros_(self.fusion.projection.bias)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
 
     def encode_images(self, images):
@@ -381,8 +379,8 @@ class MultiModalMemoryNetwork(nn.Module):
         parts = [part for part in ((images, IMAGE), (text, TEXT)) if part[0] is not None]
         latents = torch.stack([latents for latents, _ in parts], dim=1)  # (B, M, D)
         present = [modality for _, modality in parts]
-        central = self.fusion(latents if self.memory is None else self.memory(latents), present)
-        return latents.mean(1) + central if self.residual else central
+        remembered = latents if self.memory is None else self.memory(latents)
+        return latents.mean(1) + self.fusion(remembered, present)
 
     def memory_loss(self, latents):
         """`TestTimeMemory.self_supervised_loss` of encoders' latents; zero without a memory."""
