@@ -302,9 +302,9 @@ class Fusion(nn.Module):
         self.presence = nn.Linear(len(MODALITIES), dim)
         self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
-        self.projection = nn.Linear(dim, dim)
-        nn.init.zeros_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
+        self.out = nn.Linear(dim, dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
         nn.init.normal_(self.type_embedding.weight, std=0.02)
         self.register_buffer("one_hot", torch.eye(len(MODALITIES)), persistent=False)
 
@@ -317,7 +317,7 @@ class Fusion(nn.Module):
         x = torch.cat([central, latents + types], dim=1)  # (B, 1 + M, D)
         for i, block in enumerate(self.blocks, start=1):  # the last makes the central token alone
             x = block(x, num_tokens=1 if i == len(self.blocks) else None)
-        return self.projection(self.norm(x[:, 0]))
+        return self.out(self.norm(x[:, 0]))
 
 
 class MultiModalMemoryNetwork(nn.Module):

@@ -123,7 +123,7 @@ def test_a_cache_that_does_not_serve_is_computed_anew(run_dir, shapes, monkeypat
         change(
             "model_state_dict",
             lambda weights: (
-                weights | {"fusion.projection.weight": -weights["fusion.projection.weight"]}
+                weights | {"fusion.out.weight": -weights["fusion.out.weight"]}
             ),
         )(run_dir)
     elif damage == "damaged":

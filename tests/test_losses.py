@@ -300,7 +300,7 @@ def test_chunks_take_their_part_of_the_text_features(trained):
     model = MultiModalMemoryNetwork(
         **model_arguments("tiny"), image_features=7, text_features=5)
     model.text_backbone = Mean()
-    torch.nn.init.normal_(model.fusion.projection.weight)  # which begins as nothing
+    torch.nn.init.normal_(model.fusion.out.weight)  # which begins as nothing
     text_features = torch.randn(12, 5)
     if trained:
         text_features = {"rows": torch.randn(12, 3), "mask": torch.rand(12, 1)}

@@ -20,12 +20,18 @@ from tests.conftest import model_arguments
 TestTimeMemory.__test__ = False
 
 
-def tiny(seed=0, **changes):
-    """One whose transformer of texts, which begins as nothing, has learned something."""
+def make_model(preset, seed=0, **changes):
+    """One whose parts that begin as nothing have learned something."""
     torch.manual_seed(seed)
-    model = MultiModalMemoryNetwork(**model_arguments("tiny", **changes))
-    torch.nn.init.normal_(model.text_encoder.transformer.projection.weight)
+    model = MultiModalMemoryNetwork(**model_arguments(preset, **changes))
+    torch.nn.init.normal_(model.fusion.out.weight)
+    if model.text_encoder.transformer:
+        torch.nn.init.normal_(model.text_encoder.transformer.projection.weight)
     return model
+
+
+def tiny(seed=0, **changes):
+    return make_model("tiny", seed, **changes)
 
 
 def batch(model_size=32, batch_size=4, length=12):
@@ -48,11 +54,7 @@ def test_parameter_counts(preset, low, high):
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "base"])
 def test_every_parameter_receives_a_gradient_in_a_training_step(preset):
-    torch.manual_seed(0)
-    model = MultiModalMemoryNetwork(**model_arguments(preset))
-    if model.text_encoder.transformer:  # which begins as nothing
-        torch.nn.init.normal_(model.text_encoder.transformer.projection.weight)
-    images, text = batch()
+    model, (images, text) = make_model(preset), batch()
     of_images, of_text = model(images=images), model(text=text)
     loss = info_nce_loss(of_images["central_latent"], of_text["central_latent"], model.logit_scale)
     loss.backward()
@@ -210,8 +212,9 @@ def test_features_are_standardised_and_can_be_given_back():
     assert not torch.equal(head.train()(features), features)
 
 
-def test_beside_pretrained_features_the_rest_begins_as_nothing():
-    model = tiny(image_features=10, text_features=12).eval()
+def test_beside_the_encoders_the_rest_begins_as_nothing():
+    arguments = model_arguments("tiny", image_features=10, text_features=12)
+    model = MultiModalMemoryNetwork(**arguments).eval()
     images, text, features = torch.randn(3, 10), batch(batch_size=3)[1], torch.randn(3, 12)
     expected = model.image_encoder(images), model.text_encoder(text) + model.text_head(features)
     found = model(images=images), model(text=text, text_features=features)
