@@ -40,8 +40,7 @@ KINDS = {  # of captions, by what is found in them
 
 
 def document(title, body, script=""):
-    """An HTML page. title: plain text; body: HTML; script: "", or SCRIPT, which the policy allows.
-    """
+    """An HTML page. title: plain text; body: HTML; script: JavaScript, if any."""
     script = script and f"<script>{script}</script>"
     return ('<!doctype html>\n<html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -83,7 +82,7 @@ def svg_curves(title, epochs, lines):
         # The first twice: a single point is seen as a square.
         parts.append(f'<polyline points="{" ".join(points[:1] + points)}" fill="none" '
                      f'stroke="{colour}" '
-                     'stroke-width="2" stroke-linecap="square"/>'
+                     'stroke-width="3" stroke-linecap="square"/>'
                      f'<text x="{48 + 108 * i}" y="12" fill="{colour}">{escape(name)}</text>')
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 240" role="img" '
             f'aria-label="{title}" font-size="12" fill="currentColor">{"".join(parts)}</svg>'
