@@ -46,6 +46,7 @@ log = logging.getLogger("flickr8k_sgd")
 MEMORY_LOSS_WEIGHT = 0.1
 CLIP_GRAD = 1.0  # largest norm of the gradient
 LOG_INTERVAL = 10  # steps between two looks at the loss: sync points
+STEM_PHOTOS = 1000  # that the first filters are made of
 CHECKPOINT_INTERVAL = 300  # seconds inside a long epoch, so that a power cut costs minutes
 
 
@@ -58,8 +59,9 @@ def share_of_epoch(data, settings, epoch):
     return batches[:, rank * share:(rank + 1) * share]
 
 
-def build_model(settings, tokenizer, encoders=NO_ENCODERS):
-    """The model, on the CPU. Raises UsageError for sizes that do not fit."""
+def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
+    """The model, on the CPU; its first filters are fit to the photos of a training split. Raises
+    UsageError for sizes that do not fit."""
     try:
         model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments(),
                                         **encoders.widths)
@@ -70,6 +72,11 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS):
             if side % model.image_encoder.stride:
                 raise UsageError(f"photos of {side} pixels: the model takes multiples of "
                                  f"{model.image_encoder.stride}")
+        if photos is not None:
+            rows = torch.linspace(0, len(photos) - 1, min(STEM_PHOTOS, len(photos))).long()
+            sample = F.interpolate(photos[rows] / 255.0, settings.training_pixels(1),
+                                   mode="bilinear", antialias=True)
+            model.image_encoder.stem.fit(normalize(sample))
     with torch.no_grad():
         model.logit_scale.fill_(-math.log(settings.temperature))
         model.clamp_logit_scale_()
@@ -141,7 +148,7 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     with distributed.one_a_machine_first():  # which makes the stores
         splits, tokenizer = load_data(settings, encoders, tokenizer)
     torch.manual_seed(settings.seed)
-    model = build_model(settings, tokenizer, encoders)
+    model = build_model(settings, tokenizer, encoders, splits["train"].photos)
     model.to(device, memory_format=torch.channels_last)
     encoders.initialize(model, splits["train"], amp_type(settings))
     batches = share_of_epoch(splits["train"], settings, 1)

@@ -72,7 +72,7 @@ def train(name, lr, seed, sgd_lr, chosen, splits, tokenizer):
     "seconds" an epoch."""
     device, data = torch.device(chosen.device), splits["train"]
     torch.manual_seed(seed)
-    model = training.build_model(chosen, tokenizer)
+    model = training.build_model(chosen, tokenizer, photos=data.photos)
     model.to(device, memory_format=torch.channels_last).train()
     photos = place_photos(data.photos, device)
 

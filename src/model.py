@@ -8,6 +8,7 @@ from torch import nn
 
 IMAGE, TEXT = MODALITIES = (0, 1)
 LENGTH_GROUP = 64  # captions that a CPU encodes together, of like length
+POOLING = 5.0  # of the maximum over a photo's places: 0 would be the mean; 30, nearly the maximum
 PAD_ID = 0  # the token id that every tokenizer keeps for padding
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound on the inverse temperature (Radford et al. 2021)
 
@@ -123,33 +124,57 @@ class TextEncoder(nn.Module):
         return latents if self.transformer is None else latents + self.transformer(text, mask)
 
 
+class PatchComponents(nn.Module):
+    """Photos (B, 3, H, W) -> (B, 2 * number, H / 2, W / 2): how much of their largest principal
+    components the patches hold, and the same negated, for the ReLU to come. `fit` to training
+    photos, then fixed, as the whitening of Jordan 2024 ("94% on CIFAR-10 in 3.29 seconds"); but
+    patches are wide and components few, which makes them smooth."""
+
+    def __init__(self, number=16, size=8):
+        super().__init__()
+        self.size = size
+        self.register_buffer("filters", torch.randn(number, 3, size, size) / size)
+
+    @torch.no_grad()
+    def fit(self, photos):
+        """photos: (N, 3, H, W), normalised floats, as the model takes them."""
+        patches = F.unfold(photos, self.size, stride=self.size).transpose(1, 2).flatten(0, 1)
+        _, vectors = torch.linalg.eigh(patches.T @ patches)  # by rising eigenvalue
+        filters = vectors.T.flip(0)[:len(self.filters)]
+        self.filters.copy_(filters.view_as(self.filters))
+
+    def forward(self, photos):
+        y = F.conv2d(photos, self.filters, stride=2, padding=self.size // 2 - 1)
+        return torch.cat([y, -y], dim=1)
+
+
 class ResidualConv(nn.Module):
     """Pre-activation residual unit (He et al. 2016): (B, in_channels, H, W) -> (B, channels,
-    H / stride, W / stride).
+    H / stride, W / stride), halved by a mean before the convolutions, which would alias.
     In training, batch norm makes a photo's latent depend a little on the others of its batch."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        for conv in (self.conv1, self.conv2):
-            nn.init.kaiming_normal_(conv.weight)
+        nn.init.kaiming_normal_(self.conv1.weight)
+        nn.init.zeros_(self.conv2.weight)  # so that a unit begins as its shortcut
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.shortcut = nn.Identity()
-        if stride > 1 or in_channels != channels:
-            projection = nn.Conv2d(in_channels, channels, 1, bias=False)
-            self.shortcut = nn.Sequential(nn.AvgPool2d(stride), projection)
+        if in_channels != channels:
+            self.shortcut = nn.Conv2d(in_channels, channels, 1, bias=False)
 
     def forward(self, x):
-        y = self.conv1(F.relu(self.norm1(x)))
+        y = self.conv1(self.pool(F.relu(self.norm1(x))))
         y = self.conv2(F.relu(self.norm2(y)))
-        return self.shortcut(x) + y
+        return self.shortcut(self.pool(x)) + y
 
 
 class ImageEncoder(nn.Module):
     """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim): a residual convnet
-    and the mean over its places.
+    over the components of their patches, and a soft maximum over its places.
 
     channels: of each stage, of `units` residual units. The resolution is halved at the start and
     after every stage but the last: H and W must be multiples of `stride`, 2 ** number of stages,
@@ -157,8 +182,8 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, channels, units, latent_dim):
         super().__init__()
-        self.stride, width = 2 ** len(channels), channels[0]
-        layers = [nn.Conv2d(3, width, 3, 2, 1, bias=False)]
+        self.stride, self.stem, layers = 2 ** len(channels), PatchComponents(), []
+        width = 2 * len(self.stem.filters)
         for stage, next_width in enumerate(channels):
             for unit in range(units):
                 halves = stage > 0 and unit == 0
@@ -174,8 +199,9 @@ class ImageEncoder(nn.Module):
         if height % self.stride or width % self.stride:
             raise ValueError(f"photos of {height} x {width} pixels are no multiples of "
                              f"{self.stride}")
-        x = self.convnet(images).flatten(2).transpose(1, 2)  # (B, N, latent_dim)
-        return self.projection(self.norm(x).mean(1))
+        x = self.convnet(self.stem(images)).flatten(2)  # (B, latent_dim, N)
+        pooled = (POOLING * x.float()).logsumexp(2) / POOLING
+        return self.projection(self.norm(pooled))
 
 
 class FeatureHead(nn.Module):

@@ -7,10 +7,13 @@ import torch
 from src.losses import info_nce_loss
 from src.model import (
     MAX_LOGIT_SCALE,
+    POOLING,
     Block,
     FeatureHead,
     ImageEncoder,
     MultiModalMemoryNetwork,
+    PatchComponents,
+    ResidualConv,
     TestTimeMemory,
     TextEncoder,
 )
@@ -25,6 +28,9 @@ def make_model(preset, seed=0, **changes):
     torch.manual_seed(seed)
     model = MultiModalMemoryNetwork(**model_arguments(preset, **changes))
     torch.nn.init.normal_(model.fusion.out.weight)
+    for module in model.modules():
+        if isinstance(module, ResidualConv):
+            torch.nn.init.kaiming_normal_(module.conv2.weight)
     if model.text_encoder.transformer:
         torch.nn.init.normal_(model.text_encoder.transformer.projection.weight)
     return model
@@ -168,17 +174,47 @@ def test_image_encoder_refuses_photos_that_cannot_be_halved_so_often(height, wid
 
 @pytest.mark.parametrize("channels, units, height, width", [
     ((4, 6, 8), 1, 32, 48), ((4, 6, 8), 2, 8, 8), ((5,), 3, 6, 4)])
-def test_an_image_latent_is_the_mean_over_all_places(channels, units, height, width):
+def test_an_image_latent_is_a_soft_maximum_over_all_places(channels, units, height, width):
     torch.manual_seed(0)
     encoder, seen = ImageEncoder(channels, units, 16).eval(), []
-    encoder.norm.register_forward_hook(lambda module, given, result: seen.append(result))
+    encoder.convnet.register_forward_hook(lambda module, given, result: seen.append(result))
     latents = encoder(torch.randn(2, 3, height, width))
-    places = height * width // 4 ** len(channels)
-    assert seen[0].shape == (2, places, 16)
-    assert torch.allclose(latents, encoder.projection(seen[0].mean(1)))
+    places = seen[0].flatten(2)
+    assert places.shape == (2, 16, height * width // 4 ** len(channels))
+    pooled = (POOLING * places).exp().sum(2).log() / POOLING
+    assert torch.allclose(latents, encoder.projection(encoder.norm(pooled)), atol=1e-5)
     convolutions = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)
                     and module.kernel_size == (3, 3)]
-    assert len(convolutions) == 1 + 2 * units * len(channels)
+    assert len(convolutions) == 2 * units * len(channels)
+
+
+@pytest.mark.parametrize("in_channels, channels, stride", [(6, 6, 1), (4, 8, 2), (4, 8, 1)])
+def test_a_residual_unit_begins_as_its_shortcut(in_channels, channels, stride):
+    torch.manual_seed(0)
+    unit, x = ResidualConv(in_channels, channels, stride), torch.randn(2, in_channels, 8, 8)
+    halved = x.unflatten(2, (-1, stride)).unflatten(4, (-1, stride)).mean((3, 5))
+    assert torch.allclose(unit(x), unit.shortcut(halved))
+    torch.nn.init.normal_(unit.conv2.weight)
+    assert unit(x).shape == halved.shape[:1] + (channels,) + halved.shape[2:]
+    assert not torch.allclose(unit(x), unit.shortcut(halved))
+
+
+def test_the_components_of_patches_are_those_in_which_photos_differ():
+    """Photos made of two patterns that change from patch to patch, and a little noise."""
+    torch.manual_seed(0)
+    stem = PatchComponents(number=2, size=4)
+    patterns = torch.linalg.qr(torch.randn(48, 2))[0].T.view(2, 3, 4, 4)
+    amounts = torch.randn(50, 2, 8, 8) * torch.tensor([3.0, 1.0]).view(2, 1, 1)
+    photos = torch.nn.functional.conv_transpose2d(amounts, patterns, stride=4)
+    stem.fit(photos + 0.01 * torch.randn_like(photos))
+    cosines = stem.filters.flatten(1) @ patterns.flatten(1).T
+    assert torch.allclose(cosines.abs(), torch.eye(2), atol=0.05)
+    found = stem(photos)
+    assert found.shape == (50, 4, 16, 16) and torch.equal(found[:, :2], -found[:, 2:])
+    # Padded by one place, a patch begins at every second, from the first but one on.
+    inner = torch.nn.functional.conv2d(photos[:, :, 1:, 1:], stem.filters, stride=2)
+    assert torch.allclose(found[:, :2, 1:-1, 1:-1], inner[:, :, :14, :14], atol=1e-5)
+    assert not list(stem.parameters())
 
 
 def test_some_tokens_of_a_block_are_those_of_all():

@@ -25,6 +25,7 @@ import train_flickr8k_sgd as training
 from src import state
 from src.data import load_data
 from src.inference import load_bank, load_model
+from src.model import PatchComponents
 from src.settings import make_settings, uncropped
 from src.state import MovingAverage, RunState, cosine_schedule
 from src.utils import augment, retrieval
@@ -99,7 +100,7 @@ def test_files_of_a_run(finished):
     assert best.keys() == {"epoch", "model_state_dict", "metrics", "config", "tokenizer", "bank"}
     assert best["config"] == config
     assert best["metrics"] == max((row["val"] for row in history), key=lambda val: val["avg_r1"])
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "filters")
     assert config["parameters"] == sum(
         weight.numel()
         for name, weight in best["model_state_dict"].items()
@@ -583,6 +584,16 @@ def start_run(shapes, **given):
     model.to(settings.device, memory_format=torch.channels_last)
     device = torch.device(settings.device)
     return RunState(settings, model, tokenizer, device, 100), splits
+
+
+def test_the_first_filters_are_made_of_the_training_photos(shapes, finished):
+    _, splits = start_run(shapes, device="cpu")
+    stem = PatchComponents()
+    stem.fit(augment.normalize(torch.nn.functional.interpolate(
+        splits["train"].photos[:] / 255.0, 32, mode="bilinear", antialias=True)))
+    trained = torch.load(finished[0] / BEST, weights_only=True)["model_state_dict"]
+    cosines = (trained["image_encoder.stem.filters"] * stem.filters).sum((1, 2, 3))
+    assert torch.allclose(cosines.abs(), torch.ones(16), atol=1e-4)
 
 
 def test_photos_are_small_in_the_first_epochs(shapes):
