@@ -60,8 +60,8 @@ def share_of_epoch(data, settings, epoch):
 
 
 def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
-    """The model, on the CPU; its first filters are fit to the photos of a training split. Raises
-    UsageError for sizes that do not fit."""
+    """The model, on the CPU; its first filters are fit to `photos`, a training split's, where they
+    are given. Raises UsageError for sizes that do not fit."""
     try:
         model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments(),
                                         **encoders.widths)
