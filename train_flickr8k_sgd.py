@@ -16,6 +16,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2.functional import resize
 
 from src.data import check_folders, load_data
 from src.encoder_names import load_encoders
@@ -94,11 +95,11 @@ def augment(run, batch):
     if images.dtype == torch.float32:  # a DataLoader's processes have done it
         return
     if images.dtype == torch.uint8:
-        images, size = images / 255.0, settings.training_pixels(run.epoch)
+        size = settings.training_pixels(run.epoch)
         if uncropped(size) < images.shape[-1]:
-            sides = uncropped(size), uncropped(size)
-            images = F.interpolate(images, sides, mode="bilinear", antialias=True)
-        images = random_resized_crop_and_flip(images, size, settings.min_crop, settings.flip)
+            images = resize(images, [uncropped(size)] * 2)
+        images = random_resized_crop_and_flip(images / 255.0, size, settings.min_crop,
+                                              settings.flip)
         images = normalize(color_jitter(images, settings.color_jitter))
         batch["images"] = images.contiguous(memory_format=torch.channels_last)
     else:

@@ -50,20 +50,17 @@ def random_resized_crop_and_flip(images, size, min_scale=0.5, flip=0.5):
 
 def color_jitter(images, strength):
     """Float photos (B, 3, H, W) from 0 to 1 -> torchvision's ColorJitter(strength, strength,
-    strength) of them, for a whole batch at once, in an order drawn for each photo."""
+    strength) of them, for a whole batch at once, but clipped once, at the end: till then
+    brightness, contrast and saturation are linear, and their order makes no difference."""
     if strength == 0:
         return images
     batch, grey = len(images), _per_channel(GREY, images.device)
-    factors = 1 + strength * (2 * torch.rand(3, batch, 1, 1, 1, device=images.device) - 1)
-    order = torch.rand(batch, 3, device=images.device).argsort(1)
-    for step in range(3):
-        brightness = (images * grey).sum(1, keepdim=True)
-        towards = (torch.zeros_like(brightness), brightness.mean((2, 3), keepdim=True), brightness)
-        changed = [(factor * images + (1 - factor) * other).clamp(0, 1)
-                   for factor, other in zip(factors, towards)]
-        now = order[:, step].view(batch, 1, 1, 1)
-        images = torch.where(now == 0, changed[0], torch.where(now == 1, changed[1], changed[2]))
-    return images
+    brightness, contrast, saturation = 1 + strength * (
+        2 * torch.rand(3, batch, 1, 1, 1, device=images.device) - 1)
+    luma = (images * grey).sum(1, keepdim=True)
+    grey_part = contrast * (1 - saturation) * luma + (1 - contrast) * luma.mean((2, 3), True)
+    images = torch.addcmul(grey_part, contrast * saturation, images)
+    return (brightness * images).clamp_(0, 1)
 
 
 def drop_words(text, probability, word_start):
