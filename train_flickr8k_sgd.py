@@ -15,13 +15,12 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 from torchvision.transforms.v2.functional import resize
 
 from src.data import check_folders, load_data
 from src.encoder_names import load_encoders
+from src.fisher import MIN_PIXELS, build_network
 from src.losses import contrastive_backward, frozen_statistics
-from src.model import MultiModalMemoryNetwork
 from src.pretrained import NO_ENCODERS
 from src.settings import (
     UsageError,
@@ -47,7 +46,7 @@ log = logging.getLogger("flickr8k_sgd")
 MEMORY_LOSS_WEIGHT = 0.1
 CLIP_GRAD = 1.0  # largest norm of the gradient
 LOG_INTERVAL = 10  # steps between two looks at the loss: sync points
-STEM_PHOTOS = 1000  # that the first filters are made of
+STEM_PHOTOS, FISHER_PHOTOS = 1000, 200  # that the first filters and Fisher vectors are fit to
 CHECKPOINT_INTERVAL = 300  # seconds inside a long epoch, so that a power cut costs minutes
 
 
@@ -64,8 +63,7 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
     """The model, on the CPU; its first filters are fit to `photos`, a training split's, where they
     are given. Raises UsageError for sizes that do not fit."""
     try:
-        model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments(),
-                                        **encoders.widths)
+        model = build_network(tokenizer.vocab_size, settings, encoders.widths)
     except ValueError as error:
         raise UsageError(f"these sizes make no model: {error}") from None
     if encoders.image is None:
@@ -73,13 +71,18 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
             if side % model.image_encoder.stride:
                 raise UsageError(f"photos of {side} pixels: the model takes multiples of "
                                  f"{model.image_encoder.stride}")
+            if settings.fisher and side and side < MIN_PIXELS:
+                raise UsageError(f"photos of {side} pixels: Fisher vectors need {MIN_PIXELS}")
         if photos is not None:
             rows = torch.linspace(0, len(photos) - 1, min(STEM_PHOTOS, len(photos))).long()
-            sample = F.interpolate(photos[rows] / 255.0, settings.training_pixels(1),
-                                   mode="bilinear", antialias=True)
-            model.image_encoder.stem.fit(normalize(sample))
+            sample, smaller = photos[rows], settings.training_pixels(1, step=1)
+            model.image_encoder.stem.fit(normalize(resize(sample, [smaller] * 2)))
+            if settings.fisher:
+                sample = resize(sample[::STEM_PHOTOS // FISHER_PHOTOS], [settings.image_size] * 2)
+                model.second.vectors.fit(normalize(sample))
     with torch.no_grad():
-        model.logit_scale.fill_(-math.log(settings.temperature))
+        for network in model.networks():
+            network.logit_scale.fill_(-math.log(settings.temperature))
         model.clamp_logit_scale_()
     if settings.finetune:
         for encoder in encoders:
@@ -95,7 +98,7 @@ def augment(run, batch):
     if images.dtype == torch.float32:  # a DataLoader's processes have done it
         return
     if images.dtype == torch.uint8:
-        size = settings.training_pixels(run.epoch)
+        size = settings.training_pixels(run.epoch, run.step)
         if uncropped(size) < images.shape[-1]:
             images = resize(images, [uncropped(size)] * 2)
         images = random_resized_crop_and_flip(images / 255.0, size, settings.min_crop,
@@ -114,13 +117,17 @@ def forward_backward(run, batch):
     run.optimizer.zero_grad(set_to_none=True)
     return contrastive_backward(
         run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size, run.scaler.scale,
-        run.criterion, fuse_every=together if together > 1 else 0)
+        run.criterion, fuse_every=together if together > 1 else 0,
+        alone=run.settings.second_rests(run.step))
 
 
 def update(run):
     """The step of optimizer, schedule and moving average with the gradients that are there."""
     run.scaler.unscale_(run.optimizer)
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP_GRAD)
+    for second in (False, True):  # each network for itself
+        torch.nn.utils.clip_grad_norm_(
+            [parameter for name, parameter in run.model.named_parameters()
+             if name.startswith("second.") == second], CLIP_GRAD)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.scheduler.step()

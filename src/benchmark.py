@@ -166,11 +166,13 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
     batches = plain_batches(data, settings) if plain else stored_batches(data, settings)
 
     parts = {"data wait": [], "augmentation": [], "forward, backward": [], "optimizer": []}
+    flops = []
     for i in range(WARM_UP + steps):
+        run.step = i
         wait, batch = timed(lambda: next(batches), device)
         seconds = [wait, timed(lambda: training.augment(run, batch), device)[0]]
-        if i == 0:
-            flops = count_flops(run, batch)
+        if i < max(1, settings.fisher_every):  # one of so many steps is unlike the others
+            flops.append(count_flops(run, batch))
         seconds.append(timed(lambda: training.forward_backward(run, batch), device)[0])
         seconds.append(timed(lambda: training.update(run), device)[0])
         if i >= WARM_UP:
@@ -178,13 +180,14 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
                 values.append(value)
 
     def run_steps():
-        for batch in itertools.islice(batches, steps):
+        for run.step, batch in zip(range(steps), batches):
             training.training_step(run, batch)
 
     seconds = timed(run_steps, device)[0] / steps
     order_seconds, epoch = timed(lambda: data.epoch(
         settings.captions_per_image, settings.batch_size, seed=0), torch.device("cpu"))
     pairs, memory, peak = len(epoch[0]), peak_memory(device), peak_flops(device)
+    flops = statistics.mean(flops)
     validation, _ = timed(lambda: evaluate(model, splits["val"], run.amp_dtype), device)
     return options.describe(settings, device) | {
         "step seconds": seconds,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from src.encoder_names import load_encoders
-from src.model import MultiModalMemoryNetwork
+from src.fisher import build_network
 from src.settings import default_device, settings_of
 from src.utils.augment import normalize
 from src.utils.checkpoint import (
@@ -75,8 +75,7 @@ def load_model(run_dir):
                               f"that it was trained with: {trained_with}")
     try:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-        model = MultiModalMemoryNetwork(tokenizer.vocab_size, **settings.model_arguments(),
-                                        **encoders.widths)
+        model = build_network(tokenizer.vocab_size, settings, encoders.widths)
         if settings.finetune:
             encoders.attach(model, settings)
         model.load_state_dict(checkpoint["model_state_dict"])

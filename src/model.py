@@ -28,10 +28,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x, context=None, mask=None):
-        context = x if context is None else context
         # q, k, v: (B, heads, N or M, D / heads)
         q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.key_value(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = self.key_value(x if context is None else context).unflatten(
+            -1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if q.device.type == "cpu":  # where attention in bfloat16 is several times slower
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
@@ -140,8 +140,7 @@ class PatchComponents(nn.Module):
         """photos: (N, 3, H, W), normalised floats, as the model takes them."""
         patches = F.unfold(photos, self.size, stride=self.size).transpose(1, 2).flatten(0, 1)
         _, vectors = torch.linalg.eigh(patches.T @ patches)  # by rising eigenvalue
-        filters = vectors.T.flip(0)[:len(self.filters)]
-        self.filters.copy_(filters.view_as(self.filters))
+        self.filters.copy_(vectors.T.flip(0)[:len(self.filters)].view_as(self.filters))
 
     def forward(self, photos):
         y = F.conv2d(photos, self.filters, stride=2, padding=self.size // 2 - 1)
@@ -253,11 +252,9 @@ class TestTimeMemory(nn.Module):
         self.test_time_steps = 0
 
     def enable_test_time_updates(self, steps=3, lr=1.0):
-        """From now on every forward in eval mode takes `steps` gradient steps of size `lr` first.
-        """
+        """From now on each forward in eval mode takes `steps` gradient steps of size `lr` first."""
         if steps < 1 or lr <= 0:
-            raise ValueError("test-time updates need steps >= 1 and lr > 0, "
-                             f"got steps={steps}, lr={lr}")
+            raise ValueError(f"updates need steps >= 1 and lr > 0, got steps={steps}, lr={lr}")
         self.test_time_steps, self.test_time_lr = steps, lr
 
     def disable_test_time_updates(self):
@@ -353,8 +350,8 @@ class MultiModalMemoryNetwork(nn.Module):
 
     `model` takes images (B, 3, H, W), normalised floats, or text (B, L), token ids with 0 for
     padding, or both; text_mask: (B, L) bool, True for real tokens, by default text != 0. It returns
-    {"central_latent": (B, D)}, not of unit length. Raises ValueError when neither is given.
-    `logit_scale`: logarithm of the inverse temperature.
+    {"central_latent": (B, D)}, not of unit length. Raises ValueError when neither is given. Of the
+    inverse temperature, `logit_scale` is the logarithm.
 
     image_features, text_features: widths of pretrained encoders' features, 0 for none. With such,
     `images` are features (B, image_features), and beside `text` come `text_features` (B,
@@ -378,12 +375,12 @@ class MultiModalMemoryNetwork(nn.Module):
         self.fusion = Fusion(latent_dim, num_heads, fusion_layers)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
 
-    def encode_images(self, images):
+    def encode_images(self, images, alone=False):  # alone: see `src/fisher.py`
         if self.image_backbone is not None and images.ndim == 4:
             images = self.image_backbone(images)
         return self.image_encoder(images)
 
-    def encode_text(self, text, text_mask, text_features):
+    def encode_text(self, text, text_mask, text_features, alone=False):
         latents = self.text_encoder(text, text_mask)
         if self.text_head is None:
             return latents
@@ -402,19 +399,22 @@ class MultiModalMemoryNetwork(nn.Module):
 
     def fuse(self, images=None, text=None):
         """Encoders' latents (B, D) of photos, texts or both -> central latents (B, D)."""
-        parts = [part for part in ((images, IMAGE), (text, TEXT)) if part[0] is not None]
-        latents = torch.stack([latents for latents, _ in parts], dim=1)  # (B, M, D)
-        present = [modality for _, modality in parts]
+        parts = {IMAGE: images, TEXT: text}
+        present = [modality for modality in MODALITIES if parts[modality] is not None]
+        latents = torch.stack([parts[modality] for modality in present], dim=1)  # (B, M, D)
         remembered = latents if self.memory is None else self.memory(latents)
         return latents.mean(1) + self.fusion(remembered, present)
 
     def memory_loss(self, latents):
         """`TestTimeMemory.self_supervised_loss` of encoders' latents; zero without a memory."""
-        if self.memory is None:
-            return latents.new_zeros(())
-        return self.memory.self_supervised_loss(latents)
+        return self.memory.self_supervised_loss(latents) if self.memory else latents.new_zeros(())
+
+    def networks(self, alone=False):
+        """Those whose latents stand side by side, each with a `logit_scale` of its own."""
+        return [self]
 
     @torch.no_grad()
     def clamp_logit_scale_(self):
         """Keep the temperature within CLIP's bounds; call it after each optimizer step."""
-        self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+        for network in self.networks():
+            network.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)

@@ -17,6 +17,7 @@ import torch
 GROUPS = {"data_dir": "data", "model": "model", "image_encoder": "pretrained encoders",
           "recipe": "training", "min_crop": "augmentation", "device": "machine"}
 START_SHARE = 0.6  # of the epochs, the first, in which small's photos are smaller
+FISHER_EPOCHS = 15  # as many does the second network need, and learn by heart after
 COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
 
 
@@ -62,6 +63,7 @@ class Settings:
     fusion_layers: int = architecture(4)
     conv_channels: list = architecture((64, 128, 256, 512))
     conv_units: int = architecture(2)
+    fisher: bool = setting(True)  # whether a second network judges photos by Fisher vectors
 
     image_encoder: str = setting("", "a model of torchvision, of transformers (a name or a folder) "
                                  "or FILE.py:FUNCTION that photos go through first", auto="none")
@@ -109,9 +111,19 @@ class Settings:
         """Side of the photos in validation and in use, in pixels."""
         return max(self.eval_size, self.image_size)
 
-    def training_pixels(self, epoch):
-        """Side of the training photos in an epoch, in pixels."""
-        if not self.start_size or epoch > START_SHARE * self.epochs:
+    @property
+    def fisher_every(self):
+        """Of how many steps one is the second network's as well; 0: there is no such network."""
+        return max(1, self.epochs // FISHER_EPOCHS) if self.fisher else 0
+
+    def second_rests(self, step):
+        """Whether a step (from 0) of an epoch is the first network's alone."""
+        return not self.fisher or step % self.fisher_every > 0
+
+    def training_pixels(self, epoch, step):
+        """Side of the training photos in a step (from 0) of an epoch (from 1), in pixels."""
+        full = not self.start_size or epoch > START_SHARE * self.epochs
+        if full or not self.second_rests(step):
             return self.image_size
         return min(self.start_size, self.image_size)
 
@@ -123,7 +135,7 @@ class Settings:
 
 PRESETS = {
     "tiny": dict(
-        text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1,
+        fisher=False, text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1,
         fusion_layers=1, conv_channels=[16, 32, 64], image_size=32, start_size=0, eval_size=0,
         epochs=7, batch_size=100, captions_per_image=2, text_lr=4.0, weight_decay=5e-4,
         final_lr=0.0, ema=0.0, min_crop=0.5, color_jitter=0.0, word_dropout=0.0),
@@ -136,10 +148,10 @@ PRESETS = {
 }
 # With a pretrained image encoder, in the place of what the preset has.
 PRETRAINED = dict(
-    latent_dim=512, text_embed_dim=256, num_heads=4, num_layers=0, fusion_layers=1, dropout=0.5,
-    tokenizer="bpe", epochs=10, batch_size=1000, captions_per_image=5, lr=0.3, text_lr=1.0,
-    weight_decay=2e-3, temperature=0.07, warmup=0.1, final_lr=0.0, ema=0.99, caption_contrast=0.5,
-    start_size=0, eval_size=0)
+    fisher=False, latent_dim=512, text_embed_dim=256, num_heads=4, num_layers=0, fusion_layers=1,
+    dropout=0.5, tokenizer="bpe", epochs=10, batch_size=1000, captions_per_image=5, lr=0.3,
+    text_lr=1.0, weight_decay=2e-3, temperature=0.07, warmup=0.1, final_lr=0.0, ema=0.99,
+    caption_contrast=0.5, start_size=0, eval_size=0)
 # Where both encoders are one contrastive model, which has less to learn. (Chosen with one that this
 # project trained on half of Flickr8k's photos, tuned on the other half: from 24.1 to 27.3.)
 PAIR = PRETRAINED | dict(lr=0.1, dropout=0.2)
@@ -147,7 +159,7 @@ PAIR = PRETRAINED | dict(lr=0.1, dropout=0.2)
 REFERENCE = dict(
     epochs=30, batch_size=64, captions_per_image=1, caption_contrast=0.0, lr=0.01, text_lr=1.0,
     weight_decay=0.0, temperature=0.07, warmup=0.0, final_lr=0.0, ema=0.0, min_crop=1.0, flip=0.0,
-    color_jitter=0.0, word_dropout=0.0, start_size=0, eval_size=0, tokenizer="char")
+    color_jitter=0.0, word_dropout=0.0, start_size=0, eval_size=0, tokenizer="char", fisher=False)
 
 
 def uncropped(pixels):

@@ -23,7 +23,7 @@ def build_optimizer(model, settings, fused):
     groups = {}
     for name, parameter in model.named_parameters():
         part, factor, weight_decay = name.split(".")[0], 1.0, settings.weight_decay
-        if part == "text_encoder" and "transformer" not in name:
+        if "text_encoder." in name and "transformer" not in name:
             factor = settings.text_lr
             weight_decay /= factor  # which multiplies it
         elif part in ("image_backbone", "text_backbone"):
@@ -97,7 +97,8 @@ class RunState:
         self.encode = PairEncoder(model, self.amp_dtype)
         if settings.compile:
             self.encode.compile()
-        self.encode = distributed.parallel(self.encode, device)
+        self.encode = distributed.parallel(
+            self.encode, device, parts_rest=settings.fisher_every > 1)
         self.epoch, self.step, self.loss_sum, self.seconds, self.history = 1, 0, 0.0, 0.0, []
 
     @property

@@ -124,11 +124,22 @@ def test_photos_in_validation_are_never_smaller_than_in_training():
 
 def test_photos_are_small_at_first():
     found = settings("--model", "small", "--epochs", "10")
-    assert [found.training_pixels(epoch) for epoch in (1, 6, 7, 10)] == [64, 64, 96, 96]
-    assert settings("--model", "small", "--epochs", "1").training_pixels(1) == 96
+    found.fisher = False
+    assert [found.training_pixels(epoch, 0) for epoch in (1, 6, 7, 10)] == [64, 64, 96, 96]
+    assert settings("--model", "small", "--epochs", "1").training_pixels(1, 0) == 96
     for given in (["--image_size", "64"], ["--image_size", "48"], ["--recipe", "reference"]):
         found = settings("--model", "small", "--epochs", "10", *given)
-        assert found.training_pixels(1) == found.training_pixels(10) == found.image_size
+        assert found.training_pixels(1, 1) == found.training_pixels(10, 1) == found.image_size
+
+
+def test_the_second_network_takes_part_in_about_fifteen_epochs_worth_of_steps():
+    found = settings("--model", "small", "--epochs", "67")
+    assert [found.second_rests(step) for step in range(6)] == [False, True, True, True, False, True]
+    assert [found.training_pixels(1, step) for step in range(5)] == [96, 64, 64, 64, 96]
+    short = settings("--model", "small", "--epochs", "9")
+    assert not short.second_rests(0) and not short.second_rests(1)
+    for given in (["--model", "tiny"], ["--image_encoder", "resnet50"], ["--recipe", "reference"]):
+        assert settings(*given).fisher_every == 0 and settings(*given).second_rests(0)
 
 
 @pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16"])

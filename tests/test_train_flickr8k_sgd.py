@@ -24,9 +24,11 @@ import show_flickr8k_results
 import train_flickr8k_sgd as training
 from src import state
 from src.data import load_data
-from src.inference import load_bank, load_model
+from src.fisher import TwoNetworks
+from src.inference import embed_photos, embed_texts, load_bank, load_model
+from src.losses import contrast_each
 from src.model import PatchComponents
-from src.settings import make_settings, uncropped
+from src.settings import PRESETS, make_settings, uncropped
 from src.state import MovingAverage, RunState, cosine_schedule
 from src.utils import augment, retrieval
 from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
@@ -233,6 +235,32 @@ def test_resume_carries_the_average(shapes, tmp_path, monkeypatch):
     name = "text_encoder.token_embedding.weight"
     assert not torch.equal(raw[name], averaged["module"][name])
     assert not torch.equal(best[name], raw[name])  # the average is what is kept
+
+
+def test_two_networks_of_which_one_rests_in_every_other_step(shapes, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS["tiny"], "fisher", True)
+    monkeypatch.setattr("src.settings.FISHER_EPOCHS", 1)
+    assert main(*arguments(shapes, tmp_path / "whole")) == 0
+    save, steps = training.save_checkpoint, []
+    monkeypatch.setattr(training, "CHECKPOINT_INTERVAL", -1)
+
+    def failing_save(state, path):
+        save(state, path)
+        steps.append(state.get("step"))
+        if steps[-1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", failing_save)
+    assert main(*arguments(shapes, tmp_path / "cut")) == 130
+    monkeypatch.setattr(training, "save_checkpoint", save)
+    assert main("--synthetic", "--output_dir", tmp_path / "cut", "--resume") == 0
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+    model, tokenizer, transform = load_model(tmp_path / "whole")
+    assert isinstance(model, TwoNetworks) and model.second.vectors.colors.components.any()
+    texts = embed_texts(model, tokenizer, ["a red circle", "two blue squares"])
+    photos = embed_photos(model, transform, sorted(shapes.rglob("*.jpg"))[:3])
+    assert texts.shape == (2, 128) and photos.shape == (3, 128)
+    assert torch.allclose(texts.norm(dim=1), torch.ones(2), atol=1e-5)
 
 
 def test_the_moving_average_forgets_the_random_start():
@@ -666,8 +694,9 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
                 images, text, both, scale, memory_losses = run.encode(
                     batch["images"], batch["text"], None, torch.stack([owners[rows], rows]))
                 ids = batch["photo_ids"][owners]
-                loss = run.criterion(images[owners], text, scale, ids, fused=(rows, both))
-                loss = loss + memory_losses.sum()
+                losses = contrast_each(
+                    run.criterion, images[owners], text, scale, ids, (rows, both))
+                loss = sum(losses) + memory_losses.sum()
                 average.update(model)
             assert loss.device.type == images.device.type == "cuda" and loss.shape == ()
     augment._per_channel.cache_clear()

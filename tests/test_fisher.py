@@ -1,0 +1,158 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src.fisher import (
+    COMPONENTS,
+    GAUSSIANS,
+    MIN_PIXELS,
+    FisherVector,
+    FisherVectors,
+    build_network,
+)
+from src.losses import PairEncoder, contrastive_backward
+from src.settings import make_settings
+
+
+def photos(number=12, size=40, seed=0):
+    """Smooth random pictures: noise has no components larger than others."""
+    torch.manual_seed(seed)
+    return F.interpolate(torch.randn(number, 3, size // 4, size // 4), size, mode="bilinear")
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    fitted = FisherVectors()
+    fitted.fit(photos())
+    return fitted
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    settings = dataclasses.replace(make_settings(model="tiny"), fisher=True)
+    made = build_network(34, settings, {})
+    torch.nn.init.normal_(made.fusion.out.weight)
+    made.second.vectors.fit(photos())
+    return made
+
+
+def test_the_descriptors_of_the_photos_it_was_fit_to_are_white(vectors):
+    gradients, _ = vectors.cells(photos())
+    descriptors = vectors.gradients.descriptors(gradients).flatten(0, 1)[:, :COMPONENTS]
+    raw = torch.cat([F.unfold(cells, 4).transpose(1, 2).flatten(0, 1) for cells in gradients])
+    assert raw.shape[1] == 8 * 16 and len(raw) == len(descriptors)
+    assert descriptors.mean(0).abs().max() < 1e-2
+    covariance = descriptors.T @ descriptors / len(descriptors)
+    assert torch.allclose(covariance, torch.eye(COMPONENTS), atol=0.02)
+    assert abs(vectors.gradients.weight.sum() - 1) < 1e-4
+
+
+def test_statistics_are_sums_over_the_places_by_the_gaussians_responsibility(vectors):
+    mixture, descriptors = vectors.colors, torch.randn(7, COMPONENTS + 2)
+    gaussians = torch.distributions.Normal(mixture.mean, mixture.variance.sqrt())
+    likelihood = gaussians.log_prob(descriptors[:, None]).sum(2) + mixture.weight.log()
+    belongs = likelihood.softmax(1)
+    count, first, second = mixture.statistics(descriptors)
+    assert torch.allclose(count, belongs.sum(0), atol=1e-3)
+    assert torch.allclose(first, belongs.T @ descriptors, atol=1e-2)
+    assert torch.allclose(second, belongs.T @ descriptors.square(), atol=1e-2)
+
+
+def test_a_fisher_vector_is_the_gradient_of_the_likelihood():
+    """Up to the factors of the paper, the signed root and the length."""
+    torch.manual_seed(0)
+    mixture = FisherVector(6)
+    mixture.components.normal_().mul_(0.1)
+    mixture.variance.uniform_(0.5, 2)
+    maps = [torch.randn(1, 6, 9, 9), torch.randn(1, 6, 5, 5)]
+    descriptors = mixture.descriptors(maps)[0]
+    mean, deviation = mixture.mean.clone(), mixture.variance.sqrt()
+    for parameter in (mean, deviation):
+        parameter.requires_grad_()
+    gaussians = torch.distributions.Normal(mean, deviation)
+    likelihood = (gaussians.log_prob(descriptors[:, None]).sum(2) + mixture.weight.log())
+    likelihood.logsumexp(1).sum().backward()
+    weight = mixture.weight.sqrt()[:, None]
+    expected = torch.cat([mean.grad * deviation.detach() / weight,
+                          deviation.grad * deviation.detach() / weight / math.sqrt(2)], 1).flatten()
+    got = mixture(maps)[0]
+    assert got.square().mean() == pytest.approx(1.0, rel=1e-4) and len(got) == mixture.width
+    assert F.cosine_similarity(got * got.abs(), expected, dim=0) > 0.9999
+
+
+def test_fitting_makes_the_photos_more_likely():
+    def likelihood(mixture, descriptors):
+        gaussians = torch.distributions.Normal(mixture.mean, mixture.variance.sqrt())
+        log_prob = gaussians.log_prob(descriptors[:, None]).sum(2) + mixture.weight.log()
+        return log_prob.logsumexp(1).mean()
+
+    whole = FisherVectors()
+    whole.fit(photos())
+    descriptors = whole.colors.descriptors(whole.cells(photos())[1]).flatten(0, 1)
+    one = FisherVector(6)  # every Gaussian that of all descriptors
+    one.mean.copy_(descriptors.mean(0).expand_as(one.mean))
+    one.variance.copy_(descriptors.var(0).expand_as(one.variance))
+    assert likelihood(whole.colors, descriptors) > likelihood(one, descriptors) + 1
+
+
+def test_vectors_are_the_photos_own_and_hardly_know_how_bright_it_is(vectors):
+    images = photos(6, seed=1)
+    made = vectors(images)
+    assert made.shape == (6, vectors.width) and vectors.width == 4 * GAUSSIANS * (COMPONENTS + 2)
+    assert torch.isfinite(made).all()
+    assert torch.allclose(vectors(images[2:3]), made[2:3], atol=0.05)
+    gradients = slice(0, vectors.gradients.width)
+
+    def alike(a, b, part):
+        return F.cosine_similarity(a[:, part], b[:, part], dim=1)
+
+    brighter = vectors(images + 0.7)
+    assert alike(made, brighter, gradients).min() > 0.99 > 0.9 > alike(
+        made, brighter, slice(vectors.gradients.width, None)).max()
+    assert alike(made, made.roll(1, 0), gradients).max() < 0.9
+
+
+def test_the_smallest_photos_and_flat_ones(vectors):
+    assert torch.isfinite(vectors(photos(2, MIN_PIXELS))).all()
+    assert torch.isfinite(vectors(torch.zeros(1, 3, 48, 40))).all()
+    with pytest.raises(RuntimeError):
+        vectors(photos(2, MIN_PIXELS - 4))
+
+
+def test_two_networks_make_latents_of_two_halves_each_of_unit_length(model):
+    model.eval()
+    text = torch.randint(1, 34, (5, 9))
+    images = photos(5)
+    both = model(images=images, text=text)["central_latent"]
+    alone = model.fuse(model.encode_images(images, alone=True))
+    latents = model(images=images)["central_latent"]
+    assert latents.shape == both.shape == (5, 2 * model.latent_dim)
+    assert torch.allclose(latents.view(5, 2, -1).norm(dim=2), torch.ones(5, 2), atol=1e-5)
+    assert torch.allclose(latents[:, :model.latent_dim], alone, atol=1e-5)
+    second = model.second.encode_images(images) + model.second.text_encoder(text)
+    assert torch.allclose(both[:, model.latent_dim:], F.normalize(second, dim=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_second_network_learns_unless_the_first_is_alone(model, alone):
+    batch = {"images": photos(4), "text": torch.randint(1, 34, (8, 9)),
+             "photo_ids": torch.arange(4), "photo_of_pair": torch.arange(4).repeat_interleave(2)}
+    loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, fuse_every=2, alone=alone)
+    assert torch.isfinite(loss)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (alone and name.startswith("second.")), name
+
+
+def test_what_one_network_learns_is_not_the_others_business(model):
+    """No gradient crosses from one half of the latents to the other network."""
+    latents = model(images=photos(3))["central_latent"]
+    latents[:, :model.latent_dim].sum().backward(retain_graph=True)
+    assert all(p.grad is None or not p.grad.any() for p in model.second.parameters())
+    model.zero_grad()
+    latents[:, model.latent_dim:].sum().backward()
+    assert not [name for name, p in model.named_parameters()
+                if not name.startswith("second.") and p.grad is not None and p.grad.any()]
