@@ -254,7 +254,7 @@ class TestTimeMemory(nn.Module):
     def enable_test_time_updates(self, steps=3, lr=1.0):
         """From now on each forward in eval mode takes `steps` gradient steps of size `lr` first."""
         if steps < 1 or lr <= 0:
-            raise ValueError(f"updates need steps >= 1 and lr > 0, got steps={steps}, lr={lr}")
+            raise ValueError(f"test-time updates need steps >= 1, lr > 0; not {steps=}, {lr=}")
         self.test_time_steps, self.test_time_lr = steps, lr
 
     def disable_test_time_updates(self):

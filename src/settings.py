@@ -141,7 +141,7 @@ PRESETS = {
         final_lr=0.0, ema=0.0, min_crop=0.5, color_jitter=0.0, word_dropout=0.0),
     "small": dict(
         text_embed_dim=256, latent_dim=256, num_heads=4, num_layers=0, fusion_layers=1,
-        conv_channels=[32, 64, 128, 256], conv_units=1, epochs=130, final_lr=0.4),
+        conv_channels=[32, 64, 128, 256], conv_units=1, epochs=45),
     "base": dict(),
     "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12,
                   conv_channels=[160, 320, 640, 1280], epochs=100),
