@@ -120,7 +120,7 @@ def embed_in_batches(model, transform, paths, batch_size=100, faults=None):
 
 
 def embed_photos(model, transform, paths, batch_size=100):
-    """Photo files -> (N, latent_dim) on the CPU, of unit length. Raises DataError, with the file's
+    """Photo files -> (N, D) on the CPU, of unit length. Raises DataError, with the file's
     name, for a photo that cannot be read."""
     batches = embed_in_batches(model, transform, paths, batch_size)
     return torch.cat([rows for _, rows in batches])
@@ -128,7 +128,7 @@ def embed_photos(model, transform, paths, batch_size=100):
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, batch_size=256, photo=None):
-    """Texts, of which MAX_LENGTH characters are read -> (N, latent_dim) on the CPU, of unit length;
+    """Texts, of which MAX_LENGTH characters are read -> (N, D) on the CPU, of unit length;
     each fused with the photo, which `transform` gives, where there is one. Raises ValueError for a
     text of no tokens."""
     device = next(model.parameters()).device
@@ -168,7 +168,7 @@ class EmbeddingCache:
             self.state = state if state["weights"] == weights else self.state
 
     def photos(self, paths, progress=None, faults=None):
-        """(N, latent_dim) of the photos, less those in `faults`, see `embed_in_batches`. What was
+        """(N, D) of the photos, less those in `faults`, see `embed_in_batches`. What was
         embedded is kept, whatever ends it. `progress(done, total)` is called after each batch.
         Raises DataError where there is nothing to give."""
         keys = self.keys
@@ -208,7 +208,7 @@ class EmbeddingCache:
         return self.state["photo_gallery"][rows]
 
     def texts(self, texts):
-        """(N, latent_dim), see `embed_texts`."""
+        """(N, D), see `embed_texts`."""
         row_of = self.state["texts"]
         new = [text for text in dict.fromkeys(texts) if text not in row_of]
         if new:
@@ -268,11 +268,11 @@ class Search:
         return self.cache.text_gallery(self.texts)
 
     def embed_texts(self, texts, photo=None):
-        """(Q, latent_dim) of the texts, each fused with the photo where there is one."""
+        """(Q, D) of the texts, each fused with the photo where there is one."""
         return embed_texts(self.cache.model, self.cache.tokenizer, texts, photo=photo)
 
     def embed_photo(self, path):
-        """-> what the model takes of a photo, and its embedding (1, latent_dim)."""
+        """-> what the model takes of a photo, and its embedding (1, D)."""
         inputs = self.cache.transform(path)
         return inputs, embed_photos(self.cache.model, lambda _: inputs, [path])
 
@@ -284,7 +284,7 @@ class Search:
         return cosines, self.bank.text_queries(queries) @ self.gallery.T
 
     def captions_for(self, queries):
-        """Embeddings of photos (Q, latent_dim) -> cosines (Q, M), and scores, alike."""
+        """Embeddings of photos (Q, D) -> cosines (Q, M), and scores, alike."""
         cosines = queries @ self.text_rows.T
         if self.bank is None:
             return cosines, cosines
