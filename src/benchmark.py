@@ -50,7 +50,8 @@ SHORT = {"weight_decay": 5e-4, "min_crop": 0.5, "color_jitter": 0.0, "word_dropo
          "final_lr": 0.0, "image_size": 64, "eval_size": 80}
 SCALE_BASE = 30_000  # pairs that --pairs is compared with
 SCALE_ROUNDS = 3  # of both, in turn
-SPEEDRUN_SETTINGS = {"small": {1.7: {"epochs": 4, **SHORT}, 4.0: {"epochs": 14, **SHORT}}}
+SPEEDRUN_SETTINGS = {"small": {1.7: {"epochs": 4, **SHORT}, 4.0: {"epochs": 14, **SHORT},
+                               8.0: {"epochs": 14, **SHORT}}}
 
 
 def timed(function, device):
