@@ -239,7 +239,7 @@ def show_test_time(args):
         settings = load_run(folder).settings
         encoders = load_encoders(settings)
         data = Flickr8kImageTextDataset(
-            data_dir_of(args, folder), args.split, settings.eval_pixels, tokenizer,
+            data_dir_of(args, folder), args.split, settings.stored_pixels("val"), tokenizer,
             settings.allow_incomplete, image_encoder=encoders.image, text_encoder=encoders.text)
         results[Path(folder).name] = compare_test_time_training(model, data)
     title = f"Test-time training of the memory: avg R@1, {len(data.names):,} photos of {args.split}"

@@ -8,6 +8,7 @@ Read it from the top: data and model, the step, what comes before the first one,
 `fit`. After any interruption, --resume goes on as if nothing had happened: the order of the pairs,
 the crops and the learning rate follow from the seed and the step alone, the rest is the state in
 `src/state.py`."""
+import dataclasses
 import logging
 import math
 import shlex
@@ -19,10 +20,12 @@ from torchvision.transforms.v2.functional import resize
 
 from src.data import check_folders, load_data
 from src.encoder_names import load_encoders
-from src.fisher import MIN_PIXELS, build_network
+from src.fisher import build_network, keep_vectors, vectors_of
 from src.losses import contrastive_backward, frozen_statistics
 from src.pretrained import NO_ENCODERS
 from src.settings import (
+    FISHER_EPOCHS,
+    FISHER_PHOTOS,
     UsageError,
     allow_fast_kernels,
     amp_type,
@@ -46,7 +49,7 @@ log = logging.getLogger("flickr8k_sgd")
 MEMORY_LOSS_WEIGHT = 0.1
 CLIP_GRAD = 1.0  # largest norm of the gradient
 LOG_INTERVAL = 10  # steps between two looks at the loss: sync points
-STEM_PHOTOS, FISHER_PHOTOS = 1000, 200  # that the first filters and Fisher vectors are fit to
+STEM_PHOTOS = 1000  # that the first filters are made of
 CHECKPOINT_INTERVAL = 300  # seconds inside a long epoch, so that a power cut costs minutes
 
 
@@ -71,24 +74,22 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
             if side % model.image_encoder.stride:
                 raise UsageError(f"photos of {side} pixels: the model takes multiples of "
                                  f"{model.image_encoder.stride}")
-            if settings.fisher and side and side < MIN_PIXELS:
-                raise UsageError(f"photos of {side} pixels: Fisher vectors need {MIN_PIXELS}")
         if photos is not None:
             rows = torch.linspace(0, len(photos) - 1, min(STEM_PHOTOS, len(photos))).long()
-            sample, smaller = photos[rows], settings.training_pixels(1, step=1)
-            model.image_encoder.stem.fit(normalize(resize(sample, [smaller] * 2)))
-            if settings.fisher:
-                sample = resize(sample[::STEM_PHOTOS // FISHER_PHOTOS], [settings.image_size] * 2)
-                model.second.vectors.fit(normalize(sample))
-    with torch.no_grad():
-        for network in model.networks():
-            network.logit_scale.fill_(-math.log(settings.temperature))
-        model.clamp_logit_scale_()
+            sample = resize(photos[rows], [settings.training_pixels(1)] * 2)
+            model.image_encoder.stem.fit(normalize(sample))
+    set_temperature(model, settings.temperature)
     if settings.finetune:
         for encoder in encoders:
             encoder.freeze_unused()
         encoders.attach(model, settings)
     return model
+
+
+@torch.no_grad()
+def set_temperature(model, temperature):
+    model.logit_scale.fill_(-math.log(temperature))
+    model.clamp_logit_scale_()
 
 
 def augment(run, batch):
@@ -98,7 +99,7 @@ def augment(run, batch):
     if images.dtype == torch.float32:  # a DataLoader's processes have done it
         return
     if images.dtype == torch.uint8:
-        size = settings.training_pixels(run.epoch, run.step)
+        size = settings.training_pixels(run.epoch)
         if uncropped(size) < images.shape[-1]:
             images = resize(images, [uncropped(size)] * 2)
         images = random_resized_crop_and_flip(images / 255.0, size, settings.min_crop,
@@ -117,17 +118,13 @@ def forward_backward(run, batch):
     run.optimizer.zero_grad(set_to_none=True)
     return contrastive_backward(
         run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size, run.scaler.scale,
-        run.criterion, fuse_every=together if together > 1 else 0,
-        alone=run.settings.second_rests(run.step))
+        run.criterion, fuse_every=together if together > 1 else 0)
 
 
 def update(run):
     """The step of optimizer, schedule and moving average with the gradients that are there."""
     run.scaler.unscale_(run.optimizer)
-    for second in (False, True):  # each network for itself
-        torch.nn.utils.clip_grad_norm_(
-            [parameter for name, parameter in run.model.named_parameters()
-             if name.startswith("second.") == second], CLIP_GRAD)
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP_GRAD)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.scheduler.step()
@@ -162,7 +159,8 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     batches = share_of_epoch(splits["train"], settings, 1)
     if not batches.numel():
         raise UsageError(f"a batch has fewer pairs than there are processes, {world}")
-
+    if settings.fisher and checkpoint is None:
+        train_second(settings, model.second, tokenizer, splits["train"], device)
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.dir, run.is_main = output_dir, rank == 0
     run.epoch = 0 if encoders.pair else 1
@@ -181,6 +179,8 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
         run.config |= {"date": began["date"], "command": began["command"]}
         files.check_same_data(began, run.config, settings.data_dir)
         run.load_state_dict(checkpoint)
+    if settings.fisher:
+        keep_vectors(model, [splits["val"], splits["test"]], run.amp_dtype)
     if run.is_main:
         files.open_output_dir(output_dir, run.config, run.history, checkpoint is None, replace, log)
     log.info("{model}: {parameters:,} parameters, {precision}, on {device}".format(
@@ -191,6 +191,28 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     if checkpoint is not None:
         resume_schedule(run, began["settings"]["epochs"])
     return run, splits
+
+
+def train_second(settings, network, tokenizer, data, device):
+    """Train the model's second network, by the recipe of the first, but that photos and mirror
+    images are made into Fisher vectors once: of more than there is room for, the first are used."""
+    began, data = time.time(), data.first(FISHER_PHOTOS)
+    log.info(f"a second network learns first, by Fisher vectors of {len(data.photos):,} photos")
+    settings = dataclasses.replace(settings, epochs=FISHER_EPOCHS, compile=False, chunk_size=0)
+    network.image_backbone.fit(data.photos)
+    vectors = vectors_of(network.image_backbone, data.photos, amp_type(settings), views=2)
+    made = time.time()
+    set_temperature(network, settings.temperature)
+    batches = [share_of_epoch(data, settings, i) for i in range(FISHER_EPOCHS)]
+    network.requires_grad_(True)
+    run = RunState(settings, network, tokenizer, device, sum(map(len, batches)))
+    network.train()
+    for step, batch in enumerate(iterate_batches(data, vectors, torch.cat(batches), device)):
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        training_step(run, batch)
+    network.load_state_dict(run.kept.state_dict())
+    network.requires_grad_(False)
+    log.info(f"vectors made in {made - began:.0f} s, learned from in {time.time() - made:.0f} s")
 
 
 def epoch_seconds(run, splits):
@@ -325,7 +347,8 @@ def evaluate_best(run, splits):
     best = distributed.from_main(lambda: load_checkpoint(run.dir / files.BEST, files.BEST_KEYS))
     run.model.load_state_dict(best["model_state_dict"])
     started = time.time()
-    bank = make_bank(run.model, splits["train"], settings.eval_pixels, settings.seed, run.amp_dtype)
+    pixels = settings.stored_pixels("val")
+    bank = make_bank(run.model, splits["train"], pixels, settings.seed, run.amp_dtype)
     log.info(f"bank: {len(bank.photos):,} photos and {len(bank.texts):,} captions of train, "
              f"{bank.nbytes / 1e6:.1f} MB, made in {time.time() - started:.1f} s")
     results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype)

@@ -28,6 +28,7 @@ import train_flickr8k_sgd as training
 from src import settings as options
 from src.data import load_data
 from src.encoder_names import load_encoders
+from src.fisher import keep_vectors
 from src.losses import PairEncoder
 from src.state import RunState
 from src.utils.augment import MEAN, STD
@@ -47,11 +48,12 @@ SPEEDRUN_TARGETS = (1.7, 4.0, 8.0)  # val avg_r1 in percent
 # What a training towards a low target is given besides its recipe: a schedule as short, and less
 # of what keeps a long training from learning its captions by heart.
 SHORT = {"weight_decay": 5e-4, "min_crop": 0.5, "color_jitter": 0.0, "word_dropout": 0.0,
-         "final_lr": 0.0, "image_size": 64, "eval_size": 80}
+         "final_lr": 0.0, "image_size": 64}
 SCALE_BASE = 30_000  # pairs that --pairs is compared with
 SCALE_ROUNDS = 3  # of both, in turn
-SPEEDRUN_SETTINGS = {"small": {1.7: {"epochs": 4, **SHORT}, 4.0: {"epochs": 14, **SHORT},
-                               8.0: {"epochs": 14, **SHORT}}}
+SPEEDRUN_SETTINGS = {"small": {1.7: {"epochs": 4, "fisher": False, **SHORT},
+                               4.0: {"epochs": 14, "fisher": False, **SHORT},
+                               8.0: {"epochs": 8, **SHORT}}}
 
 
 def timed(function, device):
@@ -167,13 +169,11 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
     batches = plain_batches(data, settings) if plain else stored_batches(data, settings)
 
     parts = {"data wait": [], "augmentation": [], "forward, backward": [], "optimizer": []}
-    flops = []
     for i in range(WARM_UP + steps):
-        run.step = i
         wait, batch = timed(lambda: next(batches), device)
         seconds = [wait, timed(lambda: training.augment(run, batch), device)[0]]
-        if i < max(1, settings.fisher_every):  # one of so many steps is unlike the others
-            flops.append(count_flops(run, batch))
+        if i == 0:
+            flops = count_flops(run, batch)
         seconds.append(timed(lambda: training.forward_backward(run, batch), device)[0])
         seconds.append(timed(lambda: training.update(run), device)[0])
         if i >= WARM_UP:
@@ -181,14 +181,15 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
                 values.append(value)
 
     def run_steps():
-        for run.step, batch in zip(range(steps), batches):
+        for batch in itertools.islice(batches, steps):
             training.training_step(run, batch)
 
     seconds = timed(run_steps, device)[0] / steps
     order_seconds, epoch = timed(lambda: data.epoch(
         settings.captions_per_image, settings.batch_size, seed=0), torch.device("cpu"))
     pairs, memory, peak = len(epoch[0]), peak_memory(device), peak_flops(device)
-    flops = statistics.mean(flops)
+    if settings.fisher:
+        keep_vectors(model, [splits["val"]], run.amp_dtype)
     validation, _ = timed(lambda: evaluate(model, splits["val"], run.amp_dtype), device)
     return options.describe(settings, device) | {
         "step seconds": seconds,
@@ -212,15 +213,14 @@ def scale(given, pairs, steps):
     own -> {pairs: medians of SCALE_ROUNDS}."""
     given = {name: value for name, value in given.items() if name != "synthetic"}
     settings, results = options.make_settings(**given), {SCALE_BASE: [], pairs: []}
-    sizes = {"train": options.uncropped(settings.image_size), "val": settings.eval_pixels,
-             "test": settings.eval_pixels}
+    sizes = {split: settings.stored_pixels(split) for split in ("train", "val", "test")}
     with tempfile.TemporaryDirectory() as folder:
         for number in results:
             (Path(folder) / str(number)).mkdir()
             write_large(Path(folder) / str(number), number, sizes)
         for number in [*results] * SCALE_ROUNDS:
             output = Path(folder) / "results.json"
-            command = flags(given | {"data_dir": f"{folder}/{number}", "steps": steps,
+            command = options.flags(given | {"data_dir": f"{folder}/{number}", "steps": steps,
                                      "output": str(output)})
             start = time.time()
             done = subprocess.run([sys.executable, "-m", "src.benchmark", *command],
@@ -247,26 +247,13 @@ def scale_lines(results):
     return lines
 
 
-def flags(given):
-    """{name: value} -> a command's flags."""
-    command = []
-    for name, value in given.items():
-        if isinstance(value, bool):
-            command.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            command += [f"--{name}", *value]
-        else:
-            command += [f"--{name}", str(value)]
-    return command
-
-
 def time_to_targets(given, targets):
     """Train from nothing until val avg_r1 has passed the last of the rising targets -> a dict for
     each. The clock runs from the command to the epoch's line in the history. Raises UsageError for
     a training that fails."""
     results, targets = [], list(targets)
     command, epochs = [sys.executable, training.__file__], options.make_settings(**given).epochs
-    command += flags(given)
+    command += options.flags(given)
     with tempfile.TemporaryDirectory() as folder:
         history, running, start = Path(folder) / HISTORY, True, time.perf_counter()
         process = subprocess.Popen([*command, "--output_dir", folder])

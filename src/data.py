@@ -5,7 +5,6 @@ import logging
 import numpy as np
 
 from src.pretrained import NO_ENCODERS
-from src.settings import uncropped
 from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset
 from src.utils.layouts import SPLIT_FILES, DataError, read_folder
 from src.utils.report import ProgressLine
@@ -39,8 +38,7 @@ def check_folders(settings):
 
 def load_data(settings, encoders=NO_ENCODERS, tokenizer=None):
     """-> {split: dataset}, no photo in two of them, and the tokenizer, made of the training
-    captions where none is given. Training photos are an eighth larger than the model takes, for the
-    crops to choose from."""
+    captions where none is given."""
     folder, *extra = read_folders(settings)
     line = ProgressLine()
 
@@ -52,16 +50,15 @@ def load_data(settings, encoders=NO_ENCODERS, tokenizer=None):
         line.clear()
         return data
 
-    training_size = uncropped(settings.image_size)
-    splits = {split: load(folder, split, training_size if split == "train" else
-                          settings.eval_pixels) for split in SPLIT_FILES}
+    splits = {split: load(folder, split, settings.stored_pixels(split)) for split in SPLIT_FILES}
     val, test, train = splits["val"], splits["test"], splits["train"]
     copies = val.hold_out([test]) + train.hold_out([val, test])
     if copies:
         log.info(f"{copies:,} photos are copies, or nearly so, of photos in a split that comes "
                  "after theirs, and are left out")
     for folder in extra:
-        data = load(folder, "all" if settings.extra_all else "train", training_size)
+        data = load(folder, "all" if settings.extra_all else "train",
+                    settings.stored_pixels("train"))
         join_extra(train, data, [val, test])
     if len(train.names) < 2:
         raise DataError(f"{settings.data_dir}: training needs at least two photos")

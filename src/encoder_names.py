@@ -35,7 +35,7 @@ def load_encoders(settings, device=torch.device("cpu")):
         if height != width:
             raise UsageError(f"{encoders.image.name} takes photos of {height} x {width} pixels; "
                              "--finetune needs a square")
-        settings.image_size = settings.eval_size = height
+        settings.image_size = height
     return encoders
 
 

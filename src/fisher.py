@@ -1,22 +1,29 @@
 """A second network beside that of `model.py`, which judges photos by Fisher vectors: statistics of
 their small places, which learn nothing and so have much to say after a few thousand photos.
+It learns first, in a minute or two, and by itself; see `train_second` in the training script.
 Shapes: B batch, N places, C channels, K Gaussians, D components, H height, W width."""
 import math
+import os
+import tempfile
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms.v2.functional import resize
 
-from src.model import MultiModalMemoryNetwork, TextEncoder
+from src.model import MultiModalMemoryNetwork
+from src.settings import FISHER_PIXELS
+from src.utils.augment import normalize
 
 CELLS = 4  # a descriptor has 4 x 4
-SCALES = (3, 4, 6, 8)  # sides of these, in pixels
-MIN_PIXELS = CELLS * max(SCALES)
+SCALES = (3, 4, 6, 8, 12)  # sides of these, in pixels
 DIRECTIONS = 8
 COMPONENTS = 64  # of a descriptor, besides its place
 GAUSSIANS = 64
-FIT_STEPS = 20  # of expectation and maximisation
-DROPOUT = 0.5
+FIT_PHOTOS, FIT_STEPS = 100, 20  # of expectation and maximisation
+DROPOUT = 0.7
+BATCH_SIZE = 50  # of photos whose vectors are made
 
 
 class FisherVector(nn.Module):
@@ -89,10 +96,20 @@ class FisherVector(nn.Module):
         return F.normalize(vector, dim=1) * math.sqrt(self.width)
 
 
+def sized(images, side):
+    """Photos (B, 3, H, W) -> (B, 3, side, side)."""
+    return images if images.shape[-1] == side else resize(images, [side, side])
+
+
+def photos_at(photos, rows, device):
+    """Rows of stored photos, uint8 -> normalised floats, as Fisher vectors take them."""
+    return normalize(sized(photos[rows].to(device), FISHER_PIXELS))
+
+
 class FisherVectors(nn.Module):
     """Photos (B, 3, H, W), normalised floats -> (B, width): the Fisher vectors of the gradients in
     cells of several sizes, by their direction (SIFT, Lowe 2004; dense, as in Sanchez et al. 2013),
-    and of the mean and the deviation of their colours. H and W of at least 32 pixels."""
+    and of the mean and the deviation of their colours. H and W of at least 48 pixels."""
 
     def __init__(self):
         super().__init__()
@@ -119,72 +136,75 @@ class FisherVectors(nn.Module):
 
     @torch.no_grad()
     def fit(self, photos):
-        """photos: (N, 3, H, W), normalised floats, as the model takes them."""
-        gradients, colors = self.cells(photos)
+        """To some of a training split's stored photos, uint8 (N, 3, H, W)."""
+        rows = torch.linspace(0, len(photos) - 1, min(FIT_PHOTOS, len(photos))).long()
+        gradients, colors = self.cells(photos_at(photos, rows, self.slopes.device))
         self.gradients.fit(gradients)
         self.colors.fit(colors)
 
-    @torch.compiler.disable  # which makes it slower
     @torch.no_grad()
     def forward(self, photos):
         gradients, colors = self.cells(photos)
         return torch.cat([self.gradients(gradients), self.colors(colors)], dim=1)
 
 
-class FisherNetwork(nn.Module):
-    """Photos (B, 3, H, W) or token ids (B, L) -> latents (B, latent_dim): a linear layer of the
-    Fisher vectors, and a bag of tokens."""
-
-    def __init__(self, vocab_size, dim, latent_dim):
-        super().__init__()
-        self.vectors = FisherVectors()
-        self.projection = nn.Linear(self.vectors.width, latent_dim)
-        self.text_encoder = TextEncoder(vocab_size, dim, latent_dim, num_heads=1, num_layers=0)
-        self.logit_scale = nn.Parameter(torch.zeros(()))
-
-    def encode_images(self, images):
-        vectors = self.vectors(images)
-        # The same are dropped of all photos of a batch: on a CPU, chance is slow to draw.
-        kept = F.dropout(torch.ones_like(vectors[:1]), DROPOUT, self.training)
-        return self.projection(kept * vectors)
-
-
 class TwoNetworks(MultiModalMemoryNetwork):
-    """The multimodal memory network and, in `second`, a FisherNetwork. They learn apart, and rank
-    together: latents are (B, 2 * latent_dim), theirs side by side, and the central latent's two
-    halves have unit length, so that its cosine is the mean of the two."""
+    """The multimodal memory network and, in `second`, one without a memory whose photos are Fisher
+    vectors. They rank together: latents are (B, 2 * latent_dim), theirs side by side, each of unit
+    length, so that the cosine of two is the mean of theirs. Training sees the first alone.
 
-    def __init__(self, vocab_size, text_embed_dim, latent_dim, **sizes):
-        super().__init__(vocab_size, text_embed_dim, latent_dim, **sizes)
-        self.latent_dim = latent_dim
-        self.second = FisherNetwork(vocab_size, text_embed_dim, latent_dim)
+    eval_pixels: side of the photos that the first takes; in use they may be of any size."""
 
-    def networks(self, alone=False):
-        return [self] if alone else [self, self.second]
+    def __init__(self, vocab_size, eval_pixels, **sizes):
+        super().__init__(vocab_size, **sizes)
+        self.eval_pixels, vectors = eval_pixels, FisherVectors()
+        same = {name: sizes[name] for name in ("text_embed_dim", "latent_dim", "num_heads")}
+        self.second = MultiModalMemoryNetwork(
+            vocab_size, memory_size=0, num_layers=0, fusion_layers=1, dropout=DROPOUT,
+            image_features=vectors.width, **same)
+        self.second.image_backbone = vectors
+        self.second.requires_grad_(False)
 
-    def encode_images(self, images, alone=False):
-        latents = super().encode_images(images)
-        return latents if alone else torch.cat([latents, self.second.encode_images(images)], 1)
-
-    def encode_text(self, text, text_mask, text_features, alone=False):
-        latents = super().encode_text(text, text_mask, text_features)
-        return latents if alone else torch.cat(
-            [latents, self.second.text_encoder(text, text_mask)], 1)
-
-    def fuse(self, images=None, text=None):
-        both = [latents for latents in (images, text) if latents is not None]
-        own = super().fuse(*(latents if latents is None else latents[:, :self.latent_dim]
-                             for latents in (images, text)))
-        second = torch.stack(both).mean(0)[:, self.latent_dim:]  # none where the first is alone
-        parts = [own, second] if second.shape[1] else [own]
-        return torch.cat([F.normalize(part.float(), dim=1) for part in parts], dim=1)
-
-    def memory_loss(self, latents):
-        return super().memory_loss(latents[:, :self.latent_dim])
+    def forward(self, text=None, images=None, text_mask=None, text_features=None, vectors=None):
+        """vectors: the photos' Fisher vectors (B, width), where they are known already."""
+        photos = None
+        if images is not None:
+            photos = sized(images, self.eval_pixels)
+            vectors = sized(images, FISHER_PIXELS) if vectors is None else vectors
+        parts = (super().forward(text, photos, text_mask, text_features),
+                 self.second(text, vectors, text_mask))
+        return {"central_latent": torch.cat(
+            [F.normalize(part["central_latent"].float(), dim=1) for part in parts], dim=1)}
 
 
 def build_network(vocab_size, settings, widths):
     """The model of those settings. widths: of pretrained encoders' features. Raises ValueError for
     sizes that do not fit."""
-    kind = TwoNetworks if settings.fisher else MultiModalMemoryNetwork
-    return kind(vocab_size, **settings.model_arguments(), **widths)
+    sizes = settings.model_arguments() | widths
+    if settings.fisher:
+        return TwoNetworks(vocab_size, settings.eval_pixels, **sizes)
+    return MultiModalMemoryNetwork(vocab_size, **sizes)
+
+
+def vectors_of(vectors, photos, amp_dtype, views):
+    """Fisher vectors of stored photos, float16 (N, views, width) on the host, 34 kB each; views:
+    1, or 2 with those of the mirror images. They lie in a file without a name, which may be larger
+    than memory. Raises OSError for a full disk."""
+    device, shape = vectors.slopes.device, (len(photos), views, vectors.width)
+    with tempfile.TemporaryFile() as file:  # it is there until the array is gone
+        if hasattr(os, "posix_fallocate"):  # else a full disk would be noticed in the middle
+            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
+        made = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
+    for rows in torch.arange(len(photos)).split(BATCH_SIZE):
+        images = photos_at(photos, rows, device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            for view, shown in zip(range(views), (images, images.flip(-1))):
+                made[rows, view] = vectors(shown).half().cpu()
+    return made
+
+
+def keep_vectors(model, datasets, amp_dtype):
+    """Make the Fisher vectors of the datasets' photos, once for all validations."""
+    vectors = model.second.image_backbone
+    for data in datasets:
+        data.vectors = vectors_of(vectors, data.photos, amp_dtype, views=1)[:, 0]

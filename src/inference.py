@@ -62,9 +62,9 @@ def load_bank(run_dir):
 def load_model(run_dir):
     """A run's best model, in eval mode on the GPU if there is one -> (model, tokenizer, transform):
     tokenizer.encode(text) gives a list of ids, transform(path) a photo as the model takes it, (3,
-    eval_pixels, eval_pixels) or what its pretrained encoder takes. Raises CheckpointError for no
-    run, no best model yet or a file that does not fit, UsageError for a run of another version and
-    for pretrained encoders that cannot be had."""
+    side, side), or what its pretrained encoder takes. Raises CheckpointError for no run, no best
+    model yet or a file that does not fit, UsageError for a run of another version and for
+    pretrained encoders that cannot be had."""
     checkpoint = load_best(run_dir)
     settings = settings_of(checkpoint["config"], run_dir)
     settings.amp = False
@@ -89,7 +89,8 @@ def load_model(run_dir):
     def transform(photo):
         if encoders.image is not None and not settings.finetune:
             return encoders.image.load(photo)
-        return normalize(torch.from_numpy(load_photo(photo, settings.eval_pixels))[None])[0]
+        pixels = load_photo(photo, settings.stored_pixels("val"))
+        return normalize(torch.from_numpy(pixels)[None])[0]
 
     return model.eval().to(default_device()), tokenizer, transform
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import train_flickr8k_sgd as training
-from src.settings import PRESETS, REFERENCE, Parser, UsageError, make_settings, text
+from src.settings import PRESETS, REFERENCE, Parser, UsageError, flags, make_settings, text
 from src.state import TrainingError
 from src.utils.checkpoint import CONFIG, TEST, CheckpointError, load_run
 from src.utils.report import markdown_table, prepare_output
@@ -29,6 +29,7 @@ STEPS = {
     "colour jitter, word dropout": ("color_jitter", "word_dropout"),
     "a moving average of the weights": ("ema",),
     "a learning rate that stays high to the end": ("final_lr",),
+    "a second network, of Fisher vectors": ("fisher",),
     "small photos first, larger ones in validation: the preset's own recipe": tuple(REFERENCE),
 }
 # On top of the preset's own recipe, each alone.
@@ -48,8 +49,7 @@ def rows(preset):
             found.append((what, given))
     found[-1] = (found[-1][0], {})  # the same thing by its short name
     found += CHANGES.items()
-    return [(what, [part for name, value in flags.items() for part in (f"--{name}", str(value))])
-            for what, flags in found]
+    return [(what, flags(given)) for what, given in found]
 
 
 def run(command, output_dir):

@@ -85,10 +85,9 @@ def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, capt
 
 class PairEncoder(torch.nn.Module):
     """What a step computes of the model in one call: photos (P, ...), text (B, L), the features of
-    that, where the model takes such, fused, (2, Q) rows of the photos and captions to fuse, and
-    whether the model's second network rests -> image latents (P, S x D), text latents (B, S x D),
-    fused latents (Q, S x D), logit_scale (S,) of the S networks, and memory losses (2,) of photos
-    and of captions."""
+    that, where the model takes such, and fused, (2, Q) rows of the photos and captions to fuse ->
+    image latents (P, D), text latents (B, D), fused latents (Q, D), logit_scale, and memory losses
+    (2,) of photos and of captions."""
 
     def __init__(self, model, amp_dtype):
         super().__init__()
@@ -98,22 +97,21 @@ class PairEncoder(torch.nn.Module):
         """By torch.compile, with its options, from now on; one graph for all lengths of text."""
         self.compiled = torch.compile(self.encode, **options)
 
-    def forward(self, images, text, text_features, fused, alone=False):
+    def forward(self, images, text, text_features, fused):
         if self.compiled is None:
-            return self.encode(images, text, text_features, fused, alone)
+            return self.encode(images, text, text_features, fused)
         torch._dynamo.mark_dynamic(text, 1)
-        return self.compiled(images, text, text_features, fused, alone)
+        return self.compiled(images, text, text_features, fused)
 
-    def encode(self, images, text, text_features, fused, alone):
+    def encode(self, images, text, text_features, fused):
         model, enabled = self.model, self.amp_dtype is not None
         with torch.autocast(images.device.type, dtype=self.amp_dtype, enabled=enabled):
-            images = model.encode_images(images, alone)
-            text = model.encode_text(text, None, text_features, alone)
+            images = model.encode_images(images)
+            text = model.encode_text(text, None, text_features)
             latents = (model.fuse(images), model.fuse(text=text),
                        model.fuse(images[fused[0]], text[fused[1]]))
             memory_losses = torch.stack([model.memory_loss(images), model.memory_loss(text)])
-            logit_scale = torch.stack([network.logit_scale for network in model.networks(alone)])
-        return *latents, logit_scale, memory_losses
+        return *latents, model.logit_scale, memory_losses
 
 
 def split_in_chunks(batch, chunk_size):
@@ -146,26 +144,13 @@ def frozen_statistics(module):
             norm.track_running_stats = True
 
 
-def contrast_each(criterion, image_latents, text_latents, logit_scale, photo_ids, fused=None):
-    """-> [the criterion of each of the S networks' latents], which are side by side, (B, S x D)."""
-    def parts(latents):
-        return latents.chunk(len(logit_scale), dim=1)
-
-    losses = []
-    for i, (images, text) in enumerate(zip(parts(image_latents), parts(text_latents))):
-        options = {} if fused is None else {"fused": (fused[0], parts(fused[1])[i])}
-        losses.append(criterion(images, text, logit_scale[i], photo_ids, **options))
-    return losses
-
-
 def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=lambda loss: loss,
-                         criterion=info_nce_loss, fuse_every=0, alone=False):
-    """One training step's forward and backward pass -> the contrastive loss, a detached scalar; of
-    two networks, that of the first.
+                         criterion=info_nce_loss, fuse_every=0):
+    """One training step's forward and backward pass -> the contrastive loss, a detached scalar.
 
     encode: a PairEncoder, perhaps in DistributedDataParallel. batch: see `iterate_batches`. scale:
     GradScaler.scale. criterion: `info_nce_loss`, with its options. fuse_every: of how many pairs
-    one is fused; 0: none. alone: the model's second network rests.
+    one is fused; 0: none.
 
     The loss is taken from the latents of the whole batch, and its gradient of each is passed on to
     the encoders. With a chunk_size these see that many pairs at a time, to save memory (GradCache,
@@ -188,7 +173,7 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
             features = features[captions]
         rows = rows_to_fuse(captions)
         fused = torch.stack([photo_of_pair[rows] - photos.start, rows - captions.start])
-        return encode(images[photos], text[captions], features, fused, alone)
+        return encode(images[photos], text[captions], features, fused)
 
     chunks = split_in_chunks(batch, chunk_size)
     whole = len(chunks) == 1
@@ -202,11 +187,13 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
               for i in range(3)]
     image_latents, text_latents, fused_latents = leaves
     logit_scale = outputs[0][3].detach().requires_grad_()
-    fused = (rows_to_fuse(slice(0, len(text))), fused_latents) if fuse_every else None
+    options = {}
+    if fuse_every:
+        options["fused"] = rows_to_fuse(slice(0, len(text))), fused_latents
     with full_float32():
-        losses = contrast_each(criterion, image_latents[photo_of_pair], text_latents, logit_scale,
-                               batch["photo_ids"][photo_of_pair], fused)
-        scale(sum(losses)).backward()
+        loss = criterion(image_latents[photo_of_pair], text_latents, logit_scale,
+                         batch["photo_ids"][photo_of_pair], **options)
+        scale(loss).backward()
 
     for i, (photos, captions) in enumerate(chunks):
         last = i == len(chunks) - 1  # whose backward pass exchanges the sum of all gradients
@@ -228,4 +215,4 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
                 tensors.append(chunk_scale)
                 gradients.append(logit_scale.grad)
             torch.autograd.backward(tensors, gradients)
-    return losses[0].detach()
+    return loss.detach()

@@ -375,12 +375,12 @@ class MultiModalMemoryNetwork(nn.Module):
         self.fusion = Fusion(latent_dim, num_heads, fusion_layers)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
 
-    def encode_images(self, images, alone=False):  # alone: see `src/fisher.py`
+    def encode_images(self, images):
         if self.image_backbone is not None and images.ndim == 4:
             images = self.image_backbone(images)
         return self.image_encoder(images)
 
-    def encode_text(self, text, text_mask, text_features, alone=False):
+    def encode_text(self, text, text_mask, text_features):
         latents = self.text_encoder(text, text_mask)
         if self.text_head is None:
             return latents
@@ -409,12 +409,7 @@ class MultiModalMemoryNetwork(nn.Module):
         """`TestTimeMemory.self_supervised_loss` of encoders' latents; zero without a memory."""
         return self.memory.self_supervised_loss(latents) if self.memory else latents.new_zeros(())
 
-    def networks(self, alone=False):
-        """Those whose latents stand side by side, each with a `logit_scale` of its own."""
-        return [self]
-
     @torch.no_grad()
     def clamp_logit_scale_(self):
         """Keep the temperature within CLIP's bounds; call it after each optimizer step."""
-        for network in self.networks():
-            network.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+        self.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)

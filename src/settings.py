@@ -5,6 +5,7 @@ where that is asked for, then by the user's flags: `make_settings`."""
 import argparse
 import dataclasses
 import datetime
+import math
 import os
 import platform
 import re
@@ -17,7 +18,9 @@ import torch
 GROUPS = {"data_dir": "data", "model": "model", "image_encoder": "pretrained encoders",
           "recipe": "training", "min_crop": "augmentation", "device": "machine"}
 START_SHARE = 0.6  # of the epochs, the first, in which small's photos are smaller
-FISHER_EPOCHS = 15  # as many does the second network need, and learn by heart after
+# Of the second network, see `src/fisher.py`: the side of its photos, in pixels, how many it learns
+# from at most, whose vectors take 2 GB and seven minutes on two cores, and its epochs.
+FISHER_PIXELS, FISHER_PHOTOS, FISHER_EPOCHS = 160, 30_000, 12
 COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
 
 
@@ -49,8 +52,6 @@ class Settings:
     allow_incomplete: bool = setting(False, "leave out photos that are missing or unreadable")
     tokenizer: str = setting("bpe", "char: 33 characters; bpe: byte pairs of the captions",
                              choices=("char", "bpe"))
-    eval_size: int = setting(112, "side of photos in validation and use, in pixels, where more "
-                             "than --image_size", "[0, inf)")
 
     model: str = setting(None, "preset", choices=("tiny", "small", "base", "large"),
                          auto="base on CUDA, small elsewhere, tiny with --synthetic")
@@ -63,7 +64,7 @@ class Settings:
     fusion_layers: int = architecture(4)
     conv_channels: list = architecture((64, 128, 256, 512))
     conv_units: int = architecture(2)
-    fisher: bool = setting(True)  # whether a second network judges photos by Fisher vectors
+    fisher: bool = setting(True, "a second network beside, of photos' Fisher vectors")
 
     image_encoder: str = setting("", "a model of torchvision, of transformers (a name or a folder) "
                                  "or FILE.py:FUNCTION that photos go through first", auto="none")
@@ -94,7 +95,8 @@ class Settings:
 
     min_crop: float = setting(0.25, "smallest share of a photo's area in a crop", "(0, 1]")
     flip: float = setting(0.5, "probability of mirroring a photo", "[0, 1]")
-    start_size: int = setting(64)  # of the photos in START_SHARE of the epochs; 0: --image_size
+    # Of the photos in START_SHARE of the epochs; 0: --image_size, and so in validation.
+    start_size: int = setting(64)
     color_jitter: float = setting(0.2, "change of brightness, contrast, saturation", "[0, 1)")
     word_dropout: float = setting(0.2, "share of a caption's words left out at random", "[0, 1)")
 
@@ -108,22 +110,19 @@ class Settings:
 
     @property
     def eval_pixels(self):
-        """Side of the photos in validation and in use, in pixels."""
-        return max(self.eval_size, self.image_size)
+        """Side of the photos that the first network sees in validation and in use, in pixels: a
+        sixth more than crops, in which things look larger (Touvron et al. 2019)."""
+        return math.ceil(self.image_size * 7 / 6 / 16) * 16 if self.start_size else self.image_size
 
-    @property
-    def fisher_every(self):
-        """Of how many steps one is the second network's as well; 0: there is no such network."""
-        return max(1, self.epochs // FISHER_EPOCHS) if self.fisher else 0
+    def stored_pixels(self, split):
+        """Side of the photos that a split's store keeps: as they are in use, or, to train with, an
+        eighth larger than the crops that are taken of them."""
+        side = uncropped(self.image_size) if split == "train" else self.eval_pixels
+        return max(side, FISHER_PIXELS) if self.fisher else side
 
-    def second_rests(self, step):
-        """Whether a step (from 0) of an epoch is the first network's alone."""
-        return not self.fisher or step % self.fisher_every > 0
-
-    def training_pixels(self, epoch, step):
-        """Side of the training photos in a step (from 0) of an epoch (from 1), in pixels."""
-        full = not self.start_size or epoch > START_SHARE * self.epochs
-        if full or not self.second_rests(step):
+    def training_pixels(self, epoch):
+        """Side of the training photos in an epoch, in pixels."""
+        if not self.start_size or epoch > START_SHARE * self.epochs:
             return self.image_size
         return min(self.start_size, self.image_size)
 
@@ -136,12 +135,12 @@ class Settings:
 PRESETS = {
     "tiny": dict(
         fisher=False, text_embed_dim=64, latent_dim=64, memory_size=16, num_heads=2, num_layers=1,
-        fusion_layers=1, conv_channels=[16, 32, 64], image_size=32, start_size=0, eval_size=0,
+        fusion_layers=1, conv_channels=[16, 32, 64], image_size=32, start_size=0,
         epochs=7, batch_size=100, captions_per_image=2, text_lr=4.0, weight_decay=5e-4,
         final_lr=0.0, ema=0.0, min_crop=0.5, color_jitter=0.0, word_dropout=0.0),
     "small": dict(
         text_embed_dim=256, latent_dim=256, num_heads=4, num_layers=0, fusion_layers=1,
-        conv_channels=[32, 64, 128, 256], conv_units=1, epochs=45),
+        conv_channels=[32, 64, 128, 256], conv_units=1, epochs=90, final_lr=0.4),
     "base": dict(),
     "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12,
                   conv_channels=[160, 320, 640, 1280], epochs=100),
@@ -151,7 +150,7 @@ PRETRAINED = dict(
     fisher=False, latent_dim=512, text_embed_dim=256, num_heads=4, num_layers=0, fusion_layers=1,
     dropout=0.5, tokenizer="bpe", epochs=10, batch_size=1000, captions_per_image=5, lr=0.3,
     text_lr=1.0, weight_decay=2e-3, temperature=0.07, warmup=0.1, final_lr=0.0, ema=0.99,
-    caption_contrast=0.5, start_size=0, eval_size=0)
+    caption_contrast=0.5, start_size=0)
 # Where both encoders are one contrastive model, which has less to learn. (Chosen with one that this
 # project trained on half of Flickr8k's photos, tuned on the other half: from 24.1 to 27.3.)
 PAIR = PRETRAINED | dict(lr=0.1, dropout=0.2)
@@ -159,7 +158,7 @@ PAIR = PRETRAINED | dict(lr=0.1, dropout=0.2)
 REFERENCE = dict(
     epochs=30, batch_size=64, captions_per_image=1, caption_contrast=0.0, lr=0.01, text_lr=1.0,
     weight_decay=0.0, temperature=0.07, warmup=0.0, final_lr=0.0, ema=0.0, min_crop=1.0, flip=0.0,
-    color_jitter=0.0, word_dropout=0.0, start_size=0, eval_size=0, tokenizer="char", fisher=False)
+    color_jitter=0.0, word_dropout=0.0, start_size=0, tokenizer="char", fisher=False)
 
 
 def uncropped(pixels):
@@ -193,6 +192,8 @@ def make_settings(**given):
     settings.conv_channels = list(settings.conv_channels)
     if settings.extra_all and not settings.extra_data:
         raise UsageError("--extra_all needs --extra_data")
+    if settings.fisher and settings.image_encoder:
+        raise UsageError("--fisher goes with the preset's own image encoder")
     if settings.finetune and not (settings.image_encoder or settings.text_encoder):
         raise UsageError("--finetune needs an --image_encoder or a --text_encoder")
     if settings.amp is None:
@@ -256,7 +257,7 @@ def add_flag(group, setting):
         default = f"{default}; {PRETRAINED[setting.name]} with --image_encoder"
     options = {"help": f"{about['meaning']} (default: {default})"}
     if setting.type is bool:
-        negatable = setting.default is None
+        negatable = setting.default is not False
         options["action"] = argparse.BooleanOptionalAction if negatable else "store_true"
     elif about["choices"]:
         options["choices"] = about["choices"]
@@ -297,6 +298,19 @@ def parse_args(description, argv=None):
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     return args
+
+
+def flags(given):
+    """{name: value} -> a command's flags."""
+    command = []
+    for name, value in given.items():
+        if isinstance(value, bool):
+            command.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            command += [f"--{name}", *value]
+        else:
+            command += [f"--{name}", str(value)]
+    return command
 
 
 def default_device():

@@ -23,7 +23,7 @@ def build_optimizer(model, settings, fused):
     groups = {}
     for name, parameter in model.named_parameters():
         part, factor, weight_decay = name.split(".")[0], 1.0, settings.weight_decay
-        if "text_encoder." in name and "transformer" not in name:
+        if part == "text_encoder" and "transformer" not in name:
             factor = settings.text_lr
             weight_decay /= factor  # which multiplies it
         elif part in ("image_backbone", "text_backbone"):
@@ -56,16 +56,18 @@ class MovingAverage:
 
     def __init__(self, model, decay):
         self.module, self.decay, self.steps = copy.deepcopy(model), decay, 0
+        self.frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
 
     def update(self, model):
         """Take in the model's weights of now; nothing is copied between host and device."""
         averaged, now = self.module.state_dict(), model.state_dict()
-        floats = [name for name, value in now.items() if value.is_floating_point()]
+        floats = [name for name, value in now.items()
+                  if value.is_floating_point() and name not in self.frozen]
         steps = torch.tensor(self.steps)  # on the host
         share = 1 - ((1 + steps) / (10 + steps)).clamp(max=self.decay).item()
         torch._foreach_lerp_([averaged[name] for name in floats], [now[name] for name in floats],
                              share if self.steps else 1.0)
-        for name in now.keys() - set(floats):  # batch norm's counts
+        for name in now.keys() - self.frozen - set(floats):  # batch norm's counts
             averaged[name].copy_(now[name])
         self.steps += 1
 
@@ -97,8 +99,7 @@ class RunState:
         self.encode = PairEncoder(model, self.amp_dtype)
         if settings.compile:
             self.encode.compile()
-        self.encode = distributed.parallel(
-            self.encode, device, parts_rest=settings.fisher_every > 1)
+        self.encode = distributed.parallel(self.encode, device)
         self.epoch, self.step, self.loss_sum, self.seconds, self.history = 1, 0, 0.0, 0.0, []
 
     @property

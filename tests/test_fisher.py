@@ -8,26 +8,45 @@ import torch.nn.functional as F
 from src.fisher import (
     COMPONENTS,
     GAUSSIANS,
-    MIN_PIXELS,
     FisherVector,
     FisherVectors,
     build_network,
+    photos_at,
+    sized,
+    vectors_of,
 )
 from src.losses import PairEncoder, contrastive_backward
 from src.settings import make_settings
 
 
-def photos(number=12, size=40, seed=0):
+def photos(number=12, size=48, seed=0):
     """Smooth random pictures: noise has no components larger than others."""
     torch.manual_seed(seed)
     return F.interpolate(torch.randn(number, 3, size // 4, size // 4), size, mode="bilinear")
 
 
+def stored(number=12, seed=0):
+    """The same as a store keeps them."""
+    return (photos(number, 64, seed).clamp(-2, 2) * 60 + 127).byte()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_photos():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("src.fisher.FISHER_PIXELS", 48)
+        yield
+
+
 @pytest.fixture(scope="module")
 def vectors():
     fitted = FisherVectors()
-    fitted.fit(photos())
+    fitted.fit(stored())
     return fitted
+
+
+def seen():
+    """What `vectors` was fit to."""
+    return photos_at(stored(), torch.arange(12), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -36,12 +55,13 @@ def model():
     settings = dataclasses.replace(make_settings(model="tiny"), fisher=True)
     made = build_network(34, settings, {})
     torch.nn.init.normal_(made.fusion.out.weight)
-    made.second.vectors.fit(photos())
+    made.second.image_backbone.fit(stored())
+    torch.nn.init.normal_(made.second.fusion.out.weight)
     return made
 
 
 def test_the_descriptors_of_the_photos_it_was_fit_to_are_white(vectors):
-    gradients, _ = vectors.cells(photos())
+    gradients, _ = vectors.cells(seen())
     descriptors = vectors.gradients.descriptors(gradients).flatten(0, 1)[:, :COMPONENTS]
     raw = torch.cat([F.unfold(cells, 4).transpose(1, 2).flatten(0, 1) for cells in gradients])
     assert raw.shape[1] == 8 * 16 and len(raw) == len(descriptors)
@@ -91,8 +111,8 @@ def test_fitting_makes_the_photos_more_likely():
         return log_prob.logsumexp(1).mean()
 
     whole = FisherVectors()
-    whole.fit(photos())
-    descriptors = whole.colors.descriptors(whole.cells(photos())[1]).flatten(0, 1)
+    whole.fit(stored())
+    descriptors = whole.colors.descriptors(whole.cells(seen())[1]).flatten(0, 1)
     one = FisherVector(6)  # every Gaussian that of all descriptors
     one.mean.copy_(descriptors.mean(0).expand_as(one.mean))
     one.variance.copy_(descriptors.var(0).expand_as(one.variance))
@@ -117,42 +137,46 @@ def test_vectors_are_the_photos_own_and_hardly_know_how_bright_it_is(vectors):
 
 
 def test_the_smallest_photos_and_flat_ones(vectors):
-    assert torch.isfinite(vectors(photos(2, MIN_PIXELS))).all()
-    assert torch.isfinite(vectors(torch.zeros(1, 3, 48, 40))).all()
+    assert torch.isfinite(vectors(photos(2, 48))).all()
+    assert torch.isfinite(vectors(torch.zeros(1, 3, 48, 56))).all()
     with pytest.raises(RuntimeError):
-        vectors(photos(2, MIN_PIXELS - 4))
+        vectors(photos(2, 44))
 
 
 def test_two_networks_make_latents_of_two_halves_each_of_unit_length(model):
     model.eval()
     text = torch.randint(1, 34, (5, 9))
     images = photos(5)
-    both = model(images=images, text=text)["central_latent"]
-    alone = model.fuse(model.encode_images(images, alone=True))
+    smaller, larger = sized(images, 32), sized(images, 48)
     latents = model(images=images)["central_latent"]
-    assert latents.shape == both.shape == (5, 2 * model.latent_dim)
-    assert torch.allclose(latents.view(5, 2, -1).norm(dim=2), torch.ones(5, 2), atol=1e-5)
-    assert torch.allclose(latents[:, :model.latent_dim], alone, atol=1e-5)
-    second = model.second.encode_images(images) + model.second.text_encoder(text)
-    assert torch.allclose(both[:, model.latent_dim:], F.normalize(second, dim=1), atol=1e-5)
+    first, second = latents.chunk(2, dim=1)
+    assert latents.shape == (5, 2 * 64)
+    for half in (first, second, *model(text=text)["central_latent"].chunk(2, dim=1)):
+        assert torch.allclose(half.norm(dim=1), torch.ones(5), atol=1e-5)
+    assert torch.allclose(
+        first, F.normalize(model.fuse(model.encode_images(smaller)), dim=1), atol=1e-5)
+    alone = model.second(images=larger, text=text)["central_latent"]
+    both = model(images=images, text=text)["central_latent"]
+    assert torch.allclose(both[:, 64:], F.normalize(alone, dim=1), atol=1e-5)
+    vectors = model.second.image_backbone(larger)
+    known = model(images=torch.zeros(5, 3, 32, 32), vectors=vectors)["central_latent"]
+    assert torch.allclose(known[:, 64:], second, atol=1e-5)
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_the_second_network_learns_unless_the_first_is_alone(model, alone):
+def test_the_first_networks_steps_leave_the_second_alone(model):
     batch = {"images": photos(4), "text": torch.randint(1, 34, (8, 9)),
              "photo_ids": torch.arange(4), "photo_of_pair": torch.arange(4).repeat_interleave(2)}
-    loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, fuse_every=2, alone=alone)
-    assert torch.isfinite(loss)
+    assert torch.isfinite(contrastive_backward(PairEncoder(model, None), batch, 0.1, fuse_every=2))
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (alone and name.startswith("second.")), name
+        assert (parameter.grad is None) == name.startswith("second."), name
 
 
-def test_what_one_network_learns_is_not_the_others_business(model):
-    """No gradient crosses from one half of the latents to the other network."""
-    latents = model(images=photos(3))["central_latent"]
-    latents[:, :model.latent_dim].sum().backward(retain_graph=True)
-    assert all(p.grad is None or not p.grad.any() for p in model.second.parameters())
-    model.zero_grad()
-    latents[:, model.latent_dim:].sum().backward()
-    assert not [name for name, p in model.named_parameters()
-                if not name.startswith("second.") and p.grad is not None and p.grad.any()]
+@pytest.mark.parametrize("views", [1, 2])
+def test_vectors_of_stored_photos_and_of_their_mirror_images(vectors, views):
+    images = stored(53)
+    made = vectors_of(vectors, images, None, views)
+    assert made.shape == (53, views, vectors.width) and made.dtype == torch.float16
+    rows = torch.tensor([0, 49, 50, 52])
+    shown = photos_at(images, rows, torch.device("cpu"))
+    for view, flipped in zip(range(views), (shown, shown.flip(-1))):
+        assert torch.allclose(made[rows, view].float(), vectors(flipped), atol=0.05)

@@ -599,6 +599,18 @@ def test_batches_hold_each_photo_once_with_its_captions(dataset_dir, captions_pe
             assert row[:len(text)].tolist() == text.tolist() and not row[len(text):].any()
 
 
+@pytest.mark.parametrize("number, photos", [(2, 2), (6, 6), (1000, 6)])
+def test_the_first_photos_and_their_captions_alone(dataset_dir, number, photos):
+    data = dataset(dataset_dir)
+    part = data.first(number)
+    assert torch.equal(part.photos[:], data.photos[:photos]) and len(data.photos) == 6
+    pairs = part.epoch(5, 10, seed=0)
+    assert sorted(pairs.flatten().tolist()) == list(range(5 * photos))
+    batch = next(iterate_batches(part, part.photos, pairs, torch.device("cpu")))
+    assert torch.equal(batch["images"], data.photos[batch["photo_ids"]])
+    assert torch.equal(batch["photo_ids"][batch["photo_of_pair"]], data.photo_of_caption[pairs[0]])
+
+
 def test_batches_stop_when_no_longer_wanted(dataset_dir):
     data = dataset(dataset_dir)
     batches = iterate_batches(data, data.photos, [[0, 1]] * 50, torch.device("cpu"))

@@ -20,13 +20,13 @@ from src.inference import (
     photos_of_folder,
     photos_of_split,
 )
-from src.settings import UsageError
+from src.settings import PRESETS, UsageError
 from src.utils import checkpoint
 from src.utils.checkpoint import BEST, HISTORY, CheckpointError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 from src.utils.layouts import DataError
 from src.utils.retrieval import evaluate, retrieval_metrics
-from tests.conftest import arguments, run_script
+from tests.conftest import arguments, main
 
 
 @pytest.fixture
@@ -50,12 +50,9 @@ def test_embeddings_score_what_the_evaluation_scores(finished, shapes):
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)))
 
 
-def test_photos_are_seen_at_the_size_that_they_were_judged_at(shapes, tmp_path):
-    status, _, err = run_script(
-        "train_flickr8k_sgd.py",
-        *arguments(shapes, tmp_path, "--eval_size", 48, "--no-amp", epochs=1),
-    )
-    assert (status, err) == (0, "")
+def test_photos_are_seen_at_the_size_that_they_were_judged_at(shapes, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS["tiny"], "start_size", 32)
+    assert main(*arguments(shapes, tmp_path, "--no-amp", epochs=1)) == 0
     model, tokenizer, transform = load_model(tmp_path)
     photos, captions = photos_of_split(shapes, "val")
     assert transform(photos[0]).shape == (3, 48, 48)

@@ -42,7 +42,7 @@ def settings(*given):
         ["--momentum", "1"],
         ["--momentum", "0"],
         ["--final_lr", "1.5"],
-        ["--eval_size", "3.5"],
+        ["--image_size", "3.5"],
         ["--seed", "4294967296"],
         ["--model", "huge"],
         ["--resume", "--overwrite"],
@@ -115,31 +115,27 @@ def test_at_least_64_photos_a_step(model):
 
 
 def test_photos_in_validation_are_never_smaller_than_in_training():
-    sizes = [
-        settings("--model", "tiny", *given).eval_pixels
-        for given in ([], ["--eval_size", "40"], ["--eval_size", "40", "--image_size", "48"])
-    ]
-    assert sizes == [32, 40, 48]
+    assert settings("--model", "tiny").eval_pixels == 32
+    sizes = {size: settings("--model", "small", "--image_size", str(size)).eval_pixels
+             for size in (48, 64, 96, 128)}
+    assert sizes == {48: 64, 64: 80, 96: 112, 128: 160}
 
 
 def test_photos_are_small_at_first():
     found = settings("--model", "small", "--epochs", "10")
-    found.fisher = False
-    assert [found.training_pixels(epoch, 0) for epoch in (1, 6, 7, 10)] == [64, 64, 96, 96]
-    assert settings("--model", "small", "--epochs", "1").training_pixels(1, 0) == 96
+    assert [found.training_pixels(epoch) for epoch in (1, 6, 7, 10)] == [64, 64, 96, 96]
+    assert settings("--model", "small", "--epochs", "1").training_pixels(1) == 96
     for given in (["--image_size", "64"], ["--image_size", "48"], ["--recipe", "reference"]):
         found = settings("--model", "small", "--epochs", "10", *given)
-        assert found.training_pixels(1, 1) == found.training_pixels(10, 1) == found.image_size
+        assert found.training_pixels(1) == found.training_pixels(10) == found.image_size
 
 
-def test_the_second_network_takes_part_in_about_fifteen_epochs_worth_of_steps():
-    found = settings("--model", "small", "--epochs", "67")
-    assert [found.second_rests(step) for step in range(6)] == [False, True, True, True, False, True]
-    assert [found.training_pixels(1, step) for step in range(5)] == [96, 64, 64, 64, 96]
-    short = settings("--model", "small", "--epochs", "9")
-    assert not short.second_rests(0) and not short.second_rests(1)
-    for given in (["--model", "tiny"], ["--image_encoder", "resnet50"], ["--recipe", "reference"]):
-        assert settings(*given).fisher_every == 0 and settings(*given).second_rests(0)
+@pytest.mark.parametrize("given, train, val", [
+    (["--model", "small"], 160, 160), (["--model", "small", "--image_size", "224"], 256, 272),
+    (["--model", "tiny"], 36, 32), (["--model", "small", "--recipe", "reference"], 109, 96)])
+def test_stores_keep_photos_large_enough_for_what_looks_at_them(given, train, val):
+    found = settings(*given)
+    assert [found.stored_pixels(split) for split in ("train", "val", "test")] == [train, val, val]
 
 
 @pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,10 @@ import show_flickr8k_results
 import train_flickr8k_sgd as training
 from src import state
 from src.data import load_data
-from src.fisher import TwoNetworks
+from src.fisher import TwoNetworks, keep_vectors
 from src.inference import embed_photos, embed_texts, load_bank, load_model
-from src.losses import contrast_each
 from src.model import PatchComponents
-from src.settings import PRESETS, make_settings, uncropped
+from src.settings import make_settings, uncropped
 from src.state import MovingAverage, RunState, cosine_schedule
 from src.utils import augment, retrieval
 from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
@@ -237,10 +237,11 @@ def test_resume_carries_the_average(shapes, tmp_path, monkeypatch):
     assert not torch.equal(best[name], raw[name])  # the average is what is kept
 
 
-def test_two_networks_of_which_one_rests_in_every_other_step(shapes, tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS["tiny"], "fisher", True)
-    monkeypatch.setattr("src.settings.FISHER_EPOCHS", 1)
-    assert main(*arguments(shapes, tmp_path / "whole")) == 0
+def test_two_networks_go_on_after_an_interruption(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "FISHER_EPOCHS", 6)
+    monkeypatch.setattr("src.settings.FISHER_PIXELS", 48)
+    monkeypatch.setattr("src.fisher.FISHER_PIXELS", 48)
+    assert main(*arguments(shapes, tmp_path / "whole", "--fisher")) == 0
     save, steps = training.save_checkpoint, []
     monkeypatch.setattr(training, "CHECKPOINT_INTERVAL", -1)
 
@@ -251,15 +252,26 @@ def test_two_networks_of_which_one_rests_in_every_other_step(shapes, tmp_path, m
             raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "save_checkpoint", failing_save)
-    assert main(*arguments(shapes, tmp_path / "cut")) == 130
+    assert main(*arguments(shapes, tmp_path / "cut", "--fisher")) == 130
     monkeypatch.setattr(training, "save_checkpoint", save)
     assert main("--synthetic", "--output_dir", tmp_path / "cut", "--resume") == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
     model, tokenizer, transform = load_model(tmp_path / "whole")
-    assert isinstance(model, TwoNetworks) and model.second.vectors.colors.components.any()
+    assert isinstance(model, TwoNetworks)
+    last = torch.load(tmp_path / "cut" / LAST, weights_only=True)
+    for name, weight in model.second.state_dict().items():  # the first's training left it alone
+        assert torch.equal(weight, last["model_state_dict"][f"second.{name}"]), name
+    settings = make_settings(synthetic=True, data_dir=str(shapes), fisher=True)
+    splits, _ = load_data(settings, tokenizer=tokenizer)
+    learned = retrieval.evaluate(model.second, splits["train"])
+    assert learned["avg_r1"] > 3 * retrieval.chance_metrics([5] * 40)["avg_r1"]
     texts = embed_texts(model, tokenizer, ["a red circle", "two blue squares"])
-    photos = embed_photos(model, transform, sorted(shapes.rglob("*.jpg"))[:3])
-    assert texts.shape == (2, 128) and photos.shape == (3, 128)
+    folder = splits["val"].folders[0]
+    photos = embed_photos(model, transform, [folder.path(name) for name in splits["val"].names])
+    assert texts.shape == (2, 128) and photos.shape == (len(splits["val"].names), 128)
+    keep_vectors(model, [splits["val"]], None)
+    judged, _ = retrieval.embed(model, splits["val"], torch.arange(len(photos)), np.arange(5))
+    assert torch.allclose(F.normalize(judged, dim=1), photos, atol=1e-3)
     assert torch.allclose(texts.norm(dim=1), torch.ones(2), atol=1e-5)
 
 
@@ -372,7 +384,8 @@ def test_without_data_both_ways_on_are_told(tmp_path):
     (["--device", "cuda:99"], "is not available on this machine"),
     (["--device", "abacus"], "is not available on this machine"),
     (["--image_size", 33], "photos of 33 pixels"),
-    (["--eval_size", 44], "photos of 44 pixels: the model takes multiples of 8"),
+    (["--image_size", 44], "photos of 44 pixels: the model takes multiples of 8"),
+    (["--fisher", "--image_encoder", "resnet18"], "--fisher goes with the preset's own"),
     (["--latent_dim", 63], "does not divide"),
 ])
 def test_settings_that_cannot_be(shapes, tmp_path, capsys, given, message):
@@ -694,9 +707,8 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
                 images, text, both, scale, memory_losses = run.encode(
                     batch["images"], batch["text"], None, torch.stack([owners[rows], rows]))
                 ids = batch["photo_ids"][owners]
-                losses = contrast_each(
-                    run.criterion, images[owners], text, scale, ids, (rows, both))
-                loss = sum(losses) + memory_losses.sum()
+                loss = run.criterion(images[owners], text, scale, ids, fused=(rows, both))
+                loss = loss + memory_losses.sum()
                 average.update(model)
             assert loss.device.type == images.device.type == "cuda" and loss.shape == ()
     augment._per_channel.cache_clear()

@@ -86,14 +86,13 @@ def anyone(flag, device):
     return bool(flag)
 
 
-def parallel(encode, device, parts_rest):
-    """The module as it is in a process alone; one whose gradients are exchanged among several.
-    parts_rest: not every step needs all of its parameters."""
+def parallel(encode, device):
+    """The module as it is in a process alone; one whose gradients are exchanged among several."""
     if not dist.is_initialized():
         return encode
     if device.type == "cuda":  # on a CPU there is none: each process normalises its own photos
         encode = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encode)
-    return torch.nn.parallel.DistributedDataParallel(encode, find_unused_parameters=parts_rest)
+    return torch.nn.parallel.DistributedDataParallel(encode)
 
 
 def same_buffers(model):

@@ -1,4 +1,5 @@
 """The dataset of photo-caption pairs, and its batches."""
+import copy
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -63,6 +64,7 @@ class Flickr8kImageTextDataset:
         self.photo_of_caption = torch.arange(len(self.names)).repeat_interleave(
             torch.from_numpy(counts))
         self.texts = self.text_features = self.tokenize = None
+        self.vectors = None  # the photos' Fisher vectors (N, width), where a run has made them
         if text_encoder is not None and text_encoder.frozen:
             self.text_features = text_encoder.text_features(store, self.captions, progress)
         elif text_encoder is not None:
@@ -166,6 +168,13 @@ class Flickr8kImageTextDataset:
         if self.text_features is not None:
             self.text_features = self.text_features + other.text_features
         self.folders = self.folders + other.folders
+
+    def first(self, number):
+        """-> its first photos and their captions alone, to train with."""
+        part = copy.copy(self)
+        part.photos = self.photos.choose(np.arange(min(number, len(self.photos))))
+        part.photo_of_caption = self.photo_of_caption[self.photo_of_caption < number]
+        return part
 
     def epoch(self, captions_per_image, batch_size, seed):
         """An epoch's pairs by `epoch_batches`, in windows where the photos take more than

@@ -247,7 +247,10 @@ def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None, fused=F
             return {"images": images[:, 0].to(device)}  # not the mirror image's features
         if pixels not in (None, images.shape[-1]):
             images = F.interpolate(images, (pixels, pixels), mode="bicubic", antialias=True)
-        return {"images": normalize(images.to(device))}
+        inputs = {"images": normalize(images.to(device))}
+        if dataset.vectors is not None:
+            inputs["vectors"] = dataset.vectors[photos[part]].to(device)
+        return inputs
 
     def text_inputs(part):
         return map_tensors(lambda tensor: tensor.to(device), dataset.text_inputs(captions[part]))
