@@ -22,7 +22,7 @@ DIRECTIONS = 8
 COMPONENTS = 64  # of a descriptor, besides its place
 GAUSSIANS = 64
 FIT_PHOTOS, FIT_STEPS = 100, 20  # of expectation and maximisation
-DROPOUT = 0.7
+DROPOUT, SECOND_WEIGHT = 0.7, 0.7
 BATCH_SIZE = 50  # of photos whose vectors are made
 
 
@@ -150,8 +150,9 @@ class FisherVectors(nn.Module):
 
 class TwoNetworks(MultiModalMemoryNetwork):
     """The multimodal memory network and, in `second`, one without a memory whose photos are Fisher
-    vectors. They rank together: latents are (B, 2 * latent_dim), theirs side by side, each of unit
-    length, so that the cosine of two is the mean of theirs. Training sees the first alone.
+    vectors. They rank together: latents are (B, 2 * latent_dim), theirs side by side, of lengths
+    such that the cosine of two is the mean of theirs, the second's weighing SECOND_WEIGHT of the
+    first's. Training sees the first alone.
 
     eval_pixels: side of the photos that the first takes; in use they may be of any size."""
 
@@ -173,8 +174,8 @@ class TwoNetworks(MultiModalMemoryNetwork):
             vectors = sized(images, FISHER_PIXELS) if vectors is None else vectors
         parts = (super().forward(text, photos, text_mask, text_features),
                  self.second(text, vectors, text_mask))
-        return {"central_latent": torch.cat(
-            [F.normalize(part["central_latent"].float(), dim=1) for part in parts], dim=1)}
+        first, second = (F.normalize(part["central_latent"].float(), dim=1) for part in parts)
+        return {"central_latent": torch.cat([first, math.sqrt(SECOND_WEIGHT) * second], dim=1)}
 
 
 def build_network(vocab_size, settings, widths):

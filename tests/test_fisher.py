@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from src.fisher import (
     COMPONENTS,
     GAUSSIANS,
+    SECOND_WEIGHT,
     FisherVector,
     FisherVectors,
     build_network,
@@ -143,7 +144,7 @@ def test_the_smallest_photos_and_flat_ones(vectors):
         vectors(photos(2, 44))
 
 
-def test_two_networks_make_latents_of_two_halves_each_of_unit_length(model):
+def test_two_networks_make_latents_of_two_halves_of_given_lengths(model):
     model.eval()
     text = torch.randint(1, 34, (5, 9))
     images = photos(5)
@@ -151,13 +152,14 @@ def test_two_networks_make_latents_of_two_halves_each_of_unit_length(model):
     latents = model(images=images)["central_latent"]
     first, second = latents.chunk(2, dim=1)
     assert latents.shape == (5, 2 * 64)
-    for half in (first, second, *model(text=text)["central_latent"].chunk(2, dim=1)):
-        assert torch.allclose(half.norm(dim=1), torch.ones(5), atol=1e-5)
+    for halves in (latents, model(text=text)["central_latent"]):
+        lengths = halves.view(5, 2, -1).norm(dim=2)
+        assert torch.allclose(lengths, torch.tensor([1, SECOND_WEIGHT]).sqrt(), atol=1e-5)
     assert torch.allclose(
         first, F.normalize(model.fuse(model.encode_images(smaller)), dim=1), atol=1e-5)
     alone = model.second(images=larger, text=text)["central_latent"]
     both = model(images=images, text=text)["central_latent"]
-    assert torch.allclose(both[:, 64:], F.normalize(alone, dim=1), atol=1e-5)
+    assert torch.allclose(F.normalize(both[:, 64:]), F.normalize(alone), atol=1e-5)
     vectors = model.second.image_backbone(larger)
     known = model(images=torch.zeros(5, 3, 32, 32), vectors=vectors)["central_latent"]
     assert torch.allclose(known[:, 64:], second, atol=1e-5)
