@@ -149,7 +149,7 @@ class FisherVectors(nn.Module):
 
 
 class TwoNetworks(MultiModalMemoryNetwork):
-    """The multimodal memory network and, in `second`, one without a memory whose photos are Fisher
+    """The multimodal memory network and, in `second`, one of encoders alone whose photos are Fisher
     vectors. They rank together: latents are (B, 2 * latent_dim), theirs side by side, of lengths
     such that the cosine of two is the mean of theirs, the second's weighing SECOND_WEIGHT of the
     first's. Training sees the first alone.
@@ -161,8 +161,8 @@ class TwoNetworks(MultiModalMemoryNetwork):
         self.eval_pixels, vectors = eval_pixels, FisherVectors()
         same = {name: sizes[name] for name in ("text_embed_dim", "latent_dim", "num_heads")}
         self.second = MultiModalMemoryNetwork(
-            vocab_size, memory_size=0, num_layers=0, fusion_layers=1, dropout=DROPOUT,
-            image_features=vectors.width, **same)
+            vocab_size, num_layers=0, fusion_layers=0, dropout=DROPOUT, image_features=vectors.width,
+            **same)
         self.second.image_backbone = vectors
         self.second.requires_grad_(False)
 

@@ -346,7 +346,8 @@ class Fusion(nn.Module):
 class MultiModalMemoryNetwork(nn.Module):
     """Photos, captions or both -> one central latent in a shared space: the mean of the encoders'
     latents, to which fusion adds what it makes of what they and the memory hold, at first nothing.
-    The defaults are the preset `base`; with memory_size=0 there is no memory.
+    The defaults are the preset `base`; with memory_size=0 there is no memory, with fusion_layers=0
+    neither that nor fusion.
 
     `model` takes images (B, 3, H, W), normalised floats, or text (B, L), token ids with 0 for
     padding, or both; text_mask: (B, L) bool, True for real tokens, by default text != 0. It returns
@@ -371,8 +372,11 @@ class MultiModalMemoryNetwork(nn.Module):
             self.image_encoder = ImageEncoder(conv_channels, conv_units, latent_dim)
         self.text_head = FeatureHead(text_features, latent_dim, dropout) if text_features else None
         self.image_backbone = self.text_backbone = None
-        self.memory = TestTimeMemory(latent_dim, memory_size, num_heads) if memory_size else None
-        self.fusion = Fusion(latent_dim, num_heads, fusion_layers)
+        self.memory = self.fusion = None
+        if fusion_layers:
+            self.fusion = Fusion(latent_dim, num_heads, fusion_layers)
+        if fusion_layers and memory_size:
+            self.memory = TestTimeMemory(latent_dim, memory_size, num_heads)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
 
     def encode_images(self, images):
@@ -402,6 +406,8 @@ class MultiModalMemoryNetwork(nn.Module):
         parts = {IMAGE: images, TEXT: text}
         present = [modality for modality in MODALITIES if parts[modality] is not None]
         latents = torch.stack([parts[modality] for modality in present], dim=1)  # (B, M, D)
+        if self.fusion is None:
+            return latents.mean(1)
         remembered = latents if self.memory is None else self.memory(latents)
         return latents.mean(1) + self.fusion(remembered, present)
 

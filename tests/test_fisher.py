@@ -57,7 +57,6 @@ def model():
     made = build_network(34, settings, {})
     torch.nn.init.normal_(made.fusion.out.weight)
     made.second.image_backbone.fit(stored())
-    torch.nn.init.normal_(made.second.fusion.out.weight)
     return made
 
 

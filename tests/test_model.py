@@ -92,6 +92,17 @@ def test_presence_signals_tell_the_modalities_apart():
     assert torch.equal(fusion(latent, [0]), fusion(latent, [1]))
 
 
+def test_without_layers_of_fusion_the_central_latent_is_the_mean():
+    torch.manual_seed(0)
+    model = MultiModalMemoryNetwork(**model_arguments("tiny", fusion_layers=0)).eval()
+    images, text = batch()
+    photo, words = model.encode_images(images), model.encode_text(text, None, None)
+    assert model.memory is None and model.memory_loss(photo) == 0
+    assert torch.equal(model(images=images)["central_latent"], photo)
+    both = model(images=images, text=text)["central_latent"]
+    assert torch.allclose(both, (photo + words) / 2)
+
+
 def test_padding_changes_nothing():
     model, (_, text) = tiny().eval(), batch()
     alone = model(text=text[1:2, :6])["central_latent"]
