@@ -161,8 +161,8 @@ class TwoNetworks(MultiModalMemoryNetwork):
         self.eval_pixels, vectors = eval_pixels, FisherVectors()
         same = {name: sizes[name] for name in ("text_embed_dim", "latent_dim", "num_heads")}
         self.second = MultiModalMemoryNetwork(
-            vocab_size, num_layers=0, fusion_layers=0, dropout=DROPOUT, image_features=vectors.width,
-            **same)
+            vocab_size, num_layers=0, fusion_layers=0, dropout=DROPOUT,
+            image_features=vectors.width, **same)
         self.second.image_backbone = vectors
         self.second.requires_grad_(False)
 
