@@ -42,7 +42,7 @@ from src.utils.augment import color_jitter, drop_words, normalize, random_resize
 from src.utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_json
 from src.utils.flickr8k_simple import iterate_batches, place_photos
 from src.utils.layouts import DataError
-from src.utils.retrieval import BETA, compare_bank, compare_fused, evaluate, make_bank
+from src.utils.retrieval import BETA, compare_bank, evaluate, make_bank
 from src.utils.tokenizers import tokenizer_from_state
 
 log = logging.getLogger("flickr8k_sgd")
@@ -159,9 +159,11 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     batches = share_of_epoch(splits["train"], settings, 1)
     if not batches.numel():
         raise UsageError(f"a batch has fewer pairs than there are processes, {world}")
+    seconds = 0.0
     if settings.fisher and checkpoint is None:
-        train_second(settings, model.second, tokenizer, splits["train"], device)
+        seconds = train_second(settings, model.second, tokenizer, splits["train"], device)
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
+    run.seconds = seconds
     run.dir, run.is_main = output_dir, rank == 0
     run.epoch = 0 if encoders.pair else 1
     run.config = describe(settings, device, world) | {
@@ -195,13 +197,12 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
 
 def train_second(settings, network, tokenizer, data, device):
     """Train the model's second network, by the recipe of the first, but that photos and mirror
-    images are made into Fisher vectors once: of more than there is room for, the first are used."""
+    images are made into Fisher vectors once, the first FISHER_PHOTOS -> the seconds it took."""
     began, data = time.time(), data.first(FISHER_PHOTOS)
     log.info(f"a second network learns first, by Fisher vectors of {len(data.photos):,} photos")
     settings = dataclasses.replace(settings, epochs=FISHER_EPOCHS, compile=False, chunk_size=0)
     network.image_backbone.fit(data.photos)
     vectors = vectors_of(network.image_backbone, data.photos, amp_type(settings), views=2)
-    made = time.time()
     set_temperature(network, settings.temperature)
     batches = [share_of_epoch(data, settings, i) for i in range(FISHER_EPOCHS)]
     network.requires_grad_(True)
@@ -212,7 +213,9 @@ def train_second(settings, network, tokenizer, data, device):
         training_step(run, batch)
     network.load_state_dict(run.kept.state_dict())
     network.requires_grad_(False)
-    log.info(f"vectors made in {made - began:.0f} s, learned from in {time.time() - made:.0f} s")
+    seconds = time.time() - began
+    log.info(f"it has learned in {seconds:.0f} s, which count as the first epoch's")
+    return seconds
 
 
 def epoch_seconds(run, splits):
@@ -294,9 +297,8 @@ def fit(run, splits, stop):
         metrics = validate(run, splits["val"])
         row = {"epoch": run.epoch, "train": {"loss": run.loss_sum / steps}, "val": metrics,
                "lr": lr, "seconds": time.time() - began}
-        end_epoch(run, row)
         line.clear()
-        log.info(report.epoch_line(row))
+        end_epoch(run, row)
         if distributed.anyone(stop.requested, device):
             raise KeyboardInterrupt
 
@@ -307,7 +309,6 @@ def score_zero_shot(run, val):
     row = {"epoch": 0, "train": {"loss": None}, "val": validate(run, val), "lr": 0.0}
     row["seconds"] = time.time() - began
     end_epoch(run, row)
-    log.info(report.epoch_line(row))
 
 
 def validate(run, val):
@@ -320,8 +321,8 @@ def validate(run, val):
 
 
 def end_epoch(run, row):
-    """Add the epoch to the history and write the files, in an order in which a kill between any two
-    costs nothing: the checkpoint decides where --resume starts."""
+    """Add the epoch to the history, write the files, in an order in which a kill between any two
+    costs nothing: the checkpoint decides where --resume starts; and log it."""
     best = max((old["val"]["avg_r1"] for old in run.history), default=-1.0)
     if row["val"]["avg_r1"] > best and run.is_main:
         save_checkpoint({"epoch": run.epoch, "model_state_dict": run.kept.state_dict(),
@@ -333,6 +334,7 @@ def end_epoch(run, row):
     save_last(run)
     if run.is_main:
         save_json(run.history, run.dir / files.HISTORY)
+    log.info(report.epoch_line(row))
 
 
 def save_last(run):
@@ -351,11 +353,9 @@ def evaluate_best(run, splits):
     bank = make_bank(run.model, splits["train"], pixels, settings.seed, run.amp_dtype)
     log.info(f"bank: {len(bank.photos):,} photos and {len(bank.texts):,} captions of train, "
              f"{bank.nbytes / 1e6:.1f} MB, made in {time.time() - started:.1f} s")
-    results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype)
+    fused = settings.captions_per_image > 1  # else both together were not trained
+    results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype, fused)
                for split in ("val", "test")}
-    if settings.captions_per_image > 1:  # else both together were not trained
-        for split, found in results.items():
-            found["fused"] = compare_fused(run.model, splits[split], run.amp_dtype)
     if run.is_main:
         save_checkpoint(best | {"bank": bank.state_dict()}, run.dir / files.BEST)
         save_json(results | {"beta": BETA}, run.dir / files.BANK)

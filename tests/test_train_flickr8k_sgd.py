@@ -241,6 +241,8 @@ def test_two_networks_go_on_after_an_interruption(shapes, tmp_path, monkeypatch)
     monkeypatch.setattr(training, "FISHER_EPOCHS", 6)
     monkeypatch.setattr("src.settings.FISHER_PIXELS", 48)
     monkeypatch.setattr("src.fisher.FISHER_PIXELS", 48)
+    train_second = training.train_second
+    monkeypatch.setattr(training, "train_second", lambda *given: 1000 + train_second(*given))
     assert main(*arguments(shapes, tmp_path / "whole", "--fisher")) == 0
     save, steps = training.save_checkpoint, []
     monkeypatch.setattr(training, "CHECKPOINT_INTERVAL", -1)
@@ -256,6 +258,8 @@ def test_two_networks_go_on_after_an_interruption(shapes, tmp_path, monkeypatch)
     monkeypatch.setattr(training, "save_checkpoint", save)
     assert main("--synthetic", "--output_dir", tmp_path / "cut", "--resume") == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+    for name in ("whole", "cut"):  # its seconds are in the run's
+        assert 1000 < json.loads((tmp_path / name / HISTORY).read_text())[0]["seconds"] < 2000
     model, tokenizer, transform = load_model(tmp_path / "whole")
     assert isinstance(model, TwoNetworks)
     last = torch.load(tmp_path / "cut" / LAST, weights_only=True)

@@ -269,8 +269,8 @@ def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None, fused=F
 def embed_dataset(model, dataset, amp_dtype=None):
     """-> photo latents, caption latents, and the row of each caption's photo, see `embed`."""
     by_length = np.argsort(dataset.texts.lengths, kind="stable")  # little padding
-    latents = embed(model, dataset, torch.arange(len(dataset.photos)), by_length, amp_dtype)
-    return *latents, dataset.photo_of_caption[by_length]
+    photos, texts = embed(model, dataset, torch.arange(len(dataset.photos)), by_length, amp_dtype)
+    return photos, texts[torch.from_numpy(by_length).argsort()], dataset.photo_of_caption
 
 
 def evaluate(model, dataset, amp_dtype=None):
@@ -291,13 +291,16 @@ def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
     return Bank(*(rows.cpu() for rows in latents), torch.searchsorted(photos, owners[captions]))
 
 
-def compare_bank(model, dataset, bank, amp_dtype=None):
-    """`evaluate` without and with a bank -> {"off": metrics, "on": metrics, "hub_share": alike}."""
+def compare_bank(model, dataset, bank, amp_dtype=None, fused=False):
+    """`evaluate` without and with a bank -> {"off": metrics, "on": metrics, "hub_share": alike};
+    fused: and {"fused": `compare_fused`}."""
     photos, texts, photo_of_caption = embed_dataset(model, dataset, amp_dtype)
     results = {"hub_share": {}}
     for mode, used in (("off", None), ("on", bank)):
         results[mode] = retrieval_metrics(photos, texts, photo_of_caption, used)
         results["hub_share"][mode] = hub_share(photos, texts, used)
+    if fused:
+        results["fused"] = compare_fused(model, dataset, photos, texts, amp_dtype)
     return results
 
 
@@ -317,17 +320,16 @@ def fused_ranks(queries, texts, photo_of_caption, photo_of_query, own):
     return torch.cat(ranks)
 
 
-def compare_fused(model, dataset, amp_dtype=None):
+def compare_fused(model, dataset, photos, texts, amp_dtype=None):
     """How well a photo's other captions are found by its first one, by the photo, and by both fused
     -> {"caption": {"r1", "r5", "r10"}, "photo": alike, "both": alike}, in percent. The first
-    caption is no candidate. Photos with one caption are left out; None where all are."""
-    owners, num_photos = dataset.photo_of_caption, len(dataset.names)
-    asked = (torch.bincount(owners, minlength=num_photos) > 1).nonzero().flatten()
+    caption is no candidate. Photos with one caption are left out; None where all are. photos,
+    texts: latents of the dataset's, of `embed_dataset`."""
+    owners = dataset.photo_of_caption
+    asked = (torch.bincount(owners) > 1).nonzero().flatten()
     if not len(asked):
         return None
     own = torch.searchsorted(owners, asked)
-    photos, texts = embed(model, dataset, torch.arange(num_photos), np.arange(len(owners)),
-                          amp_dtype)
     both = embed(model, dataset, asked, own, amp_dtype, fused=True)
     owners, asked, own = (rows.to(texts.device) for rows in (owners, asked, own))
     results = {}
