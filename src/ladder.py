@@ -25,10 +25,9 @@ STEPS = {
     "learning rates, warm-up, temperature, weight decay": (
         "lr", "text_lr", "warmup", "temperature", "weight_decay"),
     "a contrast among captions": ("caption_contrast",),
-    "random crops and mirroring": ("min_crop", "flip"),
-    "colour jitter, word dropout": ("color_jitter", "word_dropout"),
-    "a moving average of the weights": ("ema",),
-    "a learning rate that stays high to the end": ("final_lr",),
+    "random crops, mirroring, colour jitter, word dropout": (
+        "min_crop", "flip", "color_jitter", "word_dropout"),
+    "a moving average of the weights, a learning rate that stays high": ("ema", "final_lr"),
     "a second network, of Fisher vectors": ("fisher",),
     "small photos first, larger ones in validation: the preset's own recipe": tuple(REFERENCE),
 }
