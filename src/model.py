@@ -372,10 +372,9 @@ class MultiModalMemoryNetwork(nn.Module):
             self.image_encoder = ImageEncoder(conv_channels, conv_units, latent_dim)
         self.text_head = FeatureHead(text_features, latent_dim, dropout) if text_features else None
         self.image_backbone = self.text_backbone = None
-        self.memory = self.fusion = None
-        if fusion_layers:
-            self.fusion = Fusion(latent_dim, num_heads, fusion_layers)
-        if fusion_layers and memory_size:
+        self.fusion = Fusion(latent_dim, num_heads, fusion_layers) if fusion_layers else None
+        self.memory = None
+        if fusion_layers and memory_size:  # fusion reads it
             self.memory = TestTimeMemory(latent_dim, memory_size, num_heads)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
 
