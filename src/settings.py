@@ -173,7 +173,7 @@ def default_model(synthetic, device, image_encoder=""):
         return "small", "the default with a pretrained image encoder"
     if device.startswith("cuda"):
         return "base", "the default on a CUDA GPU"
-    return "small", "the default where there is no CUDA GPU, as base would take half a day"
+    return "small", "the default where there is no CUDA GPU, as base takes an hour or more"
 
 
 def make_settings(**given):
