@@ -182,7 +182,7 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
         files.check_same_data(began, run.config, settings.data_dir)
         run.load_state_dict(checkpoint)
     if settings.fisher:
-        keep_vectors(model, [splits["val"], splits["test"]], run.amp_dtype)
+        keep_vectors(model, splits, run.amp_dtype)
     if run.is_main:
         files.open_output_dir(output_dir, run.config, run.history, checkpoint is None, replace, log)
     log.info("{model}: {parameters:,} parameters, {precision}, on {device}".format(
@@ -198,17 +198,18 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
 def train_second(settings, network, tokenizer, data, device):
     """Train the model's second network, by the recipe of the first, but that photos and mirror
     images are made into Fisher vectors once, the first FISHER_PHOTOS -> the seconds it took."""
-    began, data = time.time(), data.first(FISHER_PHOTOS)
-    log.info(f"a second network learns first, by Fisher vectors of {len(data.photos):,} photos")
+    began, part = time.time(), data.first(FISHER_PHOTOS)
+    log.info(f"a second network learns first, by Fisher vectors of {len(part.photos):,} photos")
     settings = dataclasses.replace(settings, epochs=FISHER_EPOCHS, compile=False, chunk_size=0)
-    network.image_backbone.fit(data.photos)
-    vectors = vectors_of(network.image_backbone, data.photos, amp_type(settings), views=2)
+    network.image_backbone.fit(part.photos)
+    vectors = vectors_of(network.image_backbone, part.photos, amp_type(settings), views=2)
+    if len(part.photos) == len(data.photos):
+        data.vectors = vectors[:, 0]  # for the bank
     set_temperature(network, settings.temperature)
-    batches = [share_of_epoch(data, settings, i) for i in range(FISHER_EPOCHS)]
-    network.requires_grad_(True)
+    batches = [share_of_epoch(part, settings, i) for i in range(FISHER_EPOCHS)]
+    network.train().requires_grad_(True)
     run = RunState(settings, network, tokenizer, device, sum(map(len, batches)))
-    network.train()
-    for step, batch in enumerate(iterate_batches(data, vectors, torch.cat(batches), device)):
+    for step, batch in enumerate(iterate_batches(part, vectors, torch.cat(batches), device)):
         torch.manual_seed(settings.seed * 1_000_003 + step)
         training_step(run, batch)
     network.load_state_dict(run.kept.state_dict())
@@ -294,9 +295,8 @@ def fit(run, splits, stop):
                         raise KeyboardInterrupt
 
         line.update(f"epoch {run.epoch}/{settings.epochs}  validating")
-        metrics = validate(run, splits["val"])
-        row = {"epoch": run.epoch, "train": {"loss": run.loss_sum / steps}, "val": metrics,
-               "lr": lr, "seconds": time.time() - began}
+        row = {"epoch": run.epoch, "train": {"loss": run.loss_sum / steps},
+               "val": validate(run, splits["val"]), "lr": lr, "seconds": time.time() - began}
         line.clear()
         end_epoch(run, row)
         if distributed.anyone(stop.requested, device):
@@ -306,9 +306,8 @@ def fit(run, splits, stop):
 def score_zero_shot(run, val):
     """Epoch 0: what a contrastive model scores by itself, as which the run begins."""
     began = time.time()
-    row = {"epoch": 0, "train": {"loss": None}, "val": validate(run, val), "lr": 0.0}
-    row["seconds"] = time.time() - began
-    end_epoch(run, row)
+    end_epoch(run, {"epoch": 0, "train": {"loss": None}, "val": validate(run, val), "lr": 0.0,
+                    "seconds": time.time() - began})
 
 
 def validate(run, val):

@@ -189,7 +189,7 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
         settings.captions_per_image, settings.batch_size, seed=0), torch.device("cpu"))
     pairs, memory, peak = len(epoch[0]), peak_memory(device), peak_flops(device)
     if settings.fisher:
-        keep_vectors(model, [splits["val"]], run.amp_dtype)
+        keep_vectors(model, {"val": splits["val"]}, run.amp_dtype)
     validation, _ = timed(lambda: evaluate(model, splits["val"], run.amp_dtype), device)
     return options.describe(settings, device) | {
         "step seconds": seconds,

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import resize
 
 from src.model import MultiModalMemoryNetwork
-from src.settings import FISHER_PIXELS
+from src.settings import FISHER_PHOTOS, FISHER_PIXELS
 from src.utils.augment import normalize
 
 CELLS = 4  # a descriptor has 4 x 4
@@ -204,8 +204,10 @@ def vectors_of(vectors, photos, amp_dtype, views):
     return made
 
 
-def keep_vectors(model, datasets, amp_dtype):
-    """Make the Fisher vectors of the datasets' photos, once for all validations."""
+def keep_vectors(model, splits, amp_dtype):
+    """Make the Fisher vectors of the splits' photos, once for all validations and for the bank,
+    where they are not known already; but not of more than FISHER_PHOTOS training photos."""
     vectors = model.second.image_backbone
-    for data in datasets:
-        data.vectors = vectors_of(vectors, data.photos, amp_dtype, views=1)[:, 0]
+    for name, data in splits.items():
+        if data.vectors is None and (name != "train" or len(data.photos) <= FISHER_PHOTOS):
+            data.vectors = vectors_of(vectors, data.photos, amp_dtype, views=1)[:, 0]

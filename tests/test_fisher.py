@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from src.fisher import (
     FisherVector,
     FisherVectors,
     build_network,
+    keep_vectors,
     photos_at,
     sized,
     vectors_of,
@@ -181,3 +183,14 @@ def test_vectors_of_stored_photos_and_of_their_mirror_images(vectors, views):
     shown = photos_at(images, rows, torch.device("cpu"))
     for view, flipped in zip(range(views), (shown, shown.flip(-1))):
         assert torch.allclose(made[rows, view].float(), vectors(flipped), atol=0.05)
+
+
+def test_vectors_are_made_once_and_not_of_too_many_training_photos(model, monkeypatch):
+    monkeypatch.setattr("src.fisher.FISHER_PHOTOS", 11)
+    splits = {name: SimpleNamespace(photos=stored(12), vectors=None) for name in ("train", "val")}
+    keep_vectors(model, splits, None)
+    made = splits["val"].vectors
+    assert splits["train"].vectors is None and made.shape == (12, model.second.image_backbone.width)
+    monkeypatch.setattr("src.fisher.FISHER_PHOTOS", 12)
+    keep_vectors(model, splits, None)
+    assert torch.equal(splits["train"].vectors, made) and splits["val"].vectors is made

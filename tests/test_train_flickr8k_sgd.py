@@ -258,6 +258,9 @@ def test_two_networks_go_on_after_an_interruption(shapes, tmp_path, monkeypatch)
     monkeypatch.setattr(training, "save_checkpoint", save)
     assert main("--synthetic", "--output_dir", tmp_path / "cut", "--resume") == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+    banks = [torch.load(tmp_path / name / BEST, weights_only=True)["bank"]
+             for name in ("whole", "cut")]
+    assert all(torch.equal(banks[0][part], banks[1][part]) for part in ("photos", "texts"))
     for name in ("whole", "cut"):  # its seconds are in the run's
         assert 1000 < json.loads((tmp_path / name / HISTORY).read_text())[0]["seconds"] < 2000
     model, tokenizer, transform = load_model(tmp_path / "whole")
@@ -273,7 +276,7 @@ def test_two_networks_go_on_after_an_interruption(shapes, tmp_path, monkeypatch)
     folder = splits["val"].folders[0]
     photos = embed_photos(model, transform, [folder.path(name) for name in splits["val"].names])
     assert texts.shape == (2, 128) and photos.shape == (len(splits["val"].names), 128)
-    keep_vectors(model, [splits["val"]], None)
+    keep_vectors(model, {"val": splits["val"]}, None)
     judged, _ = retrieval.embed(model, splits["val"], torch.arange(len(photos)), np.arange(5))
     assert torch.allclose(F.normalize(judged, dim=1), photos, atol=1e-3)
     assert torch.allclose(texts.norm(dim=1), torch.ones(2), atol=1e-5)
