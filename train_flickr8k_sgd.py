@@ -118,7 +118,7 @@ def forward_backward(run, batch):
     run.optimizer.zero_grad(set_to_none=True)
     return contrastive_backward(
         run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size, run.scaler.scale,
-        run.criterion, fuse_every=together if together > 1 else 0)
+        fuse_every=together if together > 1 else 0)
 
 
 def update(run):

@@ -24,7 +24,6 @@ STEPS = {
     "byte-pair tokens": ("tokenizer",),
     "learning rates, warm-up, temperature, weight decay": (
         "lr", "text_lr", "warmup", "temperature", "weight_decay"),
-    "a contrast among captions": ("caption_contrast",),
     "random crops, mirroring, colour jitter, word dropout": (
         "min_crop", "flip", "color_jitter", "word_dropout"),
     "a moving average of the weights, a learning rate that stays high": ("ema", "final_lr"),

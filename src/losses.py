@@ -43,7 +43,7 @@ def contrast_with_captions(queries, text_latents, logit_scale, own, photo_ids):
     query's photo are its positives, those of other photos its negatives.
 
     queries: (Q, D), text_latents: (B, D), of unit length. own: (Q,) row of the caption that a query
-    is, or is made of, and that is left out. logit_scale, photo_ids: as for `info_nce_loss`."""
+    is made of, and that is left out. logit_scale, photo_ids: as for `info_nce_loss`."""
     positive = (photo_ids[own, None] == photo_ids).scatter(1, own[:, None], False)
     with torch.autocast(queries.device.type, enabled=False):
         logits = logit_scale.float().exp() * (queries @ text_latents.T)
@@ -52,17 +52,14 @@ def contrast_with_captions(queries, text_latents, logit_scale, own, photo_ids):
     return (nll.sum(1) / positive.sum(1).clamp(min=1)).mean()
 
 
-def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, caption_contrast=0.0,
-                  fused=None):
+def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, fused=None):
     """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021), a scalar, in float32
     over the pairs of all processes.
 
     image_latents, text_latents: (B, D), of any length, pair i in row i. logit_scale: scalar, the
     logarithm of the inverse temperature. photo_ids: (B,) integers; pairs with the same id hold the
-    same photo and are not each other's negatives. caption_contrast: weight of a contrast among the
-    captions, which teaches what words say the same thing. fused: (rows (Q,), latents (Q, D)) of
-    pairs whose photo and caption were fused, which are contrasted with the photo's other captions.
-    """
+    same photo and are not each other's negatives. fused: (rows (Q,), latents (Q, D)) of pairs whose
+    photo and caption were fused, which are contrasted with the photo's other captions."""
     image_latents = gather(F.normalize(image_latents.float(), dim=-1))
     first = len(text_latents) * (dist.get_rank() if dist.is_initialized() else 0)
     text_latents = gather(F.normalize(text_latents.float(), dim=-1))
@@ -73,9 +70,6 @@ def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None, capt
         logits_per_image = logit_scale.float().exp() * (image_latents @ text_latents.T)
     loss = sum(F.cross_entropy(logits.masked_fill(left_out, float("-inf")), rows) / 2
                for logits in (logits_per_image, logits_per_image.T))
-    if caption_contrast:
-        loss = loss + caption_contrast * contrast_with_captions(
-            text_latents, text_latents, logit_scale, rows, photo_ids)
     if fused is not None:
         own, latents = gather(first + fused[0]), gather(F.normalize(fused[1].float(), dim=-1))
         loss = loss + FUSED_WEIGHT * contrast_with_captions(
@@ -145,12 +139,11 @@ def frozen_statistics(module):
 
 
 def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=lambda loss: loss,
-                         criterion=info_nce_loss, fuse_every=0):
+                         fuse_every=0):
     """One training step's forward and backward pass -> the contrastive loss, a detached scalar.
 
     encode: a PairEncoder, perhaps in DistributedDataParallel. batch: see `iterate_batches`. scale:
-    GradScaler.scale. criterion: `info_nce_loss`, with its options. fuse_every: of how many pairs
-    one is fused; 0: none.
+    GradScaler.scale. fuse_every: of how many pairs one is fused; 0: none.
 
     The loss is taken from the latents of the whole batch, and its gradient of each is passed on to
     the encoders. With a chunk_size these see that many pairs at a time, to save memory (GradCache,
@@ -191,8 +184,8 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
     if fuse_every:
         options["fused"] = rows_to_fuse(slice(0, len(text))), fused_latents
     with full_float32():
-        loss = criterion(image_latents[photo_of_pair], text_latents, logit_scale,
-                         batch["photo_ids"][photo_of_pair], **options)
+        loss = info_nce_loss(image_latents[photo_of_pair], text_latents, logit_scale,
+                             batch["photo_ids"][photo_of_pair], **options)
         scale(loss).backward()
 
     for i, (photos, captions) in enumerate(chunks):

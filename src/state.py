@@ -1,11 +1,10 @@
 """What trains a model, and how far it has come: all that --resume needs."""
 import copy
-import functools
 import math
 
 import torch
 
-from src.losses import PairEncoder, info_nce_loss
+from src.losses import PairEncoder
 from src.settings import UsageError, amp_type
 from src.utils import distributed
 
@@ -94,8 +93,6 @@ class RunState:
         schedule = cosine_schedule(settings.warmup, settings.final_lr, total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.ema = MovingAverage(model, settings.ema) if settings.ema else None
-        self.criterion = functools.partial(
-            info_nce_loss, caption_contrast=settings.caption_contrast)
         self.encode = PairEncoder(model, self.amp_dtype)
         if settings.compile:
             self.encode.compile()

@@ -27,6 +27,7 @@ from src import state
 from src.data import load_data
 from src.fisher import TwoNetworks, keep_vectors
 from src.inference import embed_photos, embed_texts, load_bank, load_model
+from src.losses import info_nce_loss
 from src.model import PatchComponents
 from src.settings import make_settings, uncropped
 from src.state import MovingAverage, RunState, cosine_schedule
@@ -420,7 +421,7 @@ def test_resume_keeps_the_runs_own_settings(finished, tmp_path, capsys):
 def test_resume_refuses_a_run_of_a_version_without_a_setting(finished, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "old")
     config = json.loads((tmp_path / "old" / CONFIG).read_text())
-    del config["settings"]["caption_contrast"]
+    del config["settings"]["ema"]
     (tmp_path / "old" / CONFIG).write_text(json.dumps(config))
     assert main("--synthetic", "--output_dir", tmp_path / "old", "--resume") == 2
     assert "the run is of another version" in capsys.readouterr().err
@@ -714,7 +715,7 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
                 images, text, both, scale, memory_losses = run.encode(
                     batch["images"], batch["text"], None, torch.stack([owners[rows], rows]))
                 ids = batch["photo_ids"][owners]
-                loss = run.criterion(images[owners], text, scale, ids, fused=(rows, both))
+                loss = info_nce_loss(images[owners], text, scale, ids, fused=(rows, both))
                 loss = loss + memory_losses.sum()
                 average.update(model)
             assert loss.device.type == images.device.type == "cuda" and loss.shape == ()
