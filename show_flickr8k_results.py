@@ -120,17 +120,9 @@ def cut(query):
     return query[:MAX_LENGTH]
 
 
-def trained_for_both(run_dir):
-    """Whether the run is one for a photo and a text together."""
-    return load_run(run_dir).settings.captions_per_image > 1
-
-
 def show_photos(args):
-    """--query: the photos nearest to each text, or to each fused with the photo of --image."""
+    """--query: the photos nearest to each text, or to each together with the photo of --image."""
     cache, queries = open_cache(args), [cut(query) for query in args.query]
-    if args.image and not trained_for_both(args.output_dir[0]):
-        raise UsageError(f"{args.output_dir[0]}: was not trained for a photo and a text together, "
-                         "which takes several captions of a photo in a step")
     for query in queries:
         if not cache.tokenizer.knows(query):
             raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
@@ -200,8 +192,7 @@ def serve(args):
         else:
             with contextlib.suppress(DataError, UsageError):
                 tries = [own[0] for own in photos_of_split(data_dir_of(args, folder), "val")[1]]
-        server.pages = page.SearchPages(search, trained_for_both(folder), f"{folder} · {gallery}",
-                                        tries)
+        server.pages = page.SearchPages(search, f"{folder} · {gallery}", tries)
         print(f"http://{page.HOST}:{server.server_port} (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 

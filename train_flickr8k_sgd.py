@@ -114,11 +114,9 @@ def augment(run, batch):
 
 def forward_backward(run, batch):
     """New gradients -> the loss, a detached scalar on the device."""
-    together = run.settings.captions_per_image
     run.optimizer.zero_grad(set_to_none=True)
     return contrastive_backward(
-        run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size, run.scaler.scale,
-        fuse_every=together if together > 1 else 0)
+        run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size, run.scaler.scale)
 
 
 def update(run):
@@ -214,6 +212,7 @@ def train_second(settings, network, tokenizer, data, device):
         training_step(run, batch)
     network.load_state_dict(run.kept.state_dict())
     network.requires_grad_(False)
+    network.zero_grad()  # else the last step's gradient would count in the clipping of the first's
     seconds = time.time() - began
     log.info(f"it has learned in {seconds:.0f} s, which count as the first epoch's")
     return seconds
@@ -352,8 +351,7 @@ def evaluate_best(run, splits):
     bank = make_bank(run.model, splits["train"], pixels, settings.seed, run.amp_dtype)
     log.info(f"bank: {len(bank.photos):,} photos and {len(bank.texts):,} captions of train, "
              f"{bank.nbytes / 1e6:.1f} MB, made in {time.time() - started:.1f} s")
-    fused = settings.captions_per_image > 1  # else both together were not trained
-    results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype, fused)
+    results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype)
                for split in ("val", "test")}
     if run.is_main:
         save_checkpoint(best | {"bank": bank.state_dict()}, run.dir / files.BEST)

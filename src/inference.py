@@ -129,8 +129,8 @@ def embed_photos(model, transform, paths, batch_size=100):
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, batch_size=256, photo=None):
-    """Texts, of which MAX_LENGTH characters are read -> (N, D) on the CPU, of unit length;
-    each fused with the photo, which `transform` gives, where there is one. Raises ValueError for a
+    """Texts, of which MAX_LENGTH characters are read -> (N, D) on the CPU, of unit length; each
+    together with the photo, which `transform` gives, where there is one. Raises ValueError for a
     text of no tokens."""
     device = next(model.parameters()).device
     ids = Ragged.of((tokenizer.encode(text[:MAX_LENGTH]) for text in texts), "H")
@@ -269,7 +269,7 @@ class Search:
         return self.cache.text_gallery(self.texts)
 
     def embed_texts(self, texts, photo=None):
-        """(Q, D) of the texts, each fused with the photo where there is one."""
+        """(Q, D) of the texts, each together with the photo where there is one."""
         return embed_texts(self.cache.model, self.cache.tokenizer, texts, photo=photo)
 
     def embed_photo(self, path):

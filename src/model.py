@@ -1,5 +1,5 @@
 """The multimodal memory network: encoders -> test-time memory -> fusion -> one central latent.
-Shapes: B batch, L text tokens, N image tokens, M modalities present, D width."""
+Shapes: B batch, L text tokens, N image tokens, D width."""
 import math
 
 import torch
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 IMAGE, TEXT = MODALITIES = (0, 1)
+PHOTO_SHARE = 0.4  # of a photo in what it is together with a text (0.2 to 0.5 were tried)
 LENGTH_GROUP = 64  # captions that a CPU encodes together, of like length
 POOLING = 5.0  # of the maximum over a photo's places: 0 would be the mean; 30, nearly the maximum
 PAD_ID = 0  # the token id that every tokenizer keeps for padding
@@ -233,7 +234,7 @@ class FeatureHead(nn.Module):
 
 
 class TestTimeMemory(nn.Module):
-    """Learned slots (memory_size, dim) that every latent reads by attention: latents (B, M, D) ->
+    """Learned slots (memory_size, dim) that every latent reads by attention: latents (B, D) ->
     norm(latents + attention over the slots).
 
     Test-time training (Sun et al. 2020): half of a latent's features are hidden, and what the
@@ -269,7 +270,7 @@ class TestTimeMemory(nn.Module):
         return self.attention(queries[None], slots[None]).view_as(latents)
 
     def self_supervised_loss(self, latents, slots=None):
-        """Associative recall, a scalar in [0, 2]: one less the cosine between latents (B, M, D) and
+        """Associative recall, a scalar in [0, 2]: one less the cosine between latents (B, D) and
         what is recalled from each half of their features. `slots`: those in use by default."""
         slots = self.current_slots() if slots is None else slots
         latents = latents.detach()  # the encoders must not learn to be easy to recall
@@ -315,9 +316,9 @@ class TestTimeMemory(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Latents of the modalities present (B, M, D) -> one latent (B, D), zero at first. Presence
-    signals: each modality's latent carries a learned type embedding, and the central token, which
-    begins as their mean and reads them, a learned code of the presence bits."""
+    """A modality's latents (B, D) -> what is added to them (B, D), at first zero. Presence signals:
+    the latent carries the modality's learned type embedding, and the central token, which begins as
+    that latent and reads it, a learned code of the presence bits."""
 
     def __init__(self, dim, num_heads, num_layers):
         super().__init__()
@@ -331,21 +332,18 @@ class Fusion(nn.Module):
         nn.init.normal_(self.type_embedding.weight, std=0.02)
         self.register_buffer("one_hot", torch.eye(len(MODALITIES)), persistent=False)
 
-    def forward(self, latents, present):
-        """present: the MODALITIES of the M latents, in order."""
-        # Rows are picked one by one: an index tensor would be copied to the device, a sync.
-        bits = sum(self.one_hot[i] for i in present)
-        types = torch.stack([self.type_embedding.weight[i] for i in present])  # (M, D)
-        central = latents.mean(1, keepdim=True) + self.presence(bits)
-        x = torch.cat([central, latents + types], dim=1)  # (B, 1 + M, D)
+    def forward(self, latents, modality):
+        central = latents + self.presence(self.one_hot[modality])
+        x = torch.stack([central, latents + self.type_embedding.weight[modality]], dim=1)
         for i, block in enumerate(self.blocks, start=1):  # the last makes the central token alone
             x = block(x, num_tokens=1 if i == len(self.blocks) else None)
         return self.out(self.norm(x[:, 0]))
 
 
 class MultiModalMemoryNetwork(nn.Module):
-    """Photos, captions or both -> one central latent in a shared space: the mean of the encoders'
-    latents, to which fusion adds what it makes of what they and the memory hold, at first nothing.
+    """Photos, captions or both -> one central latent in a shared space: the encoder's latent, to
+    which fusion adds what it makes of that and of what the memory holds, at first nothing; of both,
+    the weighted mean of what either gives.
     The defaults are the preset `base`; with memory_size=0 there is no memory, with fusion_layers=0
     neither that nor fusion.
 
@@ -396,19 +394,22 @@ class MultiModalMemoryNetwork(nn.Module):
     def forward(self, text=None, images=None, text_mask=None, text_features=None):
         if text is None and images is None:
             raise ValueError("the model needs images, text or both; neither was given")
-        image_latents = None if images is None else self.encode_images(images)
-        text_latents = None if text is None else self.encode_text(text, text_mask, text_features)
-        return {"central_latent": self.fuse(image_latents, text_latents)}
+        if images is not None:
+            images = central = self.fuse(self.encode_images(images), IMAGE)
+        if text is not None:
+            text = self.encode_text(text, text_mask, text_features)
+            text = central = self.fuse(text, TEXT)
+        if images is not None and text is not None:
+            units = (F.normalize(latents.float(), dim=1) for latents in (text, images))
+            central = torch.lerp(*units, PHOTO_SHARE)
+        return {"central_latent": central}
 
-    def fuse(self, images=None, text=None):
-        """Encoders' latents (B, D) of photos, texts or both -> central latents (B, D)."""
-        parts = {IMAGE: images, TEXT: text}
-        present = [modality for modality in MODALITIES if parts[modality] is not None]
-        latents = torch.stack([parts[modality] for modality in present], dim=1)  # (B, M, D)
+    def fuse(self, latents, modality):
+        """An encoder's latents (B, D) of one of MODALITIES -> central latents (B, D)."""
         if self.fusion is None:
-            return latents.mean(1)
+            return latents
         remembered = latents if self.memory is None else self.memory(latents)
-        return latents.mean(1) + self.fusion(remembered, present)
+        return latents + self.fusion(remembered, modality)
 
     def memory_loss(self, latents):
         """`TestTimeMemory.self_supervised_loss` of encoders' latents; zero without a memory."""

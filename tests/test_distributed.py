@@ -62,7 +62,6 @@ def results(rank, world, folder):
             share,
             0.1,
             chunk_size,
-            fuse_every=2,
         )
         found |= {f"{name} {chunk_size}": p.grad.clone() for name, p in model.named_parameters()}
     # Shares of as many pairs may hold unlike numbers of photos; alone, that of rank 1 is looked at.

@@ -19,6 +19,7 @@ from src.fisher import (
     vectors_of,
 )
 from src.losses import PairEncoder, contrastive_backward
+from src.model import IMAGE
 from src.settings import make_settings
 
 
@@ -156,8 +157,8 @@ def test_two_networks_make_latents_of_two_halves_of_given_lengths(model):
     for halves in (latents, model(text=text)["central_latent"]):
         lengths = halves.view(5, 2, -1).norm(dim=2)
         assert torch.allclose(lengths, torch.tensor([1, SECOND_WEIGHT]).sqrt(), atol=1e-5)
-    assert torch.allclose(
-        first, F.normalize(model.fuse(model.encode_images(smaller)), dim=1), atol=1e-5)
+    alone = model.fuse(model.encode_images(smaller), IMAGE)
+    assert torch.allclose(first, F.normalize(alone, dim=1), atol=1e-5)
     alone = model.second(images=larger, text=text)["central_latent"]
     both = model(images=images, text=text)["central_latent"]
     assert torch.allclose(F.normalize(both[:, 64:]), F.normalize(alone), atol=1e-5)
@@ -169,7 +170,7 @@ def test_two_networks_make_latents_of_two_halves_of_given_lengths(model):
 def test_the_first_networks_steps_leave_the_second_alone(model):
     batch = {"images": photos(4), "text": torch.randint(1, 34, (8, 9)),
              "photo_ids": torch.arange(4), "photo_of_pair": torch.arange(4).repeat_interleave(2)}
-    assert torch.isfinite(contrastive_backward(PairEncoder(model, None), batch, 0.1, fuse_every=2))
+    assert torch.isfinite(contrastive_backward(PairEncoder(model, None), batch, 0.1))
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith("second."), name
 

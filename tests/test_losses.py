@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from src.losses import (
-    FUSED_WEIGHT,
+    TOGETHER_WEIGHT,
     PairEncoder,
-    contrast_with_captions,
     contrastive_backward,
     info_nce_loss,
     split_in_chunks,
 )
-from src.model import MultiModalMemoryNetwork
+from src.model import PHOTO_SHARE, MultiModalMemoryNetwork
 from tests.conftest import model_arguments, without_batch_norm
 
 
@@ -35,11 +34,29 @@ def by_hand(images, texts, scale, ids):
     return total / (2 * len(images))
 
 
+def contrast_by_hand(images, texts, scale, ids):
+    """Of each photo together with its caption against all captions but that, the others of the same
+    photo being right.
+    """
+    unit = torch.nn.functional.normalize
+    queries = unit(PHOTO_SHARE * unit(images, dim=1) + (1 - PHOTO_SHARE) * unit(texts, dim=1))
+    logits, total = scale * queries @ unit(texts, dim=1).T, 0.0
+    for i in range(len(ids)):
+        others = [j for j in range(len(ids)) if j != i]
+        positives = [j for j in others if ids[j] == ids[i]]
+        whole = sum(math.exp(logits[i, j]) for j in others)
+        total += sum(math.log(whole) - logits[i, j].item() for j in positives) / max(
+            1, len(positives))
+    return total / len(ids)
+
+
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4, 5], [0, 1, 1, 2, 0, 0], [3] * 6])
 def test_equals_the_definition(ids):
     images, texts = latents()
     loss = info_nce_loss(images, texts, torch.tensor(math.log(7.0)), torch.tensor(ids))
-    assert loss.item() == pytest.approx(by_hand(images, texts, 7.0, ids), rel=1e-5, abs=1e-6)
+    expected = by_hand(images, texts, 7.0, ids)
+    expected += TOGETHER_WEIGHT * contrast_by_hand(images, texts, 7.0, ids)
+    assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_without_ids_all_pairs_are_negatives():
@@ -83,37 +100,13 @@ def test_gradient_reaches_everything():
     )
 
 
-def contrast_by_hand(queries, texts, scale, own, ids):
-    """Of each query against all captions but its own, those of the same photo being right."""
-    cosine, total = torch.nn.functional.cosine_similarity, 0.0
-    for query, row in zip(queries, own):
-        others = [j for j in range(len(texts)) if j != row]
-        positives = [j for j in others if ids[j] == ids[row]]
-        whole = sum(math.exp(scale * cosine(query, texts[j], dim=0).item()) for j in others)
-        if positives:
-            total += sum(
-                math.log(whole) - scale * cosine(query, texts[j], dim=0).item() for j in positives
-            ) / len(positives)
-    return total / len(own)
-
-
-@pytest.mark.parametrize("own", [[0, 1, 2, 3, 4, 5], [0, 2], [3, 5, 1]])
-def test_contrast_with_captions_equals_the_definition(own):
-    images, texts = latents()
-    ids, scale = [0, 1, 1, 2, 0, 0], 7.0
-    queries = texts if len(own) == 6 else images[: len(own)]
-    expected = contrast_by_hand(queries, texts, scale, own, ids)
-    unit, log_scale = torch.nn.functional.normalize(texts, dim=-1), torch.tensor(math.log(scale))
-    unit_queries, own = torch.nn.functional.normalize(queries, dim=-1), torch.tensor(own)
-    alone = contrast_with_captions(unit_queries, unit, log_scale, own, torch.tensor(ids))
-    assert alone.item() == pytest.approx(expected, rel=1e-5)
-    # no caption has a companion
-    assert contrast_with_captions(unit_queries, unit, log_scale, own, torch.arange(6)) == 0
-
-    images, _ = latents(seed=1)
-    plain = info_nce_loss(images, texts, log_scale, torch.tensor(ids))
-    both = info_nce_loss(images, texts, log_scale, torch.tensor(ids), fused=(own, queries))
-    assert both.item() == pytest.approx(plain.item() + FUSED_WEIGHT * expected, rel=1e-5)
+def test_photos_of_one_caption_have_no_others_to_find(monkeypatch):
+    (images, texts), scale = latents(), torch.tensor(2.0, requires_grad=True)
+    loss = info_nce_loss(images, texts, scale)
+    monkeypatch.setattr("src.losses.TOGETHER_WEIGHT", 100.0)
+    assert torch.equal(info_nce_loss(images, texts, scale), loss)
+    (gradient,) = torch.autograd.grad(loss, scale)
+    assert torch.isfinite(gradient)
 
 
 class Encoder(torch.nn.Module):
@@ -131,14 +124,13 @@ class Encoder(torch.nn.Module):
         self.logit_scale = torch.nn.Parameter(torch.tensor(1.5))
         self.rows_at_once = 0
 
-    def forward(self, images, text, text_features, fused):
+    def forward(self, images, text, text_features):
         if torch.is_grad_enabled():
             self.rows_at_once = max(self.rows_at_once, len(text))
         image_latents, text_latents = self.image(images), self.text(text)
         return (
             image_latents,
             text_latents,
-            image_latents[fused[0]] + 2 * text_latents[fused[1]],
             self.logit_scale,
             torch.stack([image_latents.square().mean(), text_latents.exp().mean()]),
         )
@@ -156,33 +148,27 @@ def step_batch():
     }
 
 
-@pytest.mark.parametrize("fuse_every", [0, 1, 3])
-def test_backward_without_chunks_is_the_plain_loss(fuse_every):
+def test_backward_without_chunks_is_the_plain_loss():
     encoder, batch = Encoder(), step_batch()
-    loss = contrastive_backward(encoder, batch, 0.1, fuse_every=fuse_every)
+    loss = contrastive_backward(encoder, batch, 0.1)
     got = [p.grad.clone() for p in encoder.parameters()]
     encoder.zero_grad()
-    photo, options = batch["photo_of_pair"], {}
-    rows = torch.arange(0, 13, fuse_every or 1)
-    images, text, both, scale, memory = encoder(
-        batch["images"], batch["text"], None, torch.stack([photo[rows], rows]))
-    if fuse_every:
-        options["fused"] = rows, both
-    plain = info_nce_loss(images[photo], text, scale, batch["photo_ids"][photo], **options)
+    photo = batch["photo_of_pair"]
+    images, text, scale, memory = encoder(batch["images"], batch["text"], None)
+    plain = info_nce_loss(images[photo], text, scale, batch["photo_ids"][photo])
     (plain + 0.1 * memory.sum()).backward()
     assert torch.equal(loss, plain) and not loss.requires_grad
     assert all(torch.allclose(a, p.grad, rtol=1e-5, atol=1e-6)
                for a, p in zip(got, encoder.parameters()))
 
 
-@pytest.mark.parametrize("fuse_every", [0, 1, 5])
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 5, 12, 13, 99])
 @pytest.mark.parametrize("factor", [1.0, 1024.0])
-def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(chunk_size, factor, fuse_every):
+def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(chunk_size, factor):
     whole, chunked, batch = Encoder(), Encoder(), step_batch()
-    options = {"scale": lambda loss: loss * factor, "fuse_every": fuse_every}
-    expected = contrastive_backward(whole, batch, 0.1, **options)
-    loss = contrastive_backward(chunked, batch, 0.1, chunk_size, **options)
+    scale = {"scale": lambda loss: loss * factor}
+    expected = contrastive_backward(whole, batch, 0.1, **scale)
+    loss = contrastive_backward(chunked, batch, 0.1, chunk_size, **scale)
     assert torch.allclose(loss, expected, atol=1e-6)
     for (name, a), b in zip(whole.named_parameters(), chunked.parameters()):
         assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-6 * factor), name
@@ -274,7 +260,7 @@ def test_chunks_of_the_real_model(memory_size):
     results = []
     for chunk_size in (0, 4, 2):
         model.zero_grad()
-        loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size, fuse_every=4)
+        loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size)
         results.append([loss] + [p.grad.clone() for p in model.parameters()])
     for other in results[1:]:  # without batch norm, some gradients are large
         for a, b in zip(results[0], other):
@@ -308,7 +294,7 @@ def test_chunks_take_their_part_of_the_text_features(trained):
     results = []
     for chunk_size in (0, 4):
         model.zero_grad()
-        loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size, fuse_every=2)
+        loss = contrastive_backward(PairEncoder(model, None), batch, 0.1, chunk_size)
         gradients = [p.grad for p in model.parameters()]
         assert (model.text_backbone.map.weight.grad is not None) == trained
         results.append([loss] + [g.clone() for g in gradients if g is not None])

@@ -6,8 +6,11 @@ import torch
 
 from src.losses import info_nce_loss
 from src.model import (
+    IMAGE,
     MAX_LOGIT_SCALE,
+    PHOTO_SHARE,
     POOLING,
+    TEXT,
     Block,
     FeatureHead,
     ImageEncoder,
@@ -81,26 +84,37 @@ def test_any_subset_of_modalities_but_none():
 
 
 def test_presence_signals_tell_the_modalities_apart():
-    """The same latent, said to be a photo's or a caption's, is fused to different results; without
+    """Of one latent, said to be a photo's or a caption's, fusion makes different things; without
     signals, not.
     """
-    fusion, latent = tiny().eval().fusion, torch.randn(2, 1, 64)
-    assert not torch.allclose(fusion(latent, [0]), fusion(latent, [1]))
+    fusion, latent = tiny().eval().fusion, torch.randn(2, 64)
+    assert not torch.allclose(fusion(latent, IMAGE), fusion(latent, TEXT))
     with torch.no_grad():
         fusion.type_embedding.weight.zero_()
         fusion.presence.weight.zero_()
-    assert torch.equal(fusion(latent, [0]), fusion(latent, [1]))
+    assert torch.equal(fusion(latent, IMAGE), fusion(latent, TEXT))
 
 
-def test_without_layers_of_fusion_the_central_latent_is_the_mean():
+@pytest.mark.parametrize("length", [1, 100])
+def test_a_photo_and_a_text_together_are_the_weighted_mean_of_both(length):
+    """However long the latents of either are."""
+    model, (images, text) = tiny().eval(), batch()
+    with torch.no_grad():
+        model.image_encoder.projection.weight *= length
+    photo, words = (torch.nn.functional.normalize(model(**one)["central_latent"], dim=1)
+                    for one in ({"images": images}, {"text": text}))
+    both = model(images=images, text=text)["central_latent"]
+    assert torch.allclose(both, PHOTO_SHARE * photo + (1 - PHOTO_SHARE) * words, atol=1e-6)
+
+
+def test_without_layers_of_fusion_the_central_latent_is_the_encoders():
     torch.manual_seed(0)
     model = MultiModalMemoryNetwork(**model_arguments("tiny", fusion_layers=0)).eval()
     images, text = batch()
     photo, words = model.encode_images(images), model.encode_text(text, None, None)
     assert model.memory is None and model.memory_loss(photo) == 0
     assert torch.equal(model(images=images)["central_latent"], photo)
-    both = model(images=images, text=text)["central_latent"]
-    assert torch.allclose(both, (photo + words) / 2)
+    assert torch.equal(model(text=text)["central_latent"], words)
 
 
 def test_padding_changes_nothing():
@@ -267,8 +281,6 @@ def test_beside_the_encoders_the_rest_begins_as_nothing():
     found = model(images=images), model(text=text, text_features=features)
     for latents, output in zip(expected, found):
         assert torch.allclose(output["central_latent"], latents, atol=1e-6)
-    both = model(images=images, text=text, text_features=features)["central_latent"]
-    assert torch.allclose(both, (expected[0] + expected[1]) / 2, atol=1e-6)
     with pytest.raises(ValueError, match="needs text_features"):
         model(text=text)
 

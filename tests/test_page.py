@@ -27,9 +27,9 @@ from tests.conftest import start_script
 
 
 @contextlib.contextmanager
-def served(search, both=True, tries=()):
+def served(search, tries=()):
     with page.Server(0) as server:
-        server.pages = page.SearchPages(search, both, "a run · some photos", tries)
+        server.pages = page.SearchPages(search, "a run · some photos", tries)
         thread = threading.Thread(target=server.serve_forever, args=[0.01])
         thread.start()
         try:
@@ -126,13 +126,6 @@ def test_a_search_by_a_photo(site):
     assert '<input type="hidden" name="photo" value="3">' in together
     for photo in (-1, 12, "x", "٣", "1" * 30):
         assert "There is no photo of that number" in look(site, 404, photo=photo)
-
-
-def test_a_model_that_was_not_trained_for_both(site):
-    with served(site.search, both=False) as other:
-        assert shown(look(other, photo=3, q="red")) == [
-            row for row in shown(look(site, q="red")) if row[0] != 3]
-        assert "hidden" not in look(other, photo=3)
 
 
 def test_a_search_by_a_picture_of_ones_own(site, run, monkeypatch):

@@ -332,12 +332,6 @@ def test_photos_for_a_photo_and_a_text(run_dir, shapes, capsys, tmp_path):
                            "--photos", folder)
     assert (status, out) == (2, "") and "no photos" in err and "but that of --image" in err
 
-    config = json.loads((run_dir / CONFIG).read_text())
-    config["settings"]["captions_per_image"] = 1
-    (run_dir / CONFIG).write_text(json.dumps(config))
-    status, out, err = use(run_dir, capsys, "--image", photos[3], "--query", "two red circles")
-    assert (status, out) == (2, "") and "not trained for a photo and a text together" in err
-
 
 @pytest.mark.parametrize("bank", [None, "missing"])
 def test_a_run_without_a_bank_ranks_by_the_scores_and_says_so(run_dir, capsys, bank):

@@ -80,11 +80,11 @@ def uploaded_picture(content_type, body):
 class SearchPages:
     """The pages of a search; they may be asked for by any number of threads.
 
-    search: a `Search` of `src/inference.py`, its photos embedded. both: whether the model was
-    trained for a photo and a text together. about: the page's last line. tries: captions."""
+    search: a `Search` of `src/inference.py`, its photos embedded. about: the page's last line.
+    tries: captions."""
 
-    def __init__(self, search, both, about, tries):
-        self.search, self.both, self.about, self.tries = search, both, about, tries
+    def __init__(self, search, about, tries):
+        self.search, self.about, self.tries = search, about, tries
         self.lock, self.uploads = threading.Lock(), collections.OrderedDict()
         self.thumbnail = functools.lru_cache(KEPT_THUMBNAILS)(thumbnail)
 
@@ -142,7 +142,7 @@ class SearchPages:
                 picture = self.upload(upload)[0]
                 shown = f'<li><img src="/upload/{upload}" alt="the picture that you gave"></li>'
             if words and readable:
-                inputs = picture[0] if picture and self.both else None
+                inputs = picture[0] if picture else None
                 found = self.search.photos_for(self.search.embed_texts([words], inputs))
             elif picture and readable:
                 found = (picture[1] @ self.search.rows.T,) * 2  # the bank is not for two photos
@@ -163,8 +163,7 @@ class SearchPages:
         if shown:
             shown = (f'<ul class="photos asked">{shown}</ul><p><a href="{link(q=words)}">without '
                      "the picture</a></p>")
-        return self.page(words, {"photo": photo, "upload": upload} if self.both else {},
-                         notes, shown + captions + body)
+        return self.page(words, {"photo": photo, "upload": upload}, notes, shown + captions + body)
 
     def start(self):
         tries = "".join(f'<li><a href="{link(q=text)}">{escape(text)}</a></li>'

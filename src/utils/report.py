@@ -201,7 +201,7 @@ def _results(run):
     found = run.bank and run.bank["val"].get("fused")
     if found:
         lines += _heading("Validation: a photo's other captions, found by")
-        names = {"caption": "one caption", "photo": "the photo", "both": "both, fused"}
+        names = {"caption": "one caption", "photo": "the photo", "both": "both"}
         lines.append(" " * 24 + "".join(f"{name:>14}" for name in names.values()))
         for k in KS:
             cells = "".join(f"{found[name][f'r{k}']:>14.2f}" for name in names)

@@ -291,16 +291,15 @@ def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
     return Bank(*(rows.cpu() for rows in latents), torch.searchsorted(photos, owners[captions]))
 
 
-def compare_bank(model, dataset, bank, amp_dtype=None, fused=False):
-    """`evaluate` without and with a bank -> {"off": metrics, "on": metrics, "hub_share": alike};
-    fused: and {"fused": `compare_fused`}."""
+def compare_bank(model, dataset, bank, amp_dtype=None):
+    """`evaluate` without and with a bank -> {"off": metrics, "on": metrics, "hub_share": alike,
+    "fused": `compare_fused`}."""
     photos, texts, photo_of_caption = embed_dataset(model, dataset, amp_dtype)
     results = {"hub_share": {}}
     for mode, used in (("off", None), ("on", bank)):
         results[mode] = retrieval_metrics(photos, texts, photo_of_caption, used)
         results["hub_share"][mode] = hub_share(photos, texts, used)
-    if fused:
-        results["fused"] = compare_fused(model, dataset, photos, texts, amp_dtype)
+    results["fused"] = compare_fused(model, dataset, photos, texts, amp_dtype)
     return results
 
 
