@@ -343,9 +343,8 @@ class Fusion(nn.Module):
 class MultiModalMemoryNetwork(nn.Module):
     """Photos, captions or both -> one central latent in a shared space: the encoder's latent, to
     which fusion adds what it makes of that and of what the memory holds, at first nothing; of both,
-    the weighted mean of what either gives.
-    The defaults are the preset `base`; with memory_size=0 there is no memory, with fusion_layers=0
-    neither that nor fusion.
+    the weighted mean of what either gives. The defaults are the preset `base`; with memory_size=0
+    there is no memory, with fusion_layers=0 neither that nor fusion.
 
     `model` takes images (B, 3, H, W), normalised floats, or text (B, L), token ids with 0 for
     padding, or both; text_mask: (B, L) bool, True for real tokens, by default text != 0. It returns
