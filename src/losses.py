@@ -153,9 +153,8 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
         with torch.no_grad(), frozen_statistics(encode):
             outputs = [encode_chunk(*chunk) for chunk in chunks]
 
-    leaves = [torch.cat([output[i].detach() for output in outputs]).requires_grad_()
-              for i in range(2)]
-    image_latents, text_latents = leaves
+    image_latents, text_latents = (
+        torch.cat([output[i].detach() for output in outputs]).requires_grad_() for i in range(2))
     logit_scale = outputs[0][2].detach().requires_grad_()
     with full_float32():
         loss = info_nce_loss(image_latents[photo_of_pair], text_latents, logit_scale,
@@ -170,8 +169,8 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
             *latents, chunk_scale, memory_losses = output
             memory_loss = (memory_losses[0] * (len(latents[0]) / len(images))
                            + memory_losses[1] * (len(latents[1]) / len(text)))
-            tensors, gradients = list(latents), [image_latents.grad[photos],
-                                                 text_latents.grad[captions]]
+            tensors = list(latents)
+            gradients = [image_latents.grad[photos], text_latents.grad[captions]]
             if memory_loss.requires_grad:
                 tensors.append(scale(memory_loss_weight * memory_loss))
                 gradients.append(None)
