@@ -19,7 +19,6 @@ from src.encoder_names import load_encoders
 from src.inference import (
     EmbeddingCache,
     Search,
-    embed_photos,
     kinds,
     load_model,
     photos_of_folder,
@@ -128,7 +127,7 @@ def show_photos(args):
             raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
                              "read")
     search, gallery = open_search(args, cache)
-    photo, rows = cache.transform(args.image) if args.image else None, []
+    photo, rows = search.embed_photo(args.image) if args.image else None, []
     found = search.photos_for(search.embed_texts(queries, photo))
     for query, cosines, scores in zip(queries, *found):
         def about(i, query=query):
@@ -149,8 +148,7 @@ def show_captions(args):
     """--image: the captions nearest to a photo, its own marked where it is one of the split's."""
     cache, (photos, captions, _) = open_cache(args), open_gallery(args)
     search = Search(cache, photos, captions, args.bank)
-    image = embed_photos(cache.model, cache.transform, [args.image])
-    cosines, scores = search.captions_for(image)
+    cosines, scores = search.captions_for(search.embed_photo(args.image))
     own = [photo.resolve() == Path(args.image).resolve() for photo in search.photos]
 
     def about(i):

@@ -174,7 +174,9 @@ class TwoNetworks(MultiModalMemoryNetwork):
             vectors = sized(images, FISHER_PIXELS) if vectors is None else vectors
         parts = (super().forward(text, photos, text_mask, text_features),
                  self.second(text, vectors, text_mask))
-        first, second = (F.normalize(part["central_latent"].float(), dim=1) for part in parts)
+        first, second = (part["central_latent"].float() for part in parts)
+        if images is None or text is None:  # else they are means of such
+            first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
         return {"central_latent": torch.cat([first, math.sqrt(SECOND_WEIGHT) * second], dim=1)}
 
 

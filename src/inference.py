@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from src.encoder_names import load_encoders
 from src.fisher import build_network
+from src.model import together
 from src.settings import default_device, settings_of
 from src.utils.augment import normalize
 from src.utils.checkpoint import (
@@ -128,10 +129,9 @@ def embed_photos(model, transform, paths, batch_size=100):
 
 
 @torch.no_grad()
-def embed_texts(model, tokenizer, texts, batch_size=256, photo=None):
-    """Texts, of which MAX_LENGTH characters are read -> (N, D) on the CPU, of unit length; each
-    together with the photo, which `transform` gives, where there is one. Raises ValueError for a
-    text of no tokens."""
+def embed_texts(model, tokenizer, texts, batch_size=256):
+    """Texts, of which MAX_LENGTH characters are read -> (N, D) on the CPU, of unit length.
+    Raises ValueError for a text of no tokens."""
     device = next(model.parameters()).device
     ids = Ragged.of((tokenizer.encode(text[:MAX_LENGTH]) for text in texts), "H")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -142,9 +142,7 @@ def embed_texts(model, tokenizer, texts, batch_size=256, photo=None):
         if model.text_backbone is not None:
             features = model.text_backbone.prepare([texts[i][:MAX_LENGTH] for i in rows])
             features = map_tensors(lambda tensor: tensor.to(device), features)
-        images = None if photo is None else photo.to(device).expand(len(rows), *photo.shape)
-        latents = model(text=text, images=images, text_features=features)["central_latent"]
-        parts.append(latents.cpu())
+        parts.append(model(text=text, text_features=features)["central_latent"].cpu())
     sorted_rows = F.normalize(torch.cat(parts), dim=-1)
     return torch.empty_like(sorted_rows).index_copy_(0, torch.tensor(order), sorted_rows)
 
@@ -269,13 +267,13 @@ class Search:
         return self.cache.text_gallery(self.texts)
 
     def embed_texts(self, texts, photo=None):
-        """(Q, D) of the texts, each together with the photo where there is one."""
-        return embed_texts(self.cache.model, self.cache.tokenizer, texts, photo=photo)
+        """(Q, D) of the texts, each together with the photo whose embedding (1, D) is given."""
+        rows = embed_texts(self.cache.model, self.cache.tokenizer, texts)
+        return rows if photo is None else F.normalize(together(photo, rows), dim=-1)
 
     def embed_photo(self, path):
-        """-> what the model takes of a photo, and its embedding (1, D)."""
-        inputs = self.cache.transform(path)
-        return inputs, embed_photos(self.cache.model, lambda _: inputs, [path])
+        """-> (1, D)"""
+        return embed_photos(self.cache.model, self.cache.transform, [path])
 
     def photos_for(self, queries):
         """What `embed_texts` gives -> cosines (Q, N), and scores to order by, alike."""

@@ -14,6 +14,12 @@ PAD_ID = 0  # the token id that every tokenizer keeps for padding
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound on the inverse temperature (Radford et al. 2021)
 
 
+def together(photos, texts):
+    """Central latents (B, D) of photos and of texts -> the weighted means of their unit vectors."""
+    texts, photos = (F.normalize(latents.float(), dim=-1) for latents in (texts, photos))
+    return torch.lerp(texts, photos, PHOTO_SHARE)
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017) of x (B, N, D) over context (B, M, D) or itself.
     mask: bool, broadcastable to (B, heads, N, M), True where attention is allowed; a row that may
@@ -113,9 +119,8 @@ class TextEncoder(nn.Module):
             self.token_embedding.weight.mul_(0.02)
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, latent_dim)
-        self.transformer = None
-        if num_layers:
-            self.transformer = TextTransformer(vocab_size, dim, latent_dim, num_heads, num_layers)
+        self.transformer = (TextTransformer(vocab_size, dim, latent_dim, num_heads, num_layers)
+                            if num_layers else None)
 
     def forward(self, text, text_mask=None):
         mask = text != PAD_ID if text_mask is None else text_mask.bool()
@@ -186,8 +191,7 @@ class ImageEncoder(nn.Module):
         width = 2 * len(self.stem.filters)
         for stage, next_width in enumerate(channels):
             for unit in range(units):
-                halves = stage > 0 and unit == 0
-                layers.append(ResidualConv(width, next_width, stride=2 if halves else 1))
+                layers.append(ResidualConv(width, next_width, 1 if unit or not stage else 2))
                 width = next_width
         layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, latent_dim, 1)]
         self.convnet = nn.Sequential(*layers)
@@ -259,7 +263,7 @@ class TestTimeMemory(nn.Module):
         self.test_time_steps, self.test_time_lr = steps, lr
 
     def disable_test_time_updates(self):
-        """No further updates; what was adapted so far stays in use until `reset`."""
+        """No further updates; what was adapted stays in use until `reset`."""
         self.test_time_steps = 0
 
     def reset(self):
@@ -316,9 +320,9 @@ class TestTimeMemory(nn.Module):
 
 
 class Fusion(nn.Module):
-    """A modality's latents (B, D) -> what is added to them (B, D), at first zero. Presence signals:
-    the latent carries the modality's learned type embedding, and the central token, which begins as
-    that latent and reads it, a learned code of the presence bits."""
+    """A modality's latents (B, D) -> what is added to them, at first zero. Presence signals: the
+    latent carries the modality's type embedding, the central token, which begins as that latent and
+    reads it, a code of the presence bits."""
 
     def __init__(self, dim, num_heads, num_layers):
         super().__init__()
@@ -343,7 +347,7 @@ class Fusion(nn.Module):
 class MultiModalMemoryNetwork(nn.Module):
     """Photos, captions or both -> one central latent in a shared space: the encoder's latent, to
     which fusion adds what it makes of that and of what the memory holds, at first nothing; of both,
-    the weighted mean of what either gives. The defaults are the preset `base`; with memory_size=0
+    what `together` makes of these. The defaults are the preset `base`; with memory_size=0
     there is no memory, with fusion_layers=0 neither that nor fusion.
 
     `model` takes images (B, 3, H, W), normalised floats, or text (B, L), token ids with 0 for
@@ -363,16 +367,13 @@ class MultiModalMemoryNetwork(nn.Module):
         super().__init__()
         self.text_encoder = TextEncoder(vocab_size, text_embed_dim, latent_dim, num_heads,
                                         num_layers)
-        if image_features:
-            self.image_encoder = FeatureHead(image_features, latent_dim, dropout)
-        else:
-            self.image_encoder = ImageEncoder(conv_channels, conv_units, latent_dim)
+        self.image_encoder = (FeatureHead(image_features, latent_dim, dropout) if image_features
+                              else ImageEncoder(conv_channels, conv_units, latent_dim))
         self.text_head = FeatureHead(text_features, latent_dim, dropout) if text_features else None
         self.image_backbone = self.text_backbone = None
         self.fusion = Fusion(latent_dim, num_heads, fusion_layers) if fusion_layers else None
-        self.memory = None
-        if fusion_layers and memory_size:  # fusion reads it
-            self.memory = TestTimeMemory(latent_dim, memory_size, num_heads)
+        self.memory = (TestTimeMemory(latent_dim, memory_size, num_heads)
+                       if fusion_layers and memory_size else None)  # fusion reads it
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's start
 
     def encode_images(self, images):
@@ -399,8 +400,7 @@ class MultiModalMemoryNetwork(nn.Module):
             text = self.encode_text(text, text_mask, text_features)
             text = central = self.fuse(text, TEXT)
         if images is not None and text is not None:
-            units = (F.normalize(latents.float(), dim=1) for latents in (text, images))
-            central = torch.lerp(*units, PHOTO_SHARE)
+            central = together(images, text)
         return {"central_latent": central}
 
     def fuse(self, latents, modality):

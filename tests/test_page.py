@@ -120,8 +120,7 @@ def test_a_search_by_a_photo(site):
         f'{cosines[0, first]:.3f} <a href="/?photo={search.photo_of_text[first]}">'
         f"{search.texts[first]}</a>")
     together = look(site, photo=3, q="two red circles")
-    photo = search.cache.transform(search.photos[3])
-    found = search.photos_for(search.embed_texts(["two red circles"], photo))
+    found = search.photos_for(search.embed_texts(["two red circles"], search.rows[3:4]))
     assert shown(together) == expected(search, found, leave_out=3)
     assert '<input type="hidden" name="photo" value="3">' in together
     for photo in (-1, 12, "x", "٣", "1" * 30):
@@ -142,7 +141,7 @@ def test_a_search_by_a_picture_of_ones_own(site, run, monkeypatch):
     assert status == 200 and Image.open(io.BytesIO(small)).format == "JPEG"
     together = shown(look(site, upload=key, q="red"))
     assert together == [row for row in expected(search, search.photos_for(search.embed_texts(
-        ["red"], search.cache.transform(search.photos[5]))))]
+        ["red"], search.embed_photo(search.photos[5]))))]
     assert sorted(path.name for path in run.iterdir()) == before
     monkeypatch.setattr(page, "KEPT_UPLOADS", 2)
     for colour in ("red", "green", "blue"):

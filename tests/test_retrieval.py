@@ -15,8 +15,8 @@ from src.utils.retrieval import (
     TIE,
     Bank,
     chance_metrics,
-    fused_ranks,
     hub_share,
+    ranks_of_others,
     retrieval_metrics,
     retrieval_ranks,
 )
@@ -179,7 +179,7 @@ def test_ranks_of_a_photos_other_captions(monkeypatch, chunk_size):
         best = max(row[j] for j in range(10) if owners[j] == photo and j != left_out)
         expected.append(1 + sum(row[j] >= best - TIE for j in range(10) if owners[j] != photo))
     monkeypatch.setattr(retrieval, "CHUNK_SIZE", chunk_size)
-    assert fused_ranks(queries, texts, owners, asked, own).tolist() == expected
+    assert ranks_of_others(queries, texts, owners, asked, own).tolist() == expected
     assert expected[1] == 2
 
 

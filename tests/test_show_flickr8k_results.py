@@ -147,8 +147,8 @@ def test_what_the_bank_adds_stands_beside_the_plain_figures(tmp_path, capsys):
     (folder / TEST).write_text(json.dumps(metrics(70)))
     bank = {split: {"off": metrics(seed), "on": metrics(seed + 1),
                     "hub_share": {"off": seed + 0.4, "on": seed + 0.3},
-                    "fused": {name: {f"r{k}": seed + i + k / 100 for k in (1, 5, 10)}
-                              for i, name in enumerate(("caption", "photo", "both"))}}
+                    "together": {name: {f"r{k}": seed + i + k / 100 for k in (1, 5, 10)}
+                                 for i, name in enumerate(("caption", "photo", "both"))}}
             for split, seed in (("val", 80), ("test", 90))}
     (folder / BANK).write_text(json.dumps(bank))
     status, out, err = show(folder, capsys)

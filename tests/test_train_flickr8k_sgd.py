@@ -126,7 +126,7 @@ def test_the_bank_of_a_run(finished, shapes):
     results = json.loads((output_dir / BANK).read_text())
     assert results.keys() == {"val", "test", "beta"}
     for split in ("val", "test"):
-        assert results[split].keys() == {"off", "on", "hub_share", "fused"}
+        assert results[split].keys() == {"off", "on", "hub_share", "together"}
         assert VAL_KEYS <= results[split]["off"].keys() == results[split]["on"].keys()
     assert results["val"]["off"] == best["metrics"]
     assert results["test"]["off"] == json.loads((output_dir / TEST).read_text())

@@ -142,11 +142,10 @@ class SearchPages:
                 picture = self.upload(upload)[0]
                 shown = f'<li><img src="/upload/{upload}" alt="the picture that you gave"></li>'
             if words and readable:
-                inputs = picture[0] if picture else None
-                found = self.search.photos_for(self.search.embed_texts([words], inputs))
-            elif picture and readable:
-                found = (picture[1] @ self.search.rows.T,) * 2  # the bank is not for two photos
-            captions = "" if words or not picture else self.captions(picture[1])
+                found = self.search.photos_for(self.search.embed_texts([words], picture))
+            elif picture is not None and readable:
+                found = (picture @ self.search.rows.T,) * 2  # the bank is not for two photos
+            captions = "" if words or picture is None else self.captions(picture)
         body = ""
         if found:
             top = max(1, int(top)) if re.fullmatch("[0-9]{1,6}", top) else TOP

@@ -198,7 +198,7 @@ def _results(run):
         share = run.bank["val"]["hub_share"]
         lines += ["", f"  {share['off']:.1f} % of val's captions find one of the ten commonest "
                       f"photos first, {share['on']:.1f} % with the bank"]
-    found = run.bank and run.bank["val"].get("fused")
+    found = run.bank and run.bank["val"].get("together")
     if found:
         lines += _heading("Validation: a photo's other captions, found by")
         names = {"caption": "one caption", "photo": "the photo", "both": "both"}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from src.losses import full_float32
+from src.model import together
 from src.utils.augment import normalize
 from src.utils.distributed import collect, rank_and_world
 from src.utils.flickr8k_simple import map_tensors
@@ -224,10 +225,9 @@ def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption, bank=
 
 
 @torch.no_grad()
-def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None, fused=False):
-    """Rows of a dataset's photos and captions -> latents (N, D) and (M, D), or with `fused`, where
-    they are as many, (N, D) of each photo together with its caption; on the model's device, the
-    same in all processes, among which the batches are shared out. amp_dtype: the autocast type,
+def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
+    """Rows of a dataset's photos and captions -> latents (N, D) and (M, D), on the model's device,
+    the same in all processes, among which the batches are shared out. amp_dtype: the autocast type,
     None for full precision. pixels: side to which photos are resized, None for as they are stored.
     The model is left in the mode it was in."""
     device, was_training = next(model.parameters()).device, model.training
@@ -257,11 +257,7 @@ def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None, fused=F
 
     model.eval()
     with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        if fused:
-            latents = in_batches(len(photos), lambda part: photo_inputs(part) | text_inputs(part))
-        else:
-            latents = (in_batches(len(photos), photo_inputs),
-                       in_batches(len(captions), text_inputs))
+        latents = in_batches(len(photos), photo_inputs), in_batches(len(captions), text_inputs)
     model.train(was_training)
     return latents
 
@@ -293,17 +289,17 @@ def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
 
 def compare_bank(model, dataset, bank, amp_dtype=None):
     """`evaluate` without and with a bank -> {"off": metrics, "on": metrics, "hub_share": alike,
-    "fused": `compare_fused`}."""
+    "together": `compare_together`}."""
     photos, texts, photo_of_caption = embed_dataset(model, dataset, amp_dtype)
     results = {"hub_share": {}}
     for mode, used in (("off", None), ("on", bank)):
         results[mode] = retrieval_metrics(photos, texts, photo_of_caption, used)
         results["hub_share"][mode] = hub_share(photos, texts, used)
-    results["fused"] = compare_fused(model, dataset, photos, texts, amp_dtype)
+    results["together"] = compare_together(photos, texts, photo_of_caption)
     return results
 
 
-def fused_ranks(queries, texts, photo_of_caption, photo_of_query, own):
+def ranks_of_others(queries, texts, photo_of_caption, photo_of_query, own):
     """Ranks from 1, ties against the model, of each query's best caption, a photo's `own` aside.
 
     queries: (Q, D), texts: (M, D). photo_of_caption: (M,), photo_of_query: (Q,). own: (Q,) row of
@@ -319,21 +315,22 @@ def fused_ranks(queries, texts, photo_of_caption, photo_of_query, own):
     return torch.cat(ranks)
 
 
-def compare_fused(model, dataset, photos, texts, amp_dtype=None):
-    """How well a photo's other captions are found by its first one, by the photo, and by both fused
-    -> {"caption": {"r1", "r5", "r10"}, "photo": alike, "both": alike}, in percent. The first
-    caption is no candidate. Photos with one caption are left out; None where all are. photos,
-    texts: latents of the dataset's, of `embed_dataset`."""
-    owners = dataset.photo_of_caption
+def compare_together(photos, texts, photo_of_caption):
+    """How well a photo's other captions are found by its first one, by the photo, and by both
+    together -> {"caption": {"r1", "r5", "r10"}, "photo": alike, "both": alike}, in percent. The
+    first caption is no candidate. Photos with one caption are left out; None where all are. The
+    latents are those of `embed_dataset`."""
+    owners = photo_of_caption
     asked = (torch.bincount(owners) > 1).nonzero().flatten()
     if not len(asked):
         return None
     own = torch.searchsorted(owners, asked)
-    both = embed(model, dataset, asked, own, amp_dtype, fused=True)
     owners, asked, own = (rows.to(texts.device) for rows in (owners, asked, own))
+    queries_of = {"caption": texts[own], "photo": photos[asked],
+                  "both": together(photos[asked], texts[own])}
     results = {}
-    for name, queries in (("caption", texts[own]), ("photo", photos[asked]), ("both", both)):
-        ranks = fused_ranks(queries, texts, owners, asked, own)
+    for name, queries in queries_of.items():
+        ranks = ranks_of_others(queries, texts, owners, asked, own)
         results[name] = {f"r{k}": 100 * (ranks <= k).double().mean().item() for k in KS}
     return results
 
