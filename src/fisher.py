@@ -175,7 +175,7 @@ class TwoNetworks(MultiModalMemoryNetwork):
         parts = (super().forward(text, photos, text_mask, text_features),
                  self.second(text, vectors, text_mask))
         first, second = (part["central_latent"].float() for part in parts)
-        if images is None or text is None:  # else they are means of such
+        if images is None or text is None:  # of both, they are means of such
             first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
         return {"central_latent": torch.cat([first, math.sqrt(SECOND_WEIGHT) * second], dim=1)}
 

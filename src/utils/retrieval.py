@@ -320,12 +320,11 @@ def compare_together(photos, texts, photo_of_caption):
     together -> {"caption": {"r1", "r5", "r10"}, "photo": alike, "both": alike}, in percent. The
     first caption is no candidate. Photos with one caption are left out; None where all are. The
     latents are those of `embed_dataset`."""
-    owners = photo_of_caption
+    owners = photo_of_caption.to(texts.device)
     asked = (torch.bincount(owners) > 1).nonzero().flatten()
     if not len(asked):
         return None
     own = torch.searchsorted(owners, asked)
-    owners, asked, own = (rows.to(texts.device) for rows in (owners, asked, own))
     queries_of = {"caption": texts[own], "photo": photos[asked],
                   "both": together(photos[asked], texts[own])}
     results = {}
