@@ -65,7 +65,7 @@ def run(command, output_dir):
             raise
         if status:
             raise TrainingError(f"the training ended with exit status {status}: "
-                                         f"{' '.join(command)}")
+                                f"{' '.join(command)}")
     return load_run(output_dir)
 
 
