@@ -207,6 +207,7 @@ def train_second(settings, network, tokenizer, data, device):
     batches = [share_of_epoch(part, settings, i) for i in range(FISHER_EPOCHS)]
     network.train().requires_grad_(True)
     run = RunState(settings, network, tokenizer, device, sum(map(len, batches)))
+    vectors = place_photos(vectors, device)
     for step, batch in enumerate(iterate_batches(part, vectors, torch.cat(batches), device)):
         torch.manual_seed(settings.seed * 1_000_003 + step)
         training_step(run, batch)

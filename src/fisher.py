@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms.v2.functional import resize
 
+from src.losses import full_float32
 from src.model import MultiModalMemoryNetwork
 from src.settings import FISHER_PHOTOS, FISHER_PIXELS
 from src.utils.augment import normalize
@@ -42,6 +43,7 @@ class FisherVector(nn.Module):
         self.width = 2 * GAUSSIANS * size
 
     @torch.no_grad()
+    @full_float32()
     def fit(self, maps):
         """Principal components and mixture of what cells of training photos hold."""
         raw = torch.cat([F.unfold(cells, CELLS).transpose(1, 2).flatten(0, 1) for cells in maps])

@@ -771,24 +771,14 @@ def test_a_run_goes_on_in_another_precision(shapes, monkeypatch, first, second):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_training_on_a_gpu(shapes, tmp_path, monkeypatch, bfloat16):
+    """Of both networks, in either half precision."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16)
-    assert (
-        main(
-            "--synthetic",
-            "--data_dir",
-            shapes,
-            "--output_dir",
-            tmp_path,
-            "--epochs",
-            3,
-            "--batch_size",
-            10,
-        )
-        == 0
-    )
-    assert json.loads((tmp_path / CONFIG).read_text())["precision"].endswith(
-        "bfloat16" if bfloat16 else "float16"
-    )
+    monkeypatch.setattr("src.settings.FISHER_PIXELS", 48)
+    monkeypatch.setattr("src.fisher.FISHER_PIXELS", 48)
+    assert main("--synthetic", "--data_dir", shapes, "--output_dir", tmp_path, "--fisher",
+                "--epochs", 3, "--batch_size", 10) == 0
+    precision = json.loads((tmp_path / CONFIG).read_text())["precision"]
+    assert precision.endswith("bfloat16" if bfloat16 else "float16")
     history = json.loads((tmp_path / HISTORY).read_text())
     assert history[-1]["train"]["loss"] < history[0]["train"]["loss"]
 
