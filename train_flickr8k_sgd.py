@@ -5,9 +5,8 @@
     torchrun --nproc_per_node=4 train_flickr8k_sgd.py   one process a GPU, which share the batch
 
 Read it from the top: data and model, the step, what comes before the first one, and the loop,
-`fit`. After any interruption, --resume goes on as if nothing had happened: the order of the pairs,
-the crops and the learning rate follow from the seed and the step alone, the rest is the state in
-`src/state.py`."""
+`fit`. --resume goes on as if nothing had happened: the order of the pairs, the crops and the
+learning rate follow from the seed and the step alone, the rest is the state in `src/state.py`."""
 import dataclasses
 import logging
 import math
@@ -50,7 +49,7 @@ MEMORY_LOSS_WEIGHT = 0.1
 CLIP_GRAD = 1.0  # largest norm of the gradient
 LOG_INTERVAL = 10  # steps between two looks at the loss: sync points
 STEM_PHOTOS = 1000  # that the first filters are made of
-CHECKPOINT_INTERVAL = 300  # seconds inside a long epoch, so that a power cut costs minutes
+CHECKPOINT_INTERVAL = 60  # seconds, which a power cut may cost; a GPU's epochs are shorter
 
 
 def share_of_epoch(data, settings, epoch):
@@ -114,9 +113,12 @@ def augment(run, batch):
 
 def forward_backward(run, batch):
     """New gradients -> the loss, a detached scalar on the device."""
-    run.optimizer.zero_grad(set_to_none=True)
-    return contrastive_backward(
-        run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size, run.scaler.scale)
+    def compute(batch):
+        run.optimizer.zero_grad(set_to_none=run.graphs is None)
+        return contrastive_backward(
+            run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size, run.scaler.scale)
+
+    return compute(batch) if run.graphs is None else run.graphs(compute, batch)
 
 
 def update(run):
@@ -128,7 +130,7 @@ def update(run):
     run.scheduler.step()
     run.model.clamp_logit_scale_()
     if run.ema is not None:
-        run.ema.update(run.model)
+        run.ema.update()
 
 
 def training_step(run, batch):
@@ -198,7 +200,7 @@ def train_second(settings, network, tokenizer, data, device):
     images are made into Fisher vectors once, the first FISHER_PHOTOS -> the seconds it took."""
     began, part = time.time(), data.first(FISHER_PHOTOS)
     log.info(f"a second network learns first, by Fisher vectors of {len(part.photos):,} photos")
-    settings = dataclasses.replace(settings, epochs=FISHER_EPOCHS, compile=False, chunk_size=0)
+    settings = dataclasses.replace(settings, epochs=FISHER_EPOCHS, chunk_size=0)
     network.image_backbone.fit(part.photos)
     vectors = vectors_of(network.image_backbone, part.photos, amp_type(settings), views=2)
     if len(part.photos) == len(data.photos):
@@ -257,13 +259,15 @@ def fit(run, splits, stop):
     photos = place_photos(data.photos, device)
     rank, world = distributed.rank_and_world()
     line, steps_done = report.ProgressLine(run.is_main), 0
-    if run.epoch == 0:
-        score_zero_shot(run, splits["val"])
+    if run.epoch == 0:  # what a contrastive model scores by itself, as which the run begins
+        began, val = time.time(), validate(run, splits["val"])
+        end_epoch(run, {"epoch": 0, "train": {"loss": None}, "val": val, "lr": 0.0,
+                        "seconds": time.time() - began})
     run.model.train()
     while run.epoch <= settings.epochs:
         batches = share_of_epoch(data, settings, run.epoch)
         steps, pairs = len(batches), len(batches[0]) * world
-        began, saved, losses = time.time() - run.seconds, time.time(), []
+        began, losses = time.time() - run.seconds, []
         for batch in iterate_batches(data, photos, batches[run.step:], device):
             step = (run.epoch - 1) * steps + run.step
             # Whatever was drawn before this step, so that it is the same after --resume.
@@ -273,7 +277,7 @@ def fit(run, splits, stop):
             run.step += 1
             steps_done += 1
 
-            over, due = run.step == steps, time.time() - saved > CHECKPOINT_INTERVAL
+            over, due = run.step == steps, time.time() - run.saved > CHECKPOINT_INTERVAL
             # Several processes must agree to save or stop, which they do when they log.
             at_once = world == 1 and (stop.requested or due)
             if len(losses) == LOG_INTERVAL or over or at_once:
@@ -289,8 +293,7 @@ def fit(run, splits, stop):
                 stopping = distributed.anyone(stop.requested, device)
                 due = distributed.anyone(due, device)
                 if (stopping or due) and not over:
-                    save_last(run)
-                    saved = time.time()
+                    save(run)
                     if stopping:
                         raise KeyboardInterrupt
 
@@ -298,16 +301,10 @@ def fit(run, splits, stop):
         row = {"epoch": run.epoch, "train": {"loss": run.loss_sum / steps},
                "val": validate(run, splits["val"]), "lr": lr, "seconds": time.time() - began}
         line.clear()
-        end_epoch(run, row)
-        if distributed.anyone(stop.requested, device):
+        stopping = distributed.anyone(stop.requested, device)
+        end_epoch(run, row, stopping)
+        if stopping:
             raise KeyboardInterrupt
-
-
-def score_zero_shot(run, val):
-    """Epoch 0: what a contrastive model scores by itself, as which the run begins."""
-    began = time.time()
-    end_epoch(run, {"epoch": 0, "train": {"loss": None}, "val": validate(run, val), "lr": 0.0,
-                    "seconds": time.time() - began})
 
 
 def validate(run, val):
@@ -319,37 +316,42 @@ def validate(run, val):
         raise TrainingError(f"validation of epoch {run.epoch}: {error}; {ADVICE}") from None
 
 
-def end_epoch(run, row):
-    """Add the epoch to the history, write the files, in an order in which a kill between any two
-    costs nothing: the checkpoint decides where --resume starts; and log it."""
+def end_epoch(run, row, stopping=False):
+    """Add the epoch to the history, keep the best model, save what is due, and log it."""
     best = max((old["val"]["avg_r1"] for old in run.history), default=-1.0)
     if row["val"]["avg_r1"] > best and run.is_main:
-        save_checkpoint({"epoch": run.epoch, "model_state_dict": run.kept.state_dict(),
-                         "metrics": row["val"], "config": run.config,
-                         "tokenizer": run.tokenizer.state_dict(), "bank": None},
-                        run.dir / files.BEST)
+        weights = {name: tensor.clone() for name, tensor in run.kept.state_dict().items()}
+        run.best = {"epoch": run.epoch, "model_state_dict": weights, "metrics": row["val"],
+                    "config": run.config, "tokenizer": run.tokenizer.state_dict(), "bank": None}
     run.history.append(row)
     run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
-    save_last(run)
+    due = (stopping or len(run.history) == 1 or run.epoch > run.settings.epochs
+           or time.time() - run.saved > CHECKPOINT_INTERVAL)
+    if distributed.anyone(due, run.device):
+        save(run)
     if run.is_main:
         save_json(run.history, run.dir / files.HISTORY)
     log.info(report.epoch_line(row))
 
 
-def save_last(run):
+def save(run):
+    """Write the best model, where it is a new one, and the state, where --resume starts, in an
+    order in which a kill between the two costs nothing."""
     state = run.state_dict() | {"config": run.config}
+    if run.best is not None:
+        save_checkpoint(run.best, run.dir / files.BEST)
     if run.is_main:
         save_checkpoint(state, run.dir / files.LAST)
+    run.best, run.saved = None, time.time()
 
 
 def evaluate_best(run, splits):
     """Give the best model its bank and score it, without and with that, on val and test."""
-    settings = run.settings
     best = distributed.from_main(lambda: load_checkpoint(run.dir / files.BEST, files.BEST_KEYS))
     run.model.load_state_dict(best["model_state_dict"])
     started = time.time()
-    pixels = settings.stored_pixels("val")
-    bank = make_bank(run.model, splits["train"], pixels, settings.seed, run.amp_dtype)
+    pixels = run.settings.stored_pixels("val")
+    bank = make_bank(run.model, splits["train"], pixels, run.settings.seed, run.amp_dtype)
     log.info(f"bank: {len(bank.photos):,} photos and {len(bank.texts):,} captions of train, "
              f"{bank.nbytes / 1e6:.1f} MB, made in {time.time() - started:.1f} s")
     results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype)

@@ -72,19 +72,9 @@ class PairEncoder(torch.nn.Module):
 
     def __init__(self, model, amp_dtype):
         super().__init__()
-        self.model, self.amp_dtype, self.compiled = model, amp_dtype, None
-
-    def compile(self, **options):
-        """By torch.compile, with its options, from now on; one graph for all lengths of text."""
-        self.compiled = torch.compile(self.encode, **options)
+        self.model, self.amp_dtype = model, amp_dtype
 
     def forward(self, images, text, text_features):
-        if self.compiled is None:
-            return self.encode(images, text, text_features)
-        torch._dynamo.mark_dynamic(text, 1)
-        return self.compiled(images, text, text_features)
-
-    def encode(self, images, text, text_features):
         model, enabled = self.model, self.amp_dtype is not None
         with torch.autocast(images.device.type, dtype=self.amp_dtype, enabled=enabled):
             images = model.encode_images(images)

@@ -21,7 +21,6 @@ START_SHARE = 0.6  # of the epochs, the first, in which small's photos are small
 # Of the second network, see `src/fisher.py`: the side of its photos, in pixels, how many it learns
 # from at most, whose vectors take 2 GB and seven minutes on two cores, and its epochs.
 FISHER_PIXELS, FISHER_PHOTOS, FISHER_EPOCHS = 160, 30_000, 12
-COMPILE_FROM_EPOCHS = 5  # on CUDA, base and large: compiling takes about a minute
 
 
 class UsageError(Exception):
@@ -101,8 +100,6 @@ class Settings:
     device: str = setting(None, "cuda, cuda:1, mps or cpu", auto="the first that is there")
     amp: bool = setting(None, "mixed precision",
                         auto="on where it is faster: CUDA, CPUs with bfloat16 matrix products")
-    compile: bool = setting(None, "torch.compile", auto="on for base and large on CUDA from "
-                            f"{COMPILE_FROM_EPOCHS} epochs")
     chunk_size: int = setting(0, "pairs encoded at a time, to save memory; 0: all", "[0, inf)")
     num_workers: int = setting(0, "threads that decode photos; 0: one a core", "[0, inf)")
 
@@ -196,9 +193,6 @@ def make_settings(**given):
         raise UsageError("--finetune needs an --image_encoder or a --text_encoder")
     if settings.amp is None:
         settings.amp = amp_pays(device)
-    if settings.compile is None:
-        settings.compile = (device.startswith("cuda") and settings.model in ("base", "large")
-                            and settings.epochs >= COMPILE_FROM_EPOCHS)
     return settings
 
 

@@ -1,9 +1,11 @@
 """What trains a model, and how far it has come: all that --resume needs."""
 import copy
 import math
+import time
 
 import torch
 
+from src.cuda_graphs import CudaGraphs
 from src.losses import PairEncoder
 from src.settings import UsageError, amp_type
 from src.utils import distributed
@@ -55,19 +57,19 @@ class MovingAverage:
 
     def __init__(self, model, decay):
         self.module, self.decay, self.steps = copy.deepcopy(model), decay, 0
-        self.frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        averaged, now = self.module.state_dict(), model.state_dict()  # which keep their places
+        pairs = [(averaged[name], now[name]) for name in now if name not in frozen]
+        self.floats = tuple(zip(*(pair for pair in pairs if pair[1].is_floating_point())))
+        self.counts = [pair for pair in pairs if not pair[1].is_floating_point()]  # batch norm's
 
-    def update(self, model):
+    def update(self):
         """Take in the model's weights of now; nothing is copied between host and device."""
-        averaged, now = self.module.state_dict(), model.state_dict()
-        floats = [name for name, value in now.items()
-                  if value.is_floating_point() and name not in self.frozen]
         steps = torch.tensor(self.steps)  # on the host
         share = 1 - ((1 + steps) / (10 + steps)).clamp(max=self.decay).item()
-        torch._foreach_lerp_([averaged[name] for name in floats], [now[name] for name in floats],
-                             share if self.steps else 1.0)
-        for name in now.keys() - self.frozen - set(floats):  # batch norm's counts
-            averaged[name].copy_(now[name])
+        torch._foreach_lerp_(*self.floats, share if self.steps else 1.0)
+        for averaged, now in self.counts:
+            averaged.copy_(now)
         self.steps += 1
 
     def state_dict(self):
@@ -93,11 +95,13 @@ class RunState:
         schedule = cosine_schedule(settings.warmup, settings.final_lr, total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.ema = MovingAverage(model, settings.ema) if settings.ema else None
-        self.encode = PairEncoder(model, self.amp_dtype)
-        if settings.compile:
-            self.encode.compile()
-        self.encode = distributed.parallel(self.encode, device)
+        self.encode = distributed.parallel(PairEncoder(model, self.amp_dtype), device)
+        self.graphs = None  # where nothing is asked of the host in a step
+        if device.type == "cuda" and distributed.rank_and_world()[1] == 1 and not (
+                settings.chunk_size or settings.finetune or self.scaler.is_enabled()):
+            self.graphs = CudaGraphs()
         self.epoch, self.step, self.loss_sum, self.seconds, self.history = 1, 0, 0.0, 0.0, []
+        self.best, self.saved = None, time.time()  # a best model to be saved; when that was done
 
     @property
     def kept(self):

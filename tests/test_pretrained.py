@@ -245,8 +245,10 @@ def test_a_second_run_encodes_nothing_and_gets_the_same(
 def test_resume_ends_with_the_same_weights(trained, shapes, own, tmp_path, monkeypatch):
     calls = []
 
-    def stop_at_second(run, row, end_epoch=training.end_epoch):
-        end_epoch(run, row)
+    end_epoch = training.end_epoch
+
+    def stop_at_second(run, row, stopping):
+        end_epoch(run, row, stopping)
         calls.append(row["epoch"])
         if len(calls) == 1:
             raise KeyboardInterrupt
