@@ -114,7 +114,7 @@ def augment(run, batch):
 def forward_backward(run, batch):
     """New gradients -> the loss, a detached scalar on the device."""
     def compute(batch):
-        run.optimizer.zero_grad(set_to_none=run.graphs is None)
+        run.optimizer.zero_grad(set_to_none=run.graphs is None)  # graphs write where they were
         return contrastive_backward(
             run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size, run.scaler.scale)
 

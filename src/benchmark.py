@@ -155,8 +155,7 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
     """Step times of one preset, by the training script's way or the plain way -> dict."""
     device, data = torch.device(settings.device), splits["train"]
     if plain:
-        settings = dataclasses.replace(
-            settings, amp=False, ema=0.0, captions_per_image=1)
+        settings = dataclasses.replace(settings, amp=False, ema=0.0, captions_per_image=1)
     torch.manual_seed(0)
     model = training.build_model(settings, tokenizer, encoders)
     layout = torch.contiguous_format if plain else torch.channels_last
