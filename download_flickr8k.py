@@ -17,19 +17,15 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
-from src.settings import Parser, text
+from src.utils.captions import SPLIT_FILES, read_folder
+from src.utils.console import Parser, ProgressLine, prepare_output, text
+from src.utils.errors import DataError, RunError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
-from src.utils.layouts import SPLIT_FILES, DataError, read_folder
-from src.utils.report import ProgressLine, prepare_output
 
 URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 TEXT, PHOTOS = "Flickr8k_text.zip", "Flickr8k_Dataset.zip"
 MD5 = {TEXT: "bf6c1abcb8e4a833b7f922104de18627", PHOTOS: "f18a1e2920de5bd84dae7cf08ec78978"}
 TIMEOUT = 60  # seconds without a byte
-
-
-class DownloadError(Exception):
-    """The archive could not be fetched or unpacked; exit status 1."""
 
 
 def check_text(data_dir):
@@ -60,7 +56,7 @@ def check_photos(data_dir):
 
 
 def fetch(name, data_dir, archive_dir, url):
-    """Path of the archive, its MD5 checked. Raises DataError or DownloadError."""
+    """Path of the archive, its MD5 checked. Raises DataError or RunError."""
     if archive_dir is not None:
         path = Path(archive_dir) / name
         if not path.is_file():
@@ -87,7 +83,7 @@ def fetch(name, data_dir, archive_dir, url):
         path.unlink(missing_ok=True)
         raise
     path.unlink(missing_ok=True)  # a partial file is of no use: the next run starts afresh
-    raise DownloadError(f"{address}: {reason}.\nRun again, or name a mirror with --url, or a "
+    raise RunError(f"{address}: {reason}.\nRun again, or name a mirror with --url, or a "
                         "folder that holds the two zips with --archive_dir.")
 
 
@@ -146,7 +142,7 @@ def main(argv=None):
             done = ensure(PHOTOS, check_photos)
         print(done)
         return 0
-    except (DataError, DownloadError) as error:
+    except (DataError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, DataError) else 1
     except OSError as error:

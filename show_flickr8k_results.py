@@ -15,21 +15,24 @@ import random
 import sys
 from pathlib import Path
 
-from src.encoder_names import load_encoders
-from src.inference import (
-    EmbeddingCache,
-    Search,
-    kinds,
-    load_model,
-    photos_of_folder,
-    photos_of_split,
+from src import page, report, server
+from src.encoder_sources import load_encoders
+from src.evaluation import compare_test_time_training
+from src.retrieval import retrieval_ranks
+from src.runs import check_data_dir, load_run
+from src.search import EmbeddingCache, Search, kinds, load_model, photos_of_folder, photos_of_split
+from src.utils.captions import MAX_LENGTH, SPLIT_FILES, cut_text
+from src.utils.console import (
+    Parser,
+    ProgressLine,
+    first_three,
+    number,
+    prepare_output,
+    printable,
+    text,
 )
-from src.settings import Parser, UsageError, number, text
-from src.utils import page, pictures, report
-from src.utils.checkpoint import CheckpointError, check_data_dir, load_run
-from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset, first_three
-from src.utils.layouts import SPLIT_FILES, DataError
-from src.utils.retrieval import compare_test_time_training, retrieval_ranks
+from src.utils.errors import DataError, UsageError
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 
 EXAMPLES = 4  # hits, and as many misses, on the page of a run
 
@@ -52,11 +55,11 @@ def open_gallery(args):
     """-> (photos, captions of each, "of val"): the split's, or those in --photos, less the photo of
     --image where that is part of a query. Raises DataError where none is left."""
     if args.photos:
-        left_out = collections.Counter()
-        photos, place = photos_of_folder(args.photos, left_out), f"in {args.photos}"
+        skipped = collections.Counter()
+        photos, place = photos_of_folder(args.photos, skipped), f"in {args.photos}"
         captions = [[] for _ in photos]
-        if left_out:
-            print(f"left out, not photos that can be read: {kinds(left_out)}", file=sys.stderr)
+        if skipped:
+            print(f"left out, not photos that can be read: {kinds(skipped)}", file=sys.stderr)
     else:
         photos, captions = photos_of_split(data_dir_of(args, args.output_dir[0]), args.split)
         place = f"of {args.split}"
@@ -74,13 +77,13 @@ def open_search(args, cache):
     said; in the dataset itself they raise DataError."""
     photos, captions, place = open_gallery(args)
     search = Search(cache, photos, captions, args.bank)
-    line, faults = report.ProgressLine(stream=sys.stderr), {} if args.photos else None
+    line, faults = ProgressLine(stream=sys.stderr), {} if args.photos else None
     try:
         search.embed_photos(line.counter("embedding"), faults)
     finally:
         line.clear()
     if faults:
-        said = report.printable(first_three(faults.values()))
+        said = printable(first_three(faults.values()))
         print(f"left out, {len(faults):,} photos that cannot be read: {said}", file=sys.stderr)
     return search, f"{len(search.photos):,} photos {place}"
 
@@ -106,7 +109,7 @@ def print_ranking(title, cosines, scores, args, about):
     cells = []
     for rank, i in enumerate(order[:args.top], start=1):
         line, label, photo, right = about(i)
-        line = report.printable(line).rstrip()
+        line = printable(line).rstrip()
         print(f"{'*' if right else ' '} {rank:3d}  {cosines[i]:6.3f}  {line}")
         cells.append((photo, f"{rank}.  {cosines[i]:.3f}  {label}", right))
     return title, cells
@@ -116,7 +119,7 @@ def cut(query):
     """What the model reads of a query."""
     if len(query) > MAX_LENGTH:
         print(f"the query is cut to its first {MAX_LENGTH:,} characters", file=sys.stderr)
-    return query[:MAX_LENGTH]
+    return cut_text(query)
 
 
 def show_photos(args):
@@ -182,7 +185,7 @@ def examples(search, texts, ranks):
 def serve(args):
     """--serve: a search in the browser, until Ctrl-C."""
     folder = args.output_dir[0]
-    with page.Server(args.serve) as server:
+    with server.Server(args.serve) as http:
         search, gallery = open_search(args, open_cache(args))
         tries = search.texts
         if tries:
@@ -190,9 +193,9 @@ def serve(args):
         else:
             with contextlib.suppress(DataError, UsageError):
                 tries = [own[0] for own in photos_of_split(data_dir_of(args, folder), "val")[1]]
-        server.pages = page.SearchPages(search, f"{folder} · {gallery}", tries)
-        print(f"http://{page.HOST}:{server.server_port} (Ctrl-C ends it)", flush=True)
-        server.serve_forever()
+        http.pages = server.SearchPages(search, f"{folder} · {gallery}", tries)
+        print(f"http://{server.HOST}:{http.server_port} (Ctrl-C ends it)", flush=True)
+        http.serve_forever()
 
 
 def write_page(args):
@@ -208,14 +211,14 @@ def write_page(args):
             texts = search.text_rows
             ranks = retrieval_ranks(search.rows, texts, search.photo_of_text)["t2i"]
             title = f"Text to photo by kind of caption: {len(photos):,} photos of {args.split}"
-            shown = pictures.kinds_table(title, search.texts, ranks)
-            shown += pictures.sheet(examples(search, texts, ranks))
-        except (CheckpointError, DataError, UsageError) as error:
-            shown = pictures.note(f"No photos are shown: {error}")
+            shown = page.kinds_table(title, search.texts, ranks)
+            shown += page.sheet(examples(search, texts, ranks))
+        except UsageError as error:
+            shown = page.note(f"No photos are shown: {error}")
             print(f"{folder}: no photos on the page: {error}", file=sys.stderr)
-        sections.append(pictures.run_section(run, shown))
+        sections.append(page.run_section(run, shown))
     runs = f'<div class="runs">{"".join(sections)}</div>'
-    pictures.write(args.page, "Image-text retrieval", runs)
+    page.write(args.page, "Image-text retrieval", runs)
 
 
 def show_test_time(args):
@@ -241,7 +244,7 @@ def runs_of(paths):
     for path in paths:
         try:
             runs.append(load_run(path))
-        except (CheckpointError, UsageError) as error:
+        except UsageError as error:
             faults[path] = error
             if not Path(path).exists():
                 raise
@@ -310,7 +313,7 @@ def show(args):
     elif args.query or args.image:
         rows = show_photos(args) if args.query else show_captions(args)
         if args.page:
-            pictures.write(args.page, "Image-text retrieval", pictures.sheet(rows))
+            page.write(args.page, "Image-text retrieval", page.sheet(rows))
     elif args.page:
         write_page(args)
     else:
@@ -323,7 +326,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         show(args)
-    except (CheckpointError, DataError, UsageError, ValueError) as error:  # a text of no tokens
+    except (UsageError, ValueError) as error:  # a text of no tokens
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -336,5 +339,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    report.prepare_output(end_with_reader=True)
+    prepare_output(end_with_reader=True)
     sys.exit(main())

@@ -15,38 +15,33 @@ import sys
 import time
 
 import torch
-from torchvision.transforms.v2.functional import resize
 
-from src.data import check_folders, load_data
-from src.encoder_names import load_encoders
-from src.fisher import build_network, keep_vectors, vectors_of
-from src.losses import contrastive_backward, frozen_statistics
+from src import report, runs
+from src.bank import BETA
+from src.device import allow_fast_kernels, autocast_dtype, describe, find_device
+from src.encoder_sources import load_encoders
+from src.evaluation import compare_bank, evaluate, make_bank
+from src.fisher import build_network, make_fisher_vectors, with_fisher_vectors
 from src.pretrained import NO_ENCODERS
-from src.settings import (
-    FISHER_EPOCHS,
-    FISHER_PHOTOS,
-    UsageError,
-    allow_fast_kernels,
-    amp_type,
-    default_model,
-    describe,
-    find_device,
-    parse_args,
-    uncropped,
+from src.runs import load_checkpoint, save_checkpoint, save_json
+from src.settings import FISHER_EPOCHS, FISHER_PHOTOS, for_contrastive_pair, parse_args
+from src.training import (
+    ADVICE,
+    MEMORY_LOSS_WEIGHT,
+    RunState,
+    augment,
+    contrastive_backward,
+    frozen_statistics,
+    training_step,
 )
-from src.state import ADVICE, RunState, TrainingError
-from src.utils import checkpoint as files
-from src.utils import distributed, report
-from src.utils.augment import color_jitter, drop_words, normalize, random_resized_crop_and_flip
-from src.utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_json
-from src.utils.flickr8k_simple import iterate_batches, place_photos
-from src.utils.layouts import DataError
-from src.utils.retrieval import BETA, compare_bank, evaluate, make_bank
+from src.utils import distributed
+from src.utils.augment import normalize, resize
+from src.utils.console import ProgressLine, duration, log_to_console
+from src.utils.errors import RunError, UsageError
+from src.utils.flickr8k_simple import check_folders, iterate_batches, load_splits, place_photos
 from src.utils.tokenizers import tokenizer_from_state
 
 log = logging.getLogger("flickr8k_sgd")
-MEMORY_LOSS_WEIGHT = 0.1
-CLIP_GRAD = 1.0  # largest norm of the gradient
 LOG_INTERVAL = 10  # steps between two looks at the loss: sync points
 STEM_PHOTOS = 1000  # that the first filters are made of
 CHECKPOINT_INTERVAL = 60  # seconds, which a power cut may cost; a GPU's epochs are shorter
@@ -75,7 +70,7 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
                                  f"{model.image_encoder.stride}")
         if photos is not None:
             rows = torch.linspace(0, len(photos) - 1, min(STEM_PHOTOS, len(photos))).long()
-            sample = resize(photos[rows], [settings.training_pixels(1)] * 2)
+            sample = resize(photos[rows], settings.training_pixels(1))
             model.image_encoder.stem.fit(normalize(sample))
     set_temperature(model, settings.temperature)
     if settings.finetune:
@@ -91,77 +86,31 @@ def set_temperature(model, temperature):
     model.clamp_logit_scale_()
 
 
-def augment(run, batch):
-    """Crop, mirror and colour the photos of a batch, drop words of its captions; in its place. Of
-    photos that are features, take those of the mirror image instead."""
-    images, settings = batch["images"], run.settings
-    if images.dtype == torch.float32:  # a DataLoader's processes have done it
-        return
-    if images.dtype == torch.uint8:
-        size = settings.training_pixels(run.epoch)
-        if uncropped(size) < images.shape[-1]:
-            images = resize(images, [uncropped(size)] * 2)
-        images = random_resized_crop_and_flip(images / 255.0, size, settings.min_crop,
-                                              settings.flip)
-        images = normalize(color_jitter(images, settings.color_jitter))
-        batch["images"] = images.contiguous(memory_format=torch.channels_last)
-    else:
-        mirrored = torch.rand(len(images), 1, device=images.device) < settings.flip
-        batch["images"] = torch.where(mirrored, images[:, 1], images[:, 0]).float()
-    batch["text"] = drop_words(batch["text"], settings.word_dropout, run.word_start)
-
-
-def forward_backward(run, batch):
-    """New gradients -> the loss, a detached scalar on the device."""
-    def compute(batch):
-        run.optimizer.zero_grad(set_to_none=run.graphs is None)  # graphs write where they were
-        return contrastive_backward(
-            run.encode, batch, MEMORY_LOSS_WEIGHT, run.settings.chunk_size, run.scaler.scale)
-
-    return compute(batch) if run.graphs is None else run.graphs(compute, batch)
-
-
-def update(run):
-    """The step of optimizer, schedule and moving average with the gradients that are there."""
-    run.scaler.unscale_(run.optimizer)
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP_GRAD)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.scheduler.step()
-    run.model.clamp_logit_scale_()
-    if run.ema is not None:
-        run.ema.update()
-
-
-def training_step(run, batch):
-    """One step on a batch of `iterate_batches` -> the loss, a detached scalar on the device."""
-    augment(run, batch)
-    loss = forward_backward(run, batch)
-    update(run)
-    return loss
-
-
-def set_up(settings, output_dir, checkpoint, replace, device, command):
+def set_up(settings, output_dir, checkpoint, args, device, command):
     """-> (run, splits), ready for the loop, and the run's folder with its config."""
     rank, world = distributed.rank_and_world()
     encoders = load_encoders(settings, device)
+    if encoders.pair and not args.resume:
+        settings = for_contrastive_pair(settings, vars(args))
+    settings = encoders.fit_settings(settings)
     for encoder in encoders:
         does = "once, into a store" if encoder.frozen else "in every step, and is trained"
         what = "photo" if encoder.kind == "image" else "caption"
         log.info(f"{encoder.name} encodes every {what} {does}: {encoder.width} features")
     tokenizer = checkpoint and tokenizer_from_state(checkpoint["tokenizer"])
     with distributed.one_a_machine_first():  # which makes the stores
-        splits, tokenizer = load_data(settings, encoders, tokenizer)
+        splits, tokenizer = load_splits(settings, tokenizer, encoders.image, encoders.text)
     torch.manual_seed(settings.seed)
     model = build_model(settings, tokenizer, encoders, splits["train"].photos)
     model.to(device, memory_format=torch.channels_last)
-    encoders.initialize(model, splits["train"], amp_type(settings))
+    encoders.initialize(model, splits["train"], autocast_dtype(settings.amp, device))
     batches = share_of_epoch(splits["train"], settings, 1)
     if not batches.numel():
         raise UsageError(f"a batch has fewer pairs than there are processes, {world}")
     seconds = 0.0
     if settings.fisher and checkpoint is None:
-        seconds = train_second(settings, model.second, tokenizer, splits["train"], device)
+        splits["train"], seconds = train_fisher_network(
+            settings, model.fisher_network, tokenizer, splits["train"], device)
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.seconds = seconds
     run.dir, run.is_main = output_dir, rank == 0
@@ -179,12 +128,13 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     if checkpoint is not None:
         began = checkpoint["config"]
         run.config |= {"date": began["date"], "command": began["command"]}
-        files.check_same_data(began, run.config, settings.data_dir)
+        runs.check_same_data(began, run.config, settings.data_dir)
         run.load_state_dict(checkpoint)
     if settings.fisher:
-        keep_vectors(model, splits, run.amp_dtype)
+        splits = with_fisher_vectors(model, splits, run.amp_dtype)
     if run.is_main:
-        files.open_output_dir(output_dir, run.config, run.history, checkpoint is None, replace, log)
+        runs.open_output_dir(output_dir, run.config, run.history, checkpoint is None,
+                             args.overwrite or args.resume, log)
     log.info("{model}: {parameters:,} parameters, {precision}, on {device}".format(
         model=settings.model, **run.config))
     data = splits["train"]
@@ -195,16 +145,17 @@ def set_up(settings, output_dir, checkpoint, replace, device, command):
     return run, splits
 
 
-def train_second(settings, network, tokenizer, data, device):
+def train_fisher_network(settings, network, tokenizer, data, device):
     """Train the model's second network, by the recipe of the first, but that photos and mirror
     images are made into Fisher vectors once, the first FISHER_PHOTOS -> the seconds it took."""
     began, part = time.time(), data.first(FISHER_PHOTOS)
     log.info(f"a second network learns first, by Fisher vectors of {len(part.photos):,} photos")
     settings = dataclasses.replace(settings, epochs=FISHER_EPOCHS, chunk_size=0)
     network.image_backbone.fit(part.photos)
-    vectors = vectors_of(network.image_backbone, part.photos, amp_type(settings), views=2)
+    amp_dtype = autocast_dtype(settings.amp, device)
+    vectors = make_fisher_vectors(network.image_backbone, part.photos, amp_dtype, views=2)
     if len(part.photos) == len(data.photos):
-        data.vectors = vectors[:, 0]  # for the bank
+        data = data.with_fisher_vectors(vectors[:, 0])  # for the bank
     set_temperature(network, settings.temperature)
     batches = [share_of_epoch(part, settings, i) for i in range(FISHER_EPOCHS)]
     network.train().requires_grad_(True)
@@ -218,7 +169,7 @@ def train_second(settings, network, tokenizer, data, device):
     network.zero_grad()  # else the last step's gradient would count in the clipping of the first's
     seconds = time.time() - began
     log.info(f"it has learned in {seconds:.0f} s, which count as the first epoch's")
-    return seconds
+    return data, seconds
 
 
 def epoch_seconds(run, splits):
@@ -241,7 +192,7 @@ def resume_schedule(run, epochs_before):
     with that many: the learning rate jumps to where that schedule stands by now."""
     epochs, groups, schedule = run.settings.epochs, run.optimizer.param_groups, run.scheduler
     if run.epoch > epochs:
-        log.info("the run is done; to train on: " + files.resume_command(run.dir, "--epochs", "N"))
+        log.info("the run is done; to train on: " + runs.resume_command(run.dir, "--epochs", "N"))
         return
     log.info(f"resumed at epoch {run.epoch}, step {run.step}")
     if epochs != epochs_before:
@@ -253,12 +204,12 @@ def resume_schedule(run, epochs_before):
 
 
 def fit(run, splits, stop):
-    """The loop, from where the run stands to its last epoch. Raises TrainingError where a loss or a
+    """The loop, from where the run stands to its last epoch. Raises RunError where a loss or a
     weight is not finite, KeyboardInterrupt where a stop was requested, after saving."""
     settings, data, device = run.settings, splits["train"], run.device
     photos = place_photos(data.photos, device)
     rank, world = distributed.rank_and_world()
-    line, steps_done = report.ProgressLine(run.is_main), 0
+    line, steps_done = ProgressLine(run.is_main), 0
     if run.epoch == 0:  # what a contrastive model scores by itself, as which the run begins
         began, val = time.time(), validate(run, splits["val"])
         end_epoch(run, {"epoch": 0, "train": {"loss": None}, "val": val, "lr": 0.0,
@@ -283,7 +234,7 @@ def fit(run, splits, stop):
             if len(losses) == LOG_INTERVAL or over or at_once:
                 for i, loss in enumerate(torch.stack(losses).tolist(), 1 - len(losses)):  # a sync
                     if not math.isfinite(loss):
-                        raise TrainingError(f"the loss became {loss} in epoch {run.epoch}, step "
+                        raise RunError(f"the loss became {loss} in epoch {run.epoch}, step "
                                             f"{run.step + i}; {ADVICE}")
                     run.loss_sum += loss
                 losses, run.seconds = [], time.time() - began
@@ -308,12 +259,12 @@ def fit(run, splits, stop):
 
 
 def validate(run, val):
-    """Metrics of the model that is kept. Raises TrainingError for latents that are not finite."""
+    """Metrics of the model that is kept. Raises RunError for latents that are not finite."""
     distributed.same_buffers(run.kept)
     try:
         return evaluate(run.kept, val, run.amp_dtype)
     except ValueError as error:
-        raise TrainingError(f"validation of epoch {run.epoch}: {error}; {ADVICE}") from None
+        raise RunError(f"validation of epoch {run.epoch}: {error}; {ADVICE}") from None
 
 
 def end_epoch(run, row, stopping=False):
@@ -330,7 +281,7 @@ def end_epoch(run, row, stopping=False):
     if distributed.anyone(due, run.device):
         save(run)
     if run.is_main:
-        save_json(run.history, run.dir / files.HISTORY)
+        save_json(run.history, run.dir / runs.HISTORY)
     log.info(report.epoch_line(row))
 
 
@@ -339,15 +290,15 @@ def save(run):
     order in which a kill between the two costs nothing."""
     state = run.state_dict() | {"config": run.config}
     if run.best is not None:
-        save_checkpoint(run.best, run.dir / files.BEST)
+        save_checkpoint(run.best, run.dir / runs.BEST)
     if run.is_main:
-        save_checkpoint(state, run.dir / files.LAST)
+        save_checkpoint(state, run.dir / runs.LAST)
     run.best, run.saved = None, time.time()
 
 
 def evaluate_best(run, splits):
     """Give the best model its bank and score it, without and with that, on val and test."""
-    best = distributed.from_main(lambda: load_checkpoint(run.dir / files.BEST, files.BEST_KEYS))
+    best = distributed.from_main(lambda: load_checkpoint(run.dir / runs.BEST, runs.BEST_KEYS))
     run.model.load_state_dict(best["model_state_dict"])
     started = time.time()
     pixels = run.settings.stored_pixels("val")
@@ -357,43 +308,39 @@ def evaluate_best(run, splits):
     results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype)
                for split in ("val", "test")}
     if run.is_main:
-        save_checkpoint(best | {"bank": bank.state_dict()}, run.dir / files.BEST)
-        save_json(results | {"beta": BETA}, run.dir / files.BANK)
-        save_json(results["test"]["off"], run.dir / files.TEST)
+        save_checkpoint(best | {"bank": bank.state_dict()}, run.dir / runs.BEST)
+        save_json(results | {"beta": BETA}, run.dir / runs.BANK)
+        save_json(results["test"]["off"], run.dir / runs.TEST)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(__doc__.split("\n")[0], argv)
     stop = distributed.StopRequest()
-    report.log_to_console(log)
+    log_to_console(log)
     output_dir = None
     try:
         distributed.start()
-        settings, output_dir, checkpoint = distributed.from_main(lambda: files.resolve(args))
-        settings = files.on_this_machine(settings, args)
+        settings, output_dir, checkpoint = distributed.from_main(lambda: runs.resolve(args))
+        settings = runs.on_this_machine(settings, args)
         if args.check:
             check_folders(settings)
             return 0
         device = find_device(settings.device)
         allow_fast_kernels(device)
-        if "model" not in args and not args.resume:
-            log.info("preset {}: {}".format(*default_model(
-                settings.synthetic, settings.device, settings.image_encoder)))
         command = shlex.join(["python", "train_flickr8k_sgd.py", *argv])
-        replace = args.overwrite or args.resume
-        run, splits = set_up(settings, output_dir, checkpoint, replace, device, command)
+        run, splits = set_up(settings, output_dir, checkpoint, args, device, command)
         if settings.finetune and device.type == "cpu":
-            log.info(f"an epoch will take about {report.duration(epoch_seconds(run, splits))} here")
+            log.info(f"an epoch will take about {duration(epoch_seconds(run, splits))} here")
         with stop.watch():
             fit(run, splits, stop)
         evaluate_best(run, splits)
         if run.is_main:
-            log.info(report.summary(files.load_run(output_dir)))
+            log.info(report.summary(runs.load_run(output_dir)))
         return 0
-    except (UsageError, DataError) as error:
+    except UsageError as error:
         status, message = 2, f"error: {error}"
-    except (TrainingError, CheckpointError, OSError) as error:
+    except (RunError, OSError) as error:
         status, message = 1, f"error: {error}"
     except torch.OutOfMemoryError:
         status = 1
@@ -407,11 +354,11 @@ def main(argv=None):
                               "from the last checkpoint with --resume")
     except KeyboardInterrupt:
         status, message = 130, "interrupted before the run began"
-        if output_dir is not None and (output_dir / files.CONFIG).exists():
-            message = f"interrupted; go on with: {files.resume_command(output_dir)}"
+        if output_dir is not None and (output_dir / runs.CONFIG).exists():
+            message = f"interrupted; go on with: {runs.resume_command(output_dir)}"
     finally:
         distributed.stop()
-    report.ProgressLine().clear()
+    ProgressLine().clear()
     log.error(message)
     return status
 

@@ -1,6 +1,7 @@
 """A second network beside that of `model.py`, which judges photos by Fisher vectors: statistics of
 their small places, which learn nothing and so have much to say after a few thousand photos.
-It learns first, in a minute or two, and by itself; see `train_second` in the training script.
+It learns first, in a minute or two, and by itself; see `train_fisher_network` in the training
+script.
 Shapes: B batch, N places, C channels, K Gaussians, D components, H height, W width."""
 import math
 import os
@@ -10,12 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms.v2.functional import resize
 
-from src.losses import full_float32
+from src.device import full_float32
 from src.model import MultiModalMemoryNetwork
 from src.settings import FISHER_PHOTOS, FISHER_PIXELS
-from src.utils.augment import normalize
+from src.utils.augment import normalize, resize
 
 CELLS = 4  # a descriptor has 4 x 4
 SCALES = (3, 4, 6, 8, 12)  # sides of these, in pixels
@@ -23,7 +23,7 @@ DIRECTIONS = 8
 COMPONENTS = 64  # of a descriptor, besides its place
 GAUSSIANS = 64
 FIT_PHOTOS, FIT_STEPS = 100, 20  # of expectation and maximisation
-DROPOUT, SECOND_WEIGHT = 0.7, 0.7
+DROPOUT, FISHER_WEIGHT = 0.7, 0.7
 BATCH_SIZE = 50  # of photos whose vectors are made
 
 
@@ -98,14 +98,9 @@ class FisherVector(nn.Module):
         return F.normalize(vector, dim=1) * math.sqrt(self.width)
 
 
-def sized(images, side):
-    """Photos (B, 3, H, W) -> (B, 3, side, side)."""
-    return images if images.shape[-1] == side else resize(images, [side, side])
-
-
 def photos_at(photos, rows, device):
     """Rows of stored photos, uint8 -> normalised floats, as Fisher vectors take them."""
-    return normalize(sized(photos[rows].to(device), FISHER_PIXELS))
+    return normalize(resize(photos[rows].to(device), FISHER_PIXELS))
 
 
 class FisherVectors(nn.Module):
@@ -150,10 +145,10 @@ class FisherVectors(nn.Module):
         return torch.cat([self.gradients(gradients), self.colors(colors)], dim=1)
 
 
-class TwoNetworks(MultiModalMemoryNetwork):
+class NetworkWithFisherVectors(MultiModalMemoryNetwork):
     """The multimodal memory network and, in `second`, one of encoders alone whose photos are Fisher
     vectors. They rank together: latents are (B, 2 * latent_dim), theirs side by side, of lengths
-    such that the cosine of two is the mean of theirs, the second's weighing SECOND_WEIGHT of the
+    such that the cosine of two is the mean of theirs, the second's weighing FISHER_WEIGHT of the
     first's. Training sees the first alone.
 
     eval_pixels: side of the photos that the first takes; in use they may be of any size."""
@@ -162,24 +157,26 @@ class TwoNetworks(MultiModalMemoryNetwork):
         super().__init__(vocab_size, **sizes)
         self.eval_pixels, vectors = eval_pixels, FisherVectors()
         same = {name: sizes[name] for name in ("text_embed_dim", "latent_dim", "num_heads")}
-        self.second = MultiModalMemoryNetwork(
+        self.fisher_network = MultiModalMemoryNetwork(
             vocab_size, num_layers=0, fusion_layers=0, dropout=DROPOUT,
             image_features=vectors.width, **same)
-        self.second.image_backbone = vectors
-        self.second.requires_grad_(False)
+        self.fisher_network.image_backbone = vectors
+        self.fisher_network.requires_grad_(False)
 
-    def forward(self, text=None, images=None, text_mask=None, text_features=None, vectors=None):
-        """vectors: the photos' Fisher vectors (B, width), where they are known already."""
+    def forward(self, text=None, images=None, text_mask=None, text_features=None,
+                fisher_vectors=None):
+        """fisher_vectors: those of the photos (B, width), where they are known already."""
         photos = None
         if images is not None:
-            photos = sized(images, self.eval_pixels)
-            vectors = sized(images, FISHER_PIXELS) if vectors is None else vectors
+            photos = resize(images, self.eval_pixels)
+            if fisher_vectors is None:  # the backbone of the Fisher network makes them
+                fisher_vectors = resize(images, FISHER_PIXELS)
         parts = (super().forward(text, photos, text_mask, text_features),
-                 self.second(text, vectors, text_mask))
+                 self.fisher_network(text, fisher_vectors, text_mask))
         first, second = (part["central_latent"].float() for part in parts)
         if images is None or text is None:  # of both, they are means of such
             first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
-        return {"central_latent": torch.cat([first, math.sqrt(SECOND_WEIGHT) * second], dim=1)}
+        return {"central_latent": torch.cat([first, math.sqrt(FISHER_WEIGHT) * second], dim=1)}
 
 
 def build_network(vocab_size, settings, widths):
@@ -187,11 +184,11 @@ def build_network(vocab_size, settings, widths):
     sizes that do not fit."""
     sizes = settings.model_arguments() | widths
     if settings.fisher:
-        return TwoNetworks(vocab_size, settings.eval_pixels, **sizes)
+        return NetworkWithFisherVectors(vocab_size, settings.eval_pixels, **sizes)
     return MultiModalMemoryNetwork(vocab_size, **sizes)
 
 
-def vectors_of(vectors, photos, amp_dtype, views):
+def make_fisher_vectors(vectors, photos, amp_dtype, views):
     """Fisher vectors of stored photos, float16 (N, views, width) on the host, 34 kB each; views:
     1, or 2 with those of the mirror images. They lie in a file without a name, which may be larger
     than memory. Raises OSError for a full disk."""
@@ -208,10 +205,15 @@ def vectors_of(vectors, photos, amp_dtype, views):
     return made
 
 
-def keep_vectors(model, splits, amp_dtype):
-    """Make the Fisher vectors of the splits' photos, once for all validations and for the bank,
-    where they are not known already; but not of more than FISHER_PHOTOS training photos."""
-    vectors = model.second.image_backbone
+def with_fisher_vectors(model, splits, amp_dtype):
+    """{split: dataset} -> the same with the Fisher vectors of their photos, which all validations
+    and the bank use. Those that a dataset has already are kept, and a training split of more than
+    FISHER_PHOTOS photos gets none: the model computes them when it needs them."""
+    fisher_vectors = model.fisher_network.image_backbone
+    found = {}
     for name, data in splits.items():
-        if data.vectors is None and (name != "train" or len(data.photos) <= FISHER_PHOTOS):
-            data.vectors = vectors_of(vectors, data.photos, amp_dtype, views=1)[:, 0]
+        if data.fisher_vectors is None and (name != "train" or len(data.photos) <= FISHER_PHOTOS):
+            vectors = make_fisher_vectors(fisher_vectors, data.photos, amp_dtype, views=1)
+            data = data.with_fisher_vectors(vectors[:, 0])
+        found[name] = data
+    return found

@@ -7,17 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 
 IMAGE, TEXT = MODALITIES = (0, 1)
-PHOTO_SHARE = 0.4  # of a photo in what it is together with a text (0.2 to 0.5 were tried)
+PHOTO_WEIGHT = 0.4  # of a photo in what it is together with a text (0.2 to 0.5 were tried)
 LENGTH_GROUP = 64  # captions that a CPU encodes together, of like length
 POOLING = 5.0  # of the maximum over a photo's places: 0 would be the mean; 30, nearly the maximum
 PAD_ID = 0  # the token id that every tokenizer keeps for padding
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound on the inverse temperature (Radford et al. 2021)
 
 
-def together(photos, texts):
+def combine_photo_and_text(photos, texts):
     """Central latents (B, D) of photos and of texts -> the weighted means of their unit vectors."""
     texts, photos = (F.normalize(latents.float(), dim=-1) for latents in (texts, photos))
-    return torch.lerp(texts, photos, PHOTO_SHARE)
+    return torch.lerp(texts, photos, PHOTO_WEIGHT)
 
 
 class Attention(nn.Module):
@@ -347,8 +347,8 @@ class Fusion(nn.Module):
 class MultiModalMemoryNetwork(nn.Module):
     """Photos, captions or both -> one central latent in a shared space: the encoder's latent, to
     which fusion adds what it makes of that and of what the memory holds, at first nothing; of both,
-    what `together` makes of these. The defaults are the preset `base`; with memory_size=0
-    there is no memory, with fusion_layers=0 neither that nor fusion.
+    what `combine_photo_and_text` makes of these. The defaults are the preset `base`; with
+    memory_size=0 there is no memory, with fusion_layers=0 neither that nor fusion.
 
     `model` takes images (B, 3, H, W), normalised floats, or text (B, L), token ids with 0 for
     padding, or both; text_mask: (B, L) bool, True for real tokens, by default text != 0. It returns
@@ -400,7 +400,7 @@ class MultiModalMemoryNetwork(nn.Module):
             text = self.encode_text(text, text_mask, text_features)
             text = central = self.fuse(text, TEXT)
         if images is not None and text is not None:
-            central = together(images, text)
+            central = combine_photo_and_text(images, text)
         return {"central_latent": central}
 
     def fuse(self, latents, modality):

@@ -5,18 +5,18 @@ Frozen, the default, an encoder sees every photo, its mirror image and every cap
 it makes of them is kept in a feature store beside the photo store. With --finetune it is a part of
 the model, trained with the rest."""
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from src.settings import UsageError
-from src.utils.augment import normalize
-from src.utils.flickr8k_simple import MAX_LENGTH, map_tensors
-from src.utils.stores import (
+from src.utils.augment import normalize, resize
+from src.utils.captions import cut_text
+from src.utils.errors import UsageError
+from src.utils.flickr8k_simple import map_tensors
+from src.utils.photo_store import (
     STORE_VERSION,
     Rows,
     decoding_threads,
@@ -131,7 +131,7 @@ class PretrainedEncoder(nn.Module):
         parts, paths = [], []
         for start in range(0, len(texts), TEXT_SHARD):
             rows = range(start, min(start + TEXT_SHARD, len(texts)))
-            shard = [texts[i][:MAX_LENGTH] for i in rows]
+            shard = [cut_text(texts[i]) for i in rows]
 
             def write(file, shard=shard, start=start):
                 order = sorted(range(len(shard)), key=lambda i: len(shard[i]))  # little padding
@@ -175,14 +175,14 @@ class PhotoFeatures:
         self.encoder, self.shape = encoder, (views, encoder.width)
         self.name, self.key = encoder.store_name, views
 
-    def rows(self, paths, num_workers):
+    def rows(self, paths):
         """Yields what `read_photo` gives, for each path."""
         encoder, size, prepare = self.encoder, PHOTO_BATCH, self.encoder.prepare
         on_cpu = encoder.device.type == "cpu"
         if on_cpu:  # where torch in other threads would take the encoder's cores
             size, prepare = CPU_PHOTO_BATCH, lambda photo: photo
         batches = [paths[i:i + size] for i in range(0, len(paths), size)]
-        with decoding_threads(num_workers) as pool:
+        with decoding_threads() as pool:
             def read(batch):
                 return [pool.submit(read_photo, path, encoder.open, prepare) for path in batch]
 
@@ -238,6 +238,19 @@ class Encoders:
         return (self.image is not None and self.text is not None
                 and self.image.name == self.text.name and self.image.logit_scale is not None)
 
+    def fit_settings(self, settings):
+        """The settings with the sizes that these encoders dictate. Raises UsageError for
+        fine-tuning on photos that are not square."""
+        if self.pair:
+            settings = replace(settings, latent_dim=self.image.width)
+        if settings.finetune and self.image is not None:
+            height, width = self.image.pixels
+            if height != width:
+                raise UsageError(f"{self.image.name} takes photos of {height} x {width} pixels; "
+                                 "--finetune needs a square")
+            settings = replace(settings, image_size=height)
+        return settings
+
     @property
     def widths(self):
         """Arguments of the model."""
@@ -266,8 +279,7 @@ class Encoders:
         if self.image is not None:
             features = stored(train.photos)[:, 0] if self.image.frozen else self._sample(
                 model.image_backbone, len(train.photos), amp_dtype,
-                lambda rows: normalize(F.interpolate(
-                    train.photos[rows], self.image.pixels, mode="bicubic", antialias=True)))
+                lambda rows: normalize(resize(train.photos[rows], self.image.pixels[0], "bicubic")))
             model.image_encoder.standardize(features, identity=self.pair)
         if self.text is not None:
             features = stored(train.text_features) if self.text.frozen else self._sample(

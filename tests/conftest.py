@@ -12,8 +12,8 @@ from PIL import Image
 
 import train_flickr8k_sgd
 from src.settings import make_settings
-from src.utils.formats import table_rows, token_rows
-from src.utils.layouts import SPLIT_FILES
+from src.utils.caption_files import table_rows, token_rows
+from src.utils.captions import SPLIT_FILES
 from src.utils.synthetic import write_synthetic
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from src import benchmark
+from src.experiments import benchmark
 from src.settings import PRESETS
 
 

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from src import compare_optimizers
-from src.compare_optimizers import RATES, Together, make_optimizer, table
+from src.experiments import compare_optimizers
+from src.experiments.compare_optimizers import RATES, Together, make_optimizer, table
 from src.model import MultiModalMemoryNetwork
 from tests.conftest import model_arguments
 

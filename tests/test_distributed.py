@@ -9,13 +9,14 @@ import time
 import pytest
 import torch
 
-from src.losses import PairEncoder, contrastive_backward, split_in_chunks
+from src import evaluation
+from src.evaluation import evaluate
 from src.model import MultiModalMemoryNetwork
-from src.utils import distributed, retrieval
-from src.utils.checkpoint import BEST, CONFIG, HISTORY, LAST, RUN_FILES, TEST
+from src.runs import BEST, CONFIG, HISTORY, LAST, RUN_FILES, TEST
+from src.training import PairEncoder, contrastive_backward, split_in_chunks
+from src.utils import distributed
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
-from src.utils.retrieval import evaluate
-from src.utils.stores import STORE_FOLDER
+from src.utils.photo_store import STORE_FOLDER
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import model_arguments, start_script, without_batch_norm, write_dataset
@@ -73,7 +74,7 @@ def results(rank, world, folder):
     }
     found["chunks"] = torch.tensor(len(split_in_chunks(uneven, 2)))
     data = Flickr8kImageTextDataset(folder / "synthetic", "val", 32, CharTokenizer())
-    retrieval.BATCH_SIZE = 5  # several batches to share; put back by the test
+    evaluation.BATCH_SIZE = 5  # several batches to share; put back by the test
     metrics = evaluate(model, data)
     found |= {name: torch.tensor(value) for name, value in metrics.items()}
     found["anyone"] = torch.tensor([distributed.anyone(rank == world - 1, torch.device("cpu")),
@@ -94,7 +95,7 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     write_synthetic(tmp_path / "synthetic", num_pictures={"train": 10, "val": 13, "test": 5})
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", free_port())
-    monkeypatch.setattr(retrieval, "BATCH_SIZE", 5)
+    monkeypatch.setattr(evaluation, "BATCH_SIZE", 5)
     results(0, 1, tmp_path)
     torch.multiprocessing.spawn(results, (2, tmp_path), nprocs=2)
     one, *two = (torch.load(tmp_path / name) for name in ("0 of 1", "0 of 2", "1 of 2"))

@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from src.utils import report
-from src.utils.checkpoint import CONFIG, HISTORY, load_run
-from src.utils.layouts import SPLIT_FILES
+from src import report
+from src.runs import CONFIG, HISTORY, load_run
+from src.utils.captions import SPLIT_FILES
 from tests.conftest import main
 from tests.test_duplicates import FLIP, cropped, scene
 
@@ -83,7 +83,7 @@ def test_a_half_and_the_rest_is_the_whole_and_what_is_held_out_stays_out(
             "equal content of a photo in val or test; 1 left out: the Flickr number") in out
     config = json.loads((tmp_path / "both" / CONFIG).read_text())
     [joined] = config["extra_data"]
-    assert joined["left_out"] == LEFT_OUT and joined["photos"] == 20 and joined["captions"] == 60
+    assert joined["skipped"] == LEFT_OUT and joined["photos"] == 20 and joined["captions"] == 60
     assert config["data"]["train"]["photos"] == 40
 
 
@@ -110,7 +110,7 @@ def test_photos_that_the_extra_data_lacks_are_said(folders, tmp_path, capsys):
     said = "7 photos with 21 captions join the training split; 2 left out: missing, unreadable or"
     assert said in capsys.readouterr().out
     [joined] = json.loads((tmp_path / "run" / CONFIG).read_text())["extra_data"]
-    assert joined["left_out"] == {"missing, unreadable or without captions": 2}
+    assert joined["skipped"] == {"missing, unreadable or without captions": 2}
 
 
 def test_all_pairs_of_the_extra_data(folders, tmp_path):
@@ -118,7 +118,7 @@ def test_all_pairs_of_the_extra_data(folders, tmp_path):
           "--extra_all", epochs=1)
     [joined] = json.loads((tmp_path / "run" / CONFIG).read_text())["extra_data"]
     assert joined["split"] == "all" and joined["photos"] == 23  # 60, 61 and 62; 52 is in test
-    assert joined["left_out"] == LEFT_OUT | {"equal content of a photo in val or test": 2}
+    assert joined["skipped"] == LEFT_OUT | {"equal content of a photo in val or test": 2}
 
 
 def test_a_run_with_extra_data_goes_on_with_the_same_only(folders, tmp_path, capsys):
@@ -157,6 +157,6 @@ def test_copies_across_a_split_by_hash_leave_training(tmp_path, capsys):
     data = json.loads((tmp_path / "run" / CONFIG).read_text())["data"]
     out = capsys.readouterr().out
     assert "by a hash of the photos' names" in out and "photos left out, such as" in out
-    held_out = data["val"]["photos"] + data["test"]["photos"] + data["val"]["left_out"]
-    assert held_out == 12 and data["train"]["photos"] + data["train"]["left_out"] == 48
-    assert 0 < data["train"]["left_out"] <= 12
+    held_out = data["val"]["photos"] + data["test"]["photos"] + data["val"]["skipped"]
+    assert held_out == 12 and data["train"]["photos"] + data["train"]["skipped"] == 48
+    assert 0 < data["train"]["skipped"] <= 12

@@ -1,26 +1,26 @@
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2.functional import resize
 
 from src.fisher import (
     COMPONENTS,
+    FISHER_WEIGHT,
     GAUSSIANS,
-    SECOND_WEIGHT,
     FisherVector,
     FisherVectors,
     build_network,
-    keep_vectors,
+    make_fisher_vectors,
     photos_at,
-    sized,
-    vectors_of,
+    with_fisher_vectors,
 )
-from src.losses import PairEncoder, contrastive_backward
-from src.model import IMAGE, together
+from src.model import IMAGE, combine_photo_and_text
 from src.settings import make_settings
+from src.training import PairEncoder, contrastive_backward
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 
 
 def photos(number=12, size=48, seed=0):
@@ -59,7 +59,7 @@ def model():
     settings = dataclasses.replace(make_settings(model="tiny"), fisher=True)
     made = build_network(34, settings, {})
     torch.nn.init.normal_(made.fusion.out.weight)
-    made.second.image_backbone.fit(stored())
+    made.fisher_network.image_backbone.fit(stored())
     return made
 
 
@@ -150,20 +150,20 @@ def test_two_networks_make_latents_of_two_halves_of_given_lengths(model):
     model.eval()
     text = torch.randint(1, 34, (5, 9))
     images = photos(5)
-    smaller, larger = sized(images, 32), sized(images, 48)
+    smaller, larger = resize(images, 32), resize(images, 48)
     latents = model(images=images)["central_latent"]
     first, second = latents.chunk(2, dim=1)
     assert latents.shape == (5, 2 * 64)
     for halves in (latents, model(text=text)["central_latent"]):
         lengths = halves.view(5, 2, -1).norm(dim=2)
-        assert torch.allclose(lengths, torch.tensor([1, SECOND_WEIGHT]).sqrt(), atol=1e-5)
+        assert torch.allclose(lengths, torch.tensor([1, FISHER_WEIGHT]).sqrt(), atol=1e-5)
     alone = model.fuse(model.encode_images(smaller), IMAGE)
     assert torch.allclose(first, F.normalize(alone, dim=1), atol=1e-5)
     both = F.normalize(model(images=images, text=text)["central_latent"])
-    of_latents = together(latents, model(text=text)["central_latent"])
+    of_latents = combine_photo_and_text(latents, model(text=text)["central_latent"])
     assert torch.allclose(both, F.normalize(of_latents), atol=1e-5)
-    vectors = model.second.image_backbone(larger)
-    known = model(images=torch.zeros(5, 3, 32, 32), vectors=vectors)["central_latent"]
+    vectors = model.fisher_network.image_backbone(larger)
+    known = model(images=torch.zeros(5, 3, 32, 32), fisher_vectors=vectors)["central_latent"]
     assert torch.allclose(known[:, 64:], second, atol=1e-5)
 
 
@@ -178,7 +178,7 @@ def test_the_first_networks_steps_leave_the_second_alone(model):
 @pytest.mark.parametrize("views", [1, 2])
 def test_vectors_of_stored_photos_and_of_their_mirror_images(vectors, views):
     images = stored(53)
-    made = vectors_of(vectors, images, None, views)
+    made = make_fisher_vectors(vectors, images, None, views)
     assert made.shape == (53, views, vectors.width) and made.dtype == torch.float16
     rows = torch.tensor([0, 49, 50, 52])
     shown = photos_at(images, rows, torch.device("cpu"))
@@ -186,12 +186,16 @@ def test_vectors_of_stored_photos_and_of_their_mirror_images(vectors, views):
         assert torch.allclose(made[rows, view].float(), vectors(flipped), atol=0.05)
 
 
-def test_vectors_are_made_once_and_not_of_too_many_training_photos(model, monkeypatch):
+def test_vectors_are_made_once_and_not_of_too_many_training_photos(model, vectors, monkeypatch):
+    class Split:
+        photos, fisher_vectors = stored(12), None
+        with_fisher_vectors = Flickr8kImageTextDataset.with_fisher_vectors
+
     monkeypatch.setattr("src.fisher.FISHER_PHOTOS", 11)
-    splits = {name: SimpleNamespace(photos=stored(12), vectors=None) for name in ("train", "val")}
-    keep_vectors(model, splits, None)
-    made = splits["val"].vectors
-    assert splits["train"].vectors is None and made.shape == (12, model.second.image_backbone.width)
+    splits = with_fisher_vectors(model, {"train": Split(), "val": Split()}, None)
+    made = splits["val"].fisher_vectors
+    assert splits["train"].fisher_vectors is None and made.shape == (12, vectors.width)
     monkeypatch.setattr("src.fisher.FISHER_PHOTOS", 12)
-    keep_vectors(model, splits, None)
-    assert torch.equal(splits["train"].vectors, made) and splits["val"].vectors is made
+    splits = with_fisher_vectors(model, splits, None)
+    assert torch.equal(splits["train"].fisher_vectors, made)
+    assert splits["val"].fisher_vectors is made

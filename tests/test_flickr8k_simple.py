@@ -11,18 +11,19 @@ import torch
 from PIL import Image
 
 from src.utils import flickr8k_simple
-from src.utils import stores as photo_stores
+from src.utils import photo_store as photo_stores
+from src.utils.captions import MAX_LENGTH, read_split
+from src.utils.duplicates import SIGNATURE
+from src.utils.errors import DataError
 from src.utils.flickr8k_simple import (
-    MAX_LENGTH,
     TEXT_BUCKET,
     Flickr8kImageTextDataset,
     epoch_batches,
     iterate_batches,
     place_photos,
 )
-from src.utils.layouts import DataError, read_split
+from src.utils.photo_store import DIGEST_BYTES, STORE_FOLDER, load_photo
 from src.utils.ragged import Ragged
-from src.utils.stores import DIGEST_BYTES, SIGNATURE, STORE_FOLDER, load_photo
 from src.utils.tokenizers import CharTokenizer
 
 
@@ -269,13 +270,13 @@ def test_an_incomplete_dataset_is_refused_unless_allowed(dataset_dir):
     with pytest.raises(DataError, match=r"1 of the 6 photos of train are missing \(1001_abc.jpg\)"):
         dataset(dataset_dir)
     data = dataset(dataset_dir, allow_incomplete=True)
-    assert data.left_out == ["1001_abc.jpg"] and len(data.names) == 5 and len(data) == 25
+    assert data.skipped == ["1001_abc.jpg"] and len(data.names) == 5 and len(data) == 25
     (folder / "1003_abc.jpg").write_bytes(b"")
     with pytest.raises(DataError, match="missing"):
         dataset(dataset_dir)
     data = dataset(dataset_dir, allow_incomplete=True)
     assert (
-        data.left_out == ["1001_abc.jpg", "1003_abc.jpg"]
+        data.skipped == ["1001_abc.jpg", "1003_abc.jpg"]
         and len(data) == 20
         and len(data.photos) == 4
     )
@@ -323,7 +324,7 @@ def test_a_photo_in_two_splits_is_refused_unless_allowed(dataset_dir):
     for _ in range(2):  # the second time from the store
         data = dataset(dataset_dir, allow_incomplete=True)
         data.hold_out([val])
-        assert data.left_out == ["1002_abc.jpg", "1006_abc.jpg"] and len(data) == 25
+        assert data.skipped == ["1002_abc.jpg", "1006_abc.jpg"] and len(data) == 25
         colours = [round(photo[0].float().mean().item() / 20) for photo in data.photos]
         assert colours == [0, 1, 3, 4, 5] and len(data.digests) == len(data.names) == 5
         for caption, text, photo in zip(data.captions, data.texts, data.photo_of_caption):

@@ -8,9 +8,9 @@ import types
 import pytest
 import torch
 
-from src import ladder
+from src.experiments import ladder
+from src.runs import BEST, CONFIG, HISTORY, LAST
 from src.settings import PRESETS, make_settings, parse_args
-from src.utils.checkpoint import BEST, CONFIG, HISTORY, LAST
 from tests.conftest import main, start_script
 
 
@@ -90,7 +90,8 @@ def test_wrong_arguments(tmp_path, capfd):
 
 def test_an_interrupted_ladder_goes_on_where_it_was(shapes, tmp_path, capfd):
     flags = f"--model tiny --rows 1 --data_dir {shapes} --output_dir {tmp_path}".split()
-    process = start_script("-m", "src.ladder", *flags, "--epochs", 300, start_new_session=True)
+    process = start_script(
+        "-m", "src.experiments.ladder", *flags, "--epochs", 300, start_new_session=True)
     start = time.time()
     while not list(tmp_path.glob(f"*/{HISTORY}")) and time.time() - start < 120:
         time.sleep(0.1)

@@ -3,14 +3,9 @@ import math
 import pytest
 import torch
 
-from src.losses import (
-    TOGETHER_WEIGHT,
-    PairEncoder,
-    contrastive_backward,
-    info_nce_loss,
-    split_in_chunks,
-)
-from src.model import PHOTO_SHARE, MultiModalMemoryNetwork
+from src.losses import COMBINED_WEIGHT, info_nce_loss
+from src.model import PHOTO_WEIGHT, MultiModalMemoryNetwork
+from src.training import PairEncoder, contrastive_backward, split_in_chunks
 from tests.conftest import model_arguments, without_batch_norm
 
 
@@ -39,7 +34,7 @@ def contrast_by_hand(images, texts, scale, ids):
     photo being right.
     """
     unit = torch.nn.functional.normalize
-    queries = unit(PHOTO_SHARE * unit(images, dim=1) + (1 - PHOTO_SHARE) * unit(texts, dim=1))
+    queries = unit(PHOTO_WEIGHT * unit(images, dim=1) + (1 - PHOTO_WEIGHT) * unit(texts, dim=1))
     logits, total = scale * queries @ unit(texts, dim=1).T, 0.0
     for i in range(len(ids)):
         others = [j for j in range(len(ids)) if j != i]
@@ -55,7 +50,7 @@ def test_equals_the_definition(ids):
     images, texts = latents()
     loss = info_nce_loss(images, texts, torch.tensor(math.log(7.0)), torch.tensor(ids))
     expected = by_hand(images, texts, 7.0, ids)
-    expected += TOGETHER_WEIGHT * contrast_by_hand(images, texts, 7.0, ids)
+    expected += COMBINED_WEIGHT * contrast_by_hand(images, texts, 7.0, ids)
     assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
@@ -103,7 +98,7 @@ def test_gradient_reaches_everything():
 def test_photos_of_one_caption_have_no_others_to_find(monkeypatch):
     (images, texts), scale = latents(), torch.tensor(2.0, requires_grad=True)
     loss = info_nce_loss(images, texts, scale)
-    monkeypatch.setattr("src.losses.TOGETHER_WEIGHT", 100.0)
+    monkeypatch.setattr("src.losses.COMBINED_WEIGHT", 100.0)
     assert torch.equal(info_nce_loss(images, texts, scale), loss)
     (gradient,) = torch.autograd.grad(loss, scale)
     assert torch.isfinite(gradient)
@@ -196,7 +191,7 @@ def test_losses_are_in_full_float32_and_encoders_in_what_the_device_has(monkeypa
         text.register_hook(lambda gradient: note("loss, backward"))
         return info_nce_loss(images, text, *more)
 
-    monkeypatch.setattr("src.losses.info_nce_loss", noting_loss)
+    monkeypatch.setattr("src.training.info_nce_loss", noting_loss)
     try:
         torch.set_float32_matmul_precision("high")
         for chunk_size in (0, 4):

@@ -8,7 +8,7 @@ from src.losses import info_nce_loss
 from src.model import (
     IMAGE,
     MAX_LOGIT_SCALE,
-    PHOTO_SHARE,
+    PHOTO_WEIGHT,
     POOLING,
     TEXT,
     Block,
@@ -104,7 +104,7 @@ def test_a_photo_and_a_text_together_are_the_weighted_mean_of_both(length):
     photo, words = (torch.nn.functional.normalize(model(**one)["central_latent"], dim=1)
                     for one in ({"images": images}, {"text": text}))
     both = model(images=images, text=text)["central_latent"]
-    assert torch.allclose(both, PHOTO_SHARE * photo + (1 - PHOTO_SHARE) * words, atol=1e-6)
+    assert torch.allclose(both, PHOTO_WEIGHT * photo + (1 - PHOTO_WEIGHT) * words, atol=1e-6)
 
 
 def test_without_layers_of_fusion_the_central_latent_is_the_encoders():

@@ -13,17 +13,17 @@ from PIL import Image
 import show_flickr8k_results
 import train_flickr8k_sgd as training
 from src import pretrained
-from src.data import load_data
-from src.encoder_names import load_encoder, load_encoders
-from src.inference import embed_photos, embed_texts, load_model, photos_of_split
+from src.encoder_sources import load_encoder, load_encoders
 from src.pretrained import PretrainedEncoder, Renormalize
-from src.settings import UsageError, make_settings
+from src.retrieval import retrieval_metrics
+from src.runs import BEST, CONFIG, HISTORY, load_checkpoint, load_json
+from src.search import embed_photos, embed_texts, load_model, photos_of_split
+from src.settings import make_settings
 from src.utils.augment import normalize
-from src.utils.checkpoint import BEST, CONFIG, HISTORY, load_checkpoint, load_json
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.errors import UsageError
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset, load_splits
+from src.utils.photo_store import STORE_FOLDER, open_photo
 from src.utils.ragged import Texts
-from src.utils.retrieval import retrieval_metrics
-from src.utils.stores import STORE_FOLDER, open_photo
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import OWN, arguments, main, run_script, write_dataset
 
@@ -158,7 +158,7 @@ def test_a_photo_that_cannot_be_read_is_left_out_and_nothing_is_stored(dataset_d
     whole = [f"{1000 + i}_abc.jpg" for i in (0, 1, 3, 4, 5)]
     data = Flickr8kImageTextDataset(dataset_dir, "train", 16, CharTokenizer(), image_encoder=image,
                                     allow_incomplete=True)
-    assert data.names == whole and data.left_out == ["1002_abc.jpg"] and len(data.photos) == 5
+    assert data.names == whole and data.skipped == ["1002_abc.jpg"] and len(data.photos) == 5
     assert not list((dataset_dir / STORE_FOLDER).iterdir())
 
 
@@ -414,7 +414,7 @@ def test_a_contrastive_pair_begins_as_itself(clip, shapes, tmp_path, capsys):
     # The model as it is before the first step, in numbers.
     settings = make_settings(**json.loads((folder / CONFIG).read_text())["settings"])
     encoders = load_encoders(settings)
-    splits, tokenizer = load_data(settings, encoders)
+    splits, tokenizer = load_splits(settings, None, encoders.image, encoders.text)
     model = training.build_model(settings, tokenizer, encoders).eval()
     encoders.initialize(model, splits["train"], None)
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-3)  # CLIP's own start

@@ -4,15 +4,10 @@ import sys
 
 import pytest
 
-from src.utils.checkpoint import TEST, CheckpointError, load_run
-from src.utils.report import (
-    ProgressLine,
-    adaptation_table,
-    comparison,
-    duration,
-    epoch_line,
-    prepare_output,
-)
+from src.report import adaptation_table, comparison, epoch_line
+from src.runs import TEST, load_run
+from src.utils.console import ProgressLine, duration, prepare_output
+from src.utils.errors import UsageError
 from tests.test_show_flickr8k_results import metrics, write_run
 
 
@@ -100,7 +95,7 @@ def test_comparison(tmp_path):
 def test_comparison_of_damaged_runs(tmp_path, damage):
     found = runs(tmp_path)
     damage(found[0])
-    with pytest.raises(CheckpointError, match="worse: a file of the run lacks"):
+    with pytest.raises(UsageError, match="worse: a file of the run lacks"):
         comparison(found)
 
 

@@ -7,13 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.utils import retrieval
-from src.utils.retrieval import (
-    BETA,
-    NEIGHBOUR_WEIGHT,
-    NEIGHBOURS,
+from src import retrieval
+from src.bank import BETA, NEIGHBOUR_WEIGHT, NEIGHBOURS, Bank
+from src.retrieval import (
     TIE,
-    Bank,
     chance_metrics,
     hub_share,
     ranks_of_others,
@@ -175,8 +172,8 @@ def test_ranks_of_a_photos_other_captions(monkeypatch, chunk_size):
     queries[1] = texts[4]
     cosine = F.cosine_similarity(queries[:, None], texts[None], dim=-1)
     expected = []
-    for row, photo, left_out in zip(cosine, asked.tolist(), own.tolist()):
-        best = max(row[j] for j in range(10) if owners[j] == photo and j != left_out)
+    for row, photo, skipped in zip(cosine, asked.tolist(), own.tolist()):
+        best = max(row[j] for j in range(10) if owners[j] == photo and j != skipped)
         expected.append(1 + sum(row[j] >= best - TIE for j in range(10) if owners[j] != photo))
     monkeypatch.setattr(retrieval, "CHUNK_SIZE", chunk_size)
     assert ranks_of_others(queries, texts, owners, asked, own).tolist() == expected

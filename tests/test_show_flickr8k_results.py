@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 import show_flickr8k_results
-from src import inference
-from src.inference import load_model
+from src import search as inference
+from src.evaluation import evaluate
+from src.retrieval import chance_metrics
+from src.runs import BANK, BEST, CONFIG, HISTORY, TEST
+from src.search import load_model
 from src.settings import make_settings
-from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, TEST
-from src.utils.flickr8k_simple import MAX_LENGTH, Flickr8kImageTextDataset
-from src.utils.retrieval import chance_metrics, evaluate
+from src.utils.captions import MAX_LENGTH
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 from tests.conftest import arguments, main, read_captions, run_script
 
 
@@ -57,7 +59,7 @@ def write_run(folder, avg_r1=(11, 31, 21), epochs=3, **changes):
         "photos": 100,
         "pixels": 91,
         "captions": 500,
-        "left_out": 0,
+        "skipped": 0,
         "captions_per_photo": {"5": 100},
     }
     settings = {
@@ -74,7 +76,7 @@ def write_run(folder, avg_r1=(11, 31, 21), epochs=3, **changes):
         "layout": "Flickr8k",
         "extra_data": [],
         "data": {
-            "train": split | {"photos": 1234, "captions": 6170, "left_out": 4},
+            "train": split | {"photos": 1234, "captions": 6170, "skipped": 4},
             "val": split,
             "test": split | {"photos": 50, "captions": 250, "captions_per_photo": {"5": 50}},
         },
@@ -147,7 +149,7 @@ def test_what_the_bank_adds_stands_beside_the_plain_figures(tmp_path, capsys):
     (folder / TEST).write_text(json.dumps(metrics(70)))
     bank = {split: {"off": metrics(seed), "on": metrics(seed + 1),
                     "hub_share": {"off": seed + 0.4, "on": seed + 0.3},
-                    "together": {name: {f"r{k}": seed + i + k / 100 for k in (1, 5, 10)}
+                    "photo_and_text": {name: {f"r{k}": seed + i + k / 100 for k in (1, 5, 10)}
                                  for i, name in enumerate(("caption", "photo", "both"))}}
             for split, seed in (("val", 80), ("test", 90))}
     (folder / BANK).write_text(json.dumps(bank))

@@ -5,9 +5,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from src.utils import stores
+from src.utils import photo_store as stores
+from src.utils.errors import DataError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
-from src.utils.layouts import DataError
 from src.utils.synthetic import write_large, write_synthetic
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import read_captions

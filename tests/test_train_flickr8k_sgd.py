@@ -22,24 +22,25 @@ from torch.utils._pytree import tree_leaves
 
 import show_flickr8k_results
 import train_flickr8k_sgd as training
-from src import state
-from src.cuda_graphs import CudaGraphs
-from src.data import load_data
-from src.fisher import TwoNetworks, keep_vectors
-from src.inference import embed_photos, embed_texts, load_bank, load_model
+from src import evaluation, retrieval
+from src import training as state
+from src.device import find_device
+from src.evaluation import compare_bank, embed_dataset, make_bank
+from src.fisher import NetworkWithFisherVectors, with_fisher_vectors
 from src.losses import info_nce_loss
 from src.model import PatchComponents
+from src.runs import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
+from src.search import embed_photos, embed_texts, load_bank, load_model
 from src.settings import make_settings, uncropped
-from src.state import MovingAverage, RunState, cosine_schedule
-from src.utils import augment, retrieval
-from src.utils.checkpoint import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
+from src.training import CudaGraphs, MovingAverage, RunState, cosine_schedule
+from src.utils import augment
 from src.utils.flickr8k_simple import (
     Flickr8kImageTextDataset,
     epoch_batches,
     iterate_batches,
+    load_splits,
     place_photos,
 )
-from src.utils.retrieval import compare_bank, embed_dataset, make_bank
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import REPOSITORY, arguments, main, run_script, start_script
@@ -98,7 +99,7 @@ def test_files_of_a_run(finished):
     assert config["versions"]["torch"] == torch.__version__ and config["settings"]["seed"] == 0
     assert config["command"].startswith("python train_flickr8k_sgd.py --synthetic --data_dir ")
     assert config["data"]["train"] == {
-        "photos": 40, "pixels": 36, "captions": 200, "left_out": 0, "captions_per_photo": {"5": 40}}
+        "photos": 40, "pixels": 36, "captions": 200, "skipped": 0, "captions_per_photo": {"5": 40}}
     best = torch.load(output_dir / BEST, weights_only=True)
     assert best.keys() == {"epoch", "model_state_dict", "metrics", "config", "tokenizer", "bank"}
     assert best["config"] == config
@@ -126,7 +127,7 @@ def test_the_bank_of_a_run(finished, shapes):
     results = json.loads((output_dir / BANK).read_text())
     assert results.keys() == {"val", "test", "beta"}
     for split in ("val", "test"):
-        assert results[split].keys() == {"off", "on", "hub_share", "together"}
+        assert results[split].keys() == {"off", "on", "hub_share", "photo_and_text"}
         assert VAL_KEYS <= results[split]["off"].keys() == results[split]["on"].keys()
     assert results["val"]["off"] == best["metrics"]
     assert results["test"]["off"] == json.loads((output_dir / TEST).read_text())
@@ -138,7 +139,7 @@ def test_the_bank_of_a_run(finished, shapes):
 
 
 def test_the_bank_is_drawn_by_the_seed(shapes, monkeypatch):
-    monkeypatch.setattr(retrieval, "BANK_SIZE", 9)
+    monkeypatch.setattr(evaluation, "BANK_SIZE", 9)
     run, splits = start_run(shapes)
     data = splits["val"]  # whose photos have the size that the model is used with
     banks = [make_bank(run.model, data, 32, seed) for seed in (0, 0, 1)]
@@ -162,7 +163,7 @@ def test_the_loss_falls(finished):
 def test_resume_is_bit_for_bit(shapes, finished, tmp_path, number):
     """Stopped again and again, at moments drawn anew each time; then resumed to the end."""
     output_dir, rng, stops = tmp_path / "run", random.Random(), 0
-    given = arguments(shapes, output_dir, "--num_workers", 1 if number == signal.SIGINT else 0)
+    given = arguments(shapes, output_dir)
     for attempt in range(3):
         resume = ["--resume"] if (output_dir / CONFIG).exists() else []
         log_before = (output_dir / LOG).read_text() if resume else ""
@@ -258,8 +259,13 @@ def test_two_networks_go_on_after_an_interruption(shapes, tmp_path, monkeypatch)
     monkeypatch.setattr(training, "FISHER_EPOCHS", 6)
     monkeypatch.setattr("src.settings.FISHER_PIXELS", 48)
     monkeypatch.setattr("src.fisher.FISHER_PIXELS", 48)
-    train_second = training.train_second
-    monkeypatch.setattr(training, "train_second", lambda *given: 1000 + train_second(*given))
+    train_fisher_network = training.train_fisher_network
+
+    def slow(*given):
+        data, seconds = train_fisher_network(*given)
+        return data, 1000 + seconds
+
+    monkeypatch.setattr(training, "train_fisher_network", slow)
     assert main(*arguments(shapes, tmp_path / "whole", "--fisher")) == 0
     save, steps = training.save_checkpoint, []
     monkeypatch.setattr(training, "CHECKPOINT_INTERVAL", -1)
@@ -281,20 +287,20 @@ def test_two_networks_go_on_after_an_interruption(shapes, tmp_path, monkeypatch)
     for name in ("whole", "cut"):  # its seconds are in the run's
         assert 1000 < json.loads((tmp_path / name / HISTORY).read_text())[0]["seconds"] < 2000
     model, tokenizer, transform = load_model(tmp_path / "whole")
-    assert isinstance(model, TwoNetworks)
+    assert isinstance(model, NetworkWithFisherVectors)
     last = torch.load(tmp_path / "cut" / LAST, weights_only=True)
-    for name, weight in model.second.state_dict().items():  # the first's training left it alone
-        assert torch.equal(weight, last["model_state_dict"][f"second.{name}"]), name
+    for name, weight in model.fisher_network.state_dict().items():
+        assert torch.equal(weight, last["model_state_dict"][f"fisher_network.{name}"]), name
     settings = make_settings(synthetic=True, data_dir=str(shapes), fisher=True)
-    splits, _ = load_data(settings, tokenizer=tokenizer)
-    learned = retrieval.evaluate(model.second, splits["train"])
+    splits, _ = load_splits(settings, tokenizer=tokenizer)
+    learned = evaluation.evaluate(model.fisher_network, splits["train"])
     assert learned["avg_r1"] > 3 * retrieval.chance_metrics([5] * 40)["avg_r1"]
     texts = embed_texts(model, tokenizer, ["a red circle", "two blue squares"])
     folder = splits["val"].folders[0]
     photos = embed_photos(model, transform, [folder.path(name) for name in splits["val"].names])
     assert texts.shape == (2, 128) and photos.shape == (len(splits["val"].names), 128)
-    keep_vectors(model, {"val": splits["val"]}, None)
-    judged, _ = retrieval.embed(model, splits["val"], torch.arange(len(photos)), np.arange(5))
+    val = with_fisher_vectors(model, {"val": splits["val"]}, None)["val"]
+    judged, _ = evaluation.embed(model, val, torch.arange(len(photos)), np.arange(5))
     assert torch.allclose(F.normalize(judged, dim=1), photos, atol=1e-3)
     assert torch.allclose(texts.norm(dim=1), torch.ones(2), atol=1e-5)
 
@@ -644,10 +650,10 @@ def test_mixed_precision(shapes, tmp_path):
 def start_run(shapes, **given):
     """(run, splits) of a training on `shapes`, without its files."""
     settings = make_settings(synthetic=True, data_dir=str(shapes), batch_size=10, **given)
-    splits, tokenizer = load_data(settings)
+    splits, tokenizer = load_splits(settings)
     model = training.build_model(settings, tokenizer)
-    model.to(settings.device, memory_format=torch.channels_last)
-    device = torch.device(settings.device)
+    device = find_device(settings.device)
+    model.to(device, memory_format=torch.channels_last)
     return RunState(settings, model, tokenizer, device, 100), splits
 
 
@@ -773,7 +779,7 @@ def test_graphs_on_a_gpu_change_nothing(shapes):
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # a skipped first step
 def test_no_fused_optimizer_beside_a_gradient_scaler(shapes, monkeypatch):
     """A first step that the scaler skips leaves momentum untouched, not uninitialised."""
-    monkeypatch.setattr(state, "amp_type", lambda settings: torch.float16)
+    monkeypatch.setattr(state, "autocast_dtype", lambda amp, device: torch.float16)
     run, _ = start_run(shapes, device="cpu", amp=True)
     assert run.scaler.is_enabled() and not run.optimizer.param_groups[0]["fused"]
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
@@ -793,7 +799,7 @@ def test_a_run_goes_on_in_another_precision(shapes, monkeypatch, first, second):
     """Begun where no loss was scaled, gone on with where it is, and the other way round."""
     runs = []
     for amp_dtype in (first, second):
-        monkeypatch.setattr(state, "amp_type", lambda settings, chosen=amp_dtype: chosen)
+        monkeypatch.setattr(state, "autocast_dtype", lambda *_, chosen=amp_dtype: chosen)
         runs.append(start_run(shapes, device="cpu")[0])
     runs[1].load_state_dict(runs[0].state_dict())
     for run, amp_dtype in zip(runs, (first, second)):

@@ -5,6 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import v2
 
 # Of ImageNet's photos, per channel, on a scale of 0 to 1: the field's usual constants.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -22,6 +23,14 @@ def normalize(images):
     """
     images = images / 255.0 if images.dtype == torch.uint8 else images
     return (images - _per_channel(MEAN, images.device)) / _per_channel(STD, images.device)
+
+
+def resize(images, side, mode="bilinear"):
+    """Photos (..., 3, H, W), uint8 or float -> (..., 3, side, side), smoothed where they shrink.
+    mode: "bilinear" or "bicubic"."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return v2.functional.resize(images, [side, side], v2.InterpolationMode(mode), antialias=True)
 
 
 def random_resized_crop_and_flip(images, size, min_scale=0.5, flip=0.5):

@@ -1,27 +1,32 @@
 """The dataset of photo-caption pairs, and its batches."""
+import collections
 import copy
 import hashlib
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from src.utils.captions import (
+    MAX_LENGTH,
+    SPLIT_FILES,
+    Folder,
+    cut_text,
+    download_command,
+    read_folder,
+)
+from src.utils.console import ProgressLine, first_three
 from src.utils.duplicates import flickr_id, near_duplicates
-from src.utils.layouts import DataError, Folder, download_command, read_folder
+from src.utils.errors import DataError
+from src.utils.photo_store import STORE_FOLDER, Pixels, open_photo_store
 from src.utils.ragged import Ragged
-from src.utils.stores import STORE_FOLDER, Pixels, open_photo_store
+from src.utils.synthetic import write_synthetic
+from src.utils.tokenizers import build_tokenizer
 
 GPU_SHARE = 0.5  # photos stay on the GPU if they take no more than this share of its free memory
-MAX_LENGTH = 1000  # characters of a text that are read; Flickr8k's longest caption has 199
 TEXT_BUCKET = 16  # a batch's text is as long as a multiple of this: few shapes
 WINDOW_BYTES = 8e9  # of photos: more are shuffled in windows of this size, which memory can hold
-
-
-def first_three(items):
-    """"a, b, c and 9 more" for a message."""
-    items = list(items)
-    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return ", ".join(items[:3]) + more
 
 
 class Flickr8kImageTextDataset:
@@ -37,15 +42,15 @@ class Flickr8kImageTextDataset:
     `text_features` (M, width).
 
     Raises DataError when a photo is missing, cannot be read or has no captions; with
-    `allow_incomplete`, such photos are left out and listed in `left_out`. `cache` keeps the decoded
+    `allow_incomplete`, such photos are left out and listed in `skipped`. `cache` keeps the decoded
     photos in files under the folder's root."""
 
     def __init__(self, folder, split, image_size, tokenizer=None, allow_incomplete=False,
-                 cache=True, num_workers=0, progress=None, image_encoder=None, text_encoder=None):
+                 cache=True, progress=None, image_encoder=None, text_encoder=None):
         folder = folder if isinstance(folder, Folder) else read_folder(folder)
         self.folders, self.split, self.allow_incomplete = [folder], split, allow_incomplete
         names = folder.names(split)
-        self.left_out, self.joined = [], []  # what config.json says of datasets that have joined
+        self.skipped, self.joined = [], []  # what config.json says of datasets that have joined
 
         missing = {name for name in names if not folder.path(name).is_file()}
         names = self._without(names, "missing", missing, folder.photo_folder)
@@ -57,14 +62,14 @@ class Flickr8kImageTextDataset:
             kind = image_encoder.photo_features(1 if split in ("val", "test") else 2)
         store = folder.root / STORE_FOLDER / split if cache else None
         self.photos, self.digests, self.signatures, unreadable = open_photo_store(
-            store, names, folder.path, kind, num_workers, progress)
+            store, names, folder.path, kind, progress)
         self.names = self._without(names, "unreadable", unreadable, folder.photo_folder)
 
         self.captions, counts = folder.captions_of(self.names)
         self.photo_of_caption = torch.arange(len(self.names)).repeat_interleave(
             torch.from_numpy(counts))
         self.texts = self.text_features = self.tokenize = None
-        self.vectors = None  # the photos' Fisher vectors (N, width), where a run has made them
+        self.fisher_vectors = None  # of the photos (N, width), see `with_fisher_vectors`
         if text_encoder is not None and text_encoder.frozen:
             self.text_features = text_encoder.text_features(store, self.captions, progress)
         elif text_encoder is not None:
@@ -77,7 +82,7 @@ class Flickr8kImageTextDataset:
         def ids():
             for i, caption in enumerate(self.captions):
                 try:
-                    yield tokenizer.encode(caption[:MAX_LENGTH])
+                    yield tokenizer.encode(cut_text(caption))
                 except ValueError as error:
                     name = self.names[self.photo_of_caption[i]]
                     folder = next(folder for folder in self.folders if name in folder.row_of)
@@ -101,7 +106,7 @@ class Flickr8kImageTextDataset:
                 f"{mends}--allow_incomplete trains without them.")
         if len(found) == len(names):
             raise DataError(f"{root}: not one photo of {self.split} is usable")
-        self.left_out += found
+        self.skipped += found
         return [name for name in names if name not in faulty]
 
     def hold_out(self, others):
@@ -144,7 +149,7 @@ class Flickr8kImageTextDataset:
         kept = torch.tensor([i for i in range(len(self.names)) if i not in rows])
         if not len(kept):
             raise DataError(f"{self.folders[0].root}: not one photo of {self.split} is usable")
-        self.left_out += [self.names[i] for i in sorted(rows)]
+        self.skipped += [self.names[i] for i in sorted(rows)]
         self.names = [self.names[i] for i in kept]
         self.photos, self.signatures = self.photos.choose(kept), self.signatures.choose(kept)
         self.digests = self.digests[kept]
@@ -168,6 +173,12 @@ class Flickr8kImageTextDataset:
         if self.text_features is not None:
             self.text_features = self.text_features + other.text_features
         self.folders = self.folders + other.folders
+
+    def with_fisher_vectors(self, vectors):
+        """-> this dataset with the Fisher vectors (N, width) of its photos."""
+        dataset = copy.copy(self)
+        dataset.fisher_vectors = vectors
+        return dataset
 
     def first(self, number):
         """-> its first photos and their captions alone, to train with."""
@@ -195,7 +206,7 @@ class Flickr8kImageTextDataset:
         if self.text_features is not None:
             inputs["text_features"] = self.text_features[captions]
         elif self.tokenize is not None:
-            inputs["text_features"] = self.tokenize([self.captions[i][:MAX_LENGTH]
+            inputs["text_features"] = self.tokenize([cut_text(self.captions[i])
                                                      for i in captions])
         return inputs
 
@@ -208,7 +219,7 @@ class Flickr8kImageTextDataset:
         photos = dict(enumerate(torch.bincount(captions).tolist()))
         form = "pixels" if self.photos.dtype == torch.uint8 else "features"
         return {"photos": len(self.names), form: self.photos.shape[-1], "captions": len(self),
-                "left_out": len(self.left_out),
+                "skipped": len(self.skipped),
                 "captions_per_photo": {str(k): n for k, n in photos.items() if n}}
 
     def fingerprint(self):
@@ -301,3 +312,88 @@ def iterate_batches(data, photos, batches, device):
                 yield prepared.result()
         if ahead:
             yield ahead.result()
+
+
+log = logging.getLogger("flickr8k_sgd")
+
+
+def read_folders(settings):
+    """--data_dir, made if it is the built-in dataset, and each --extra_data -> [Folder]."""
+    if settings.synthetic and write_synthetic(settings.data_dir):
+        log.info(f"made the built-in dataset in {settings.data_dir}")
+    folders = []
+    for root in [settings.data_dir, *settings.extra_data]:
+        folders.append(read_folder(root))
+        for line in folders[-1].describe():
+            log.info(line)
+    return folders
+
+
+def check_folders(settings):
+    """--check: what is there, and how many photos are not."""
+    for folder in read_folders(settings):
+        names = folder.names("all")
+        missing = [name for name in names if not folder.path(name).is_file()]
+        if missing:
+            log.info(f"{len(missing):,} of the {len(names):,} photos are missing in "
+                     f"{folder.photo_folder}, such as {missing[0]}")
+
+
+def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None):
+    """-> {split: dataset}, no photo in two of them, and the tokenizer, made of the training
+    captions where none is given."""
+    folder, *extra = read_folders(settings)
+    line = ProgressLine()
+
+    def load(folder, split, size):
+        data = Flickr8kImageTextDataset(
+            folder, split, size, None, settings.allow_incomplete,
+            progress=line.counter(f"reading {split}"), image_encoder=image_encoder,
+            text_encoder=text_encoder)
+        line.clear()
+        return data
+
+    splits = {split: load(folder, split, settings.stored_pixels(split)) for split in SPLIT_FILES}
+    val, test, train = splits["val"], splits["test"], splits["train"]
+    copies = val.hold_out([test]) + train.hold_out([val, test])
+    if copies:
+        log.info(f"{copies:,} photos are copies, or nearly so, of photos in a split that comes "
+                 "after theirs, and are left out")
+    for folder in extra:
+        data = load(folder, "all" if settings.extra_all else "train",
+                    settings.stored_pixels("train"))
+        join_extra(train, data, [val, test])
+    if len(train.names) < 2:
+        raise DataError(f"{settings.data_dir}: training needs at least two photos")
+    tokenizer = tokenizer or build_tokenizer(settings.tokenizer, train.captions)
+    for split, data in splits.items():
+        data.encode(tokenizer)
+        if data.skipped:
+            log.info(f"{split}: {len(data.skipped)} photos left out, such as {data.skipped[0]}")
+        # No character has more than four bytes.
+        long = [i for i in np.nonzero(data.captions.lengths > MAX_LENGTH)[0]
+                if len(data.captions[i]) > MAX_LENGTH]
+        if long:
+            log.info(f"{split}: {len(long)} captions are cut to {MAX_LENGTH:,} characters")
+    return splits, tokenizer
+
+
+def join_extra(train, extra, held_out):
+    """Add to the training split the pairs of another dataset, less the photos that are in val or
+    test, however they are known, or in training already."""
+    skipped = collections.Counter()
+    if extra.skipped:
+        skipped["missing, unreadable or without captions"] = len(extra.skipped)
+    for others, where, near in ((held_out, "val or test", True), ([train], "training", False)):
+        copies = extra.copies_in(others, near)
+        skipped.update(f"{how} of a photo in {where}" for _, how in copies.values())
+        extra.leave_out(copies)
+    folder = extra.folders[0]
+    train.join(extra)
+    log.info(f"{folder.root}: {len(extra.names):,} photos with {len(extra):,} captions join the "
+             "training split" + "".join(f"; {n:,} left out: {why}" for why, n in skipped.items()))
+    train.joined.append(
+        {"folder": str(folder.root), "layout": folder.layout, "split": extra.split,
+         "photos": len(extra.names), "captions": len(extra), "skipped": dict(skipped)})
+
+

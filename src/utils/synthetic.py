@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from src.utils.captions import CAPTION_FILES, PHOTO_FOLDERS, SPLIT_FILES, read_split
 from src.utils.duplicates import SIGNATURE
-from src.utils.layouts import CAPTION_FILES, PHOTO_FOLDERS, SPLIT_FILES, DataError, read_split
-from src.utils.stores import DIGEST_BYTES, SHARD_SIZE, STORE_FOLDER, Pixels, shard_path
+from src.utils.errors import DataError
+from src.utils.photo_store import DIGEST_BYTES, SHARD_SIZE, STORE_FOLDER, Pixels, shard_path
 
 NUM_PICTURES = {"train": 2000, "val": 200, "test": 200}
 PICTURE_SIZE = 80  # pixels

@@ -5,10 +5,10 @@ import re
 from html import escape
 from pathlib import Path
 
-from src.settings import UsageError
-from src.utils import report
-from src.utils.retrieval import KS
-from src.utils.stores import open_photo
+from src import report
+from src.retrieval import KS
+from src.utils.errors import UsageError
+from src.utils.photo_store import open_photo
 
 THUMBNAIL, SMALL = 300, 180  # longer sides in pixels, of photos served and of those in a file
 STYLE = """
@@ -114,7 +114,7 @@ def sheet(rows):
 
 
 def run_section(run, shown):
-    """What a Run has come to, HTML, then `shown`. Raises CheckpointError for files that do not fit.
+    """What a Run has come to, HTML, then `shown`. Raises UsageError for files that do not fit.
     """
     with report.reading(run):
         config, history = run.config, run.history

@@ -1,6 +1,6 @@
 """Eight optimizers on the same task, each at the best of its own learning rates:
 
-    python -m src.compare_optimizers
+    python -m src.experiments.compare_optimizers
 
 The built-in dataset and the preset `tiny`, or with --data_dir Flickr8k and `small`; an epoch is as
 many pairs as there are photos. Every optimizer trains with each of its rates and the first seed,
@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 import train_flickr8k_sgd as training
-from src import settings
-from src.data import load_data
-from src.state import RunState
-from src.utils.checkpoint import CheckpointError, load_json, save_json
-from src.utils.flickr8k_simple import iterate_batches, place_photos
-from src.utils.layouts import DataError
-from src.utils.report import markdown_table, prepare_output
-from src.utils.retrieval import evaluate
+from src.device import allow_fast_kernels, describe, find_device
+from src.evaluation import evaluate
+from src.report import markdown_table
+from src.runs import load_json, save_json
+from src.settings import PRESETS, make_settings
+from src.training import RunState
+from src.utils.console import Parser, prepare_output, text
+from src.utils.errors import UsageError
+from src.utils.flickr8k_simple import iterate_batches, load_splits, place_photos
 
 # As many for all, a factor of about three apart, around the usual one.
 RATES = {
@@ -70,7 +71,7 @@ def make_optimizer(name, model, lr, sgd_lr):
 def train(name, lr, seed, sgd_lr, chosen, splits, tokenizer):
     """One run -> a dict: the last epoch's val "avg_r1", 0 where the loss is no longer finite, and
     "seconds" an epoch."""
-    device, data = torch.device(chosen.device), splits["train"]
+    device, data = find_device(chosen.device), splits["train"]
     torch.manual_seed(seed)
     model = training.build_model(chosen, tokenizer, photos=data.photos)
     model.to(device, memory_format=torch.channels_last).train()
@@ -125,32 +126,32 @@ def table(results, first):
 
 
 def parse_args(argv):
-    parser = settings.Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add, names = parser.add_argument, list(RATES)
-    add("--data_dir", type=settings.text, help="Flickr8k's folder (default: the built-in dataset)")
-    add("--model", choices=list(settings.PRESETS), help="(default: tiny, small with --data_dir)")
+    add("--data_dir", type=text, help="Flickr8k's folder (default: the built-in dataset)")
+    add("--model", choices=list(PRESETS), help="(default: tiny, small with --data_dir)")
     add("--epochs", type=int, default=20, help="of every run (default: 20)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     add("--optimizers", nargs="+", choices=names, default=names, help="(default: all)")
-    add("--output_dir", type=settings.text, default="outputs/optimizers",
+    add("--output_dir", type=text, default="outputs/optimizers",
         help="(default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def compare(args):
     """Make the runs that are not done yet -> the results, which are saved after each."""
-    chosen = settings.make_settings(
+    chosen = make_settings(
         synthetic=not args.data_dir, data_dir=args.data_dir, epochs=args.epochs, ema=0.0,
         model=args.model or ("small" if args.data_dir else "tiny"))
-    device = settings.find_device(chosen.device)
-    settings.allow_fast_kernels(device)
+    device = find_device(chosen.device)
+    allow_fast_kernels(device)
     what = [Path(chosen.data_dir).name, chosen.model, args.epochs, "epochs", "seeds", *args.seeds]
     path = Path(args.output_dir) / ("_".join(map(str, what)) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    results = settings.describe(chosen, device) | {"runs": []}
+    results = describe(chosen, device) | {"runs": []}
     if path.exists():
         results = load_json(path)
-    splits, tokenizer = load_data(chosen)
+    splits, tokenizer = load_splits(chosen)
     runs, (first, *others) = results["runs"], args.seeds
 
     def run(name, lr, seed, sgd_lr=None):
@@ -177,7 +178,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         results = compare(args)
-    except (DataError, settings.UsageError, CheckpointError) as error:
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

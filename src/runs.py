@@ -1,5 +1,6 @@
 """The files of a run: their names, and how they are read and written. A crash, a kill or a full
-disk leaves either the old file or the new one, whole; what cannot be done is a CheckpointError."""
+disk leaves either the old file or the new one, whole; a file that cannot be
+written is a RunError, one that cannot be read a UsageError."""
 import dataclasses
 import json
 import logging
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from src.settings import Settings, make_settings, settings_of
+from src.utils.errors import RunError, UsageError
+
 try:
     import fcntl
 except ImportError:  # Windows: there no lock keeps a second run out of a folder
     fcntl = None
 
-from src.settings import Settings, UsageError, make_settings, settings_of
 
 HISTORY, BEST, LAST, TEST, BANK, LOG, CONFIG = RUN_FILES = (
     "history_flickr8k.json", "best_model_flickr8k.pt", "last_checkpoint_flickr8k.pt",
@@ -25,12 +28,8 @@ BEST_KEYS = ("epoch", "model_state_dict", "metrics", "config", "tokenizer")  # "
 LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "history", "config", "tokenizer",
              "model_state_dict", "optimizer_state_dict", "scaler_state_dict",
              "scheduler_state_dict")
-MACHINES_OWN = ("data_dir", "extra_data", "device", "num_workers")
+MACHINES_OWN = ("data_dir", "extra_data", "device", "amp")
 TRAIN_FIRST = "train first: python train_flickr8k_sgd.py"
-
-
-class CheckpointError(Exception):
-    """A file of a run cannot be written, or is missing, damaged or of another kind."""
 
 
 def _write_atomically(path, write):
@@ -44,7 +43,7 @@ def _write_atomically(path, write):
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
-        raise CheckpointError(f"{path}: could not be written ({reason}); the old one is kept"
+        raise RunError(f"{path}: could not be written ({reason}); the old one is kept"
                               ) from None
 
 
@@ -62,12 +61,12 @@ def load_checkpoint(path, keys):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
+        raise UsageError(f"{path}: there is no such file") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint of this project") from None
+        raise UsageError(f"{path}: damaged, or not a checkpoint of this project") from None
     missing = set(keys) - set(state if isinstance(state, dict) else ())
     if missing:
-        raise CheckpointError(f"{path}: not a checkpoint of this version, it lacks "
+        raise UsageError(f"{path}: not a checkpoint of this version, it lacks "
                               f"{', '.join(sorted(missing))}")
     return state
 
@@ -76,9 +75,9 @@ def load_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
+        raise UsageError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
+        raise UsageError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
 
 
 def resolve(args):
@@ -125,7 +124,7 @@ def resume_run(output_dir, given):
         if name == "epochs" and value < done:
             raise UsageError(f"the run has {done} epochs already; --epochs {value} is fewer")
         if name in (*MACHINES_OWN, "epochs"):
-            setattr(settings, name, value)
+            settings = dataclasses.replace(settings, **{name: value})
         elif getattr(settings, name) != value:  # the rest is the run's
             raise UsageError(f"--resume goes on with the run's own --{name} "
                              f"{getattr(settings, name)}, not {value}; leave the flag out")
@@ -228,21 +227,21 @@ class Run:
 
 def check_folder(output_dir):
     if not output_dir.is_dir():
-        raise CheckpointError(f"{output_dir}: there is no such folder; {TRAIN_FIRST}")
+        raise UsageError(f"{output_dir}: there is no such folder; {TRAIN_FIRST}")
 
 
 def load_run(output_dir):
-    """-> Run, no weights read. Raises CheckpointError for no run, no finished epoch yet or a
+    """-> Run, no weights read. Raises UsageError for no run, no finished epoch yet or a
     damaged file, UsageError for a run of another version."""
     output_dir = Path(output_dir)
     check_folder(output_dir)
     if not (output_dir / HISTORY).exists():
         if (output_dir / CONFIG).exists():
-            raise CheckpointError(f"{output_dir}: the run has not finished its first epoch yet")
-        raise CheckpointError(f"{output_dir}: holds no run; {TRAIN_FIRST}")
+            raise UsageError(f"{output_dir}: the run has not finished its first epoch yet")
+        raise UsageError(f"{output_dir}: holds no run; {TRAIN_FIRST}")
     history, config = load_json(output_dir / HISTORY), load_json(output_dir / CONFIG)
     if not (isinstance(history, list) and history):
-        raise CheckpointError(f"{output_dir / HISTORY}: holds no epochs")
+        raise UsageError(f"{output_dir / HISTORY}: holds no epochs")
     test, bank = (load_json(output_dir / name) if (output_dir / name).exists() else None
                   for name in (TEST, BANK))
     return Run(output_dir, history, config, settings_of(config, output_dir), test, bank)

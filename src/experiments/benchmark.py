@@ -1,11 +1,11 @@
-"""How fast everything is on this machine. It takes the flags of the training script, too:
+"""How fast everything is on this machine. It also takes the flags of the training script.
 
-    python -m src.benchmark --model small --baseline        on the built-in data, and the plain way
-    python -m src.benchmark --speedrun --data_dir data/flickr8k     how long to val avg_r1 1.7, 4, 8
-    python -m src.benchmark --pairs 1000000                 what as many pairs take, beside 30,000
+    python -m src.experiments.benchmark --model small --baseline       also times the plain way
+    python -m src.experiments.benchmark --speedrun --data_dir data/flickr8k    time to 1.7, 4 and 8
+    python -m src.experiments.benchmark --pairs 1000000        a million pairs against 30,000
 
-Times are medians of several steps after a warm-up, with the quartiles. An epoch's time is its steps
-at the throughput of a loop that waits for nothing, plus the validation."""
+Times are medians over several steps after a warm-up, with quartiles. The time of an epoch is that
+of its steps at the throughput of a loop that waits for nothing, plus the validation."""
 import argparse
 import dataclasses
 import itertools
@@ -25,18 +25,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import train_flickr8k_sgd as training
-from src import settings as options
-from src.data import load_data
-from src.encoder_names import load_encoders
-from src.fisher import keep_vectors
-from src.state import RunState
+from src.device import allow_fast_kernels, describe, find_device
+from src.encoder_sources import load_encoders
+from src.evaluation import evaluate
+from src.fisher import with_fisher_vectors
+from src.runs import HISTORY, load_json, save_json
+from src.settings import add_flags, flags, make_settings
+from src.training import RunState
 from src.utils.augment import MEAN, STD
-from src.utils.checkpoint import HISTORY, load_json, save_json
-from src.utils.flickr8k_simple import iterate_batches, place_photos
-from src.utils.layouts import DataError
-from src.utils.report import prepare_output
-from src.utils.retrieval import evaluate
-from src.utils.stores import STORE_FOLDER
+from src.utils.console import Parser, number, prepare_output, text
+from src.utils.errors import DataError, UsageError
+from src.utils.flickr8k_simple import iterate_batches, load_splits, place_photos
+from src.utils.photo_store import STORE_FOLDER
 from src.utils.synthetic import write_large
 
 # Dense bfloat16 or float16 peak with float32 accumulation, FLOP/s, from NVIDIA's data sheets.
@@ -123,7 +123,7 @@ class PlainDataset(Dataset):
 
 def plain_batches(data, settings):
     """Endless batches of the plain way, prepared by one process a core."""
-    device = torch.device(settings.device)
+    device = find_device(settings.device)
     loader = DataLoader(
         PlainDataset(data, settings), settings.batch_size, shuffle=True, drop_last=True,
         num_workers=os.cpu_count(), pin_memory=torch.cuda.is_available())
@@ -135,7 +135,7 @@ def plain_batches(data, settings):
 
 
 def stored_batches(data, settings):
-    device = torch.device(settings.device)
+    device = find_device(settings.device)
     photos = place_photos(data.photos, device)
     for epoch in itertools.count(1):
         batches = data.epoch(settings.captions_per_image, settings.batch_size, epoch)
@@ -153,7 +153,7 @@ def count_flops(run, batch):
 
 def measure_training(splits, tokenizer, settings, encoders, steps, plain):
     """Step times of one preset, by the training script's way or the plain way -> dict."""
-    device, data = torch.device(settings.device), splits["train"]
+    device, data = find_device(settings.device), splits["train"]
     if plain:
         settings = dataclasses.replace(settings, amp=False, ema=0.0, captions_per_image=1)
     torch.manual_seed(0)
@@ -188,10 +188,10 @@ def measure_training(splits, tokenizer, settings, encoders, steps, plain):
         settings.captions_per_image, settings.batch_size, seed=0), torch.device("cpu"))
     pairs, memory, peak = len(epoch[0]), peak_memory(device), peak_flops(device)
     if settings.fisher:
-        keep_vectors(model, {"val": splits["val"]}, run.amp_dtype)
+        splits = with_fisher_vectors(model, {"val": splits["val"]}, run.amp_dtype)
     for _ in range(2):  # in the first, a GPU's kernels are chosen
         validation, _ = timed(lambda: evaluate(model, splits["val"], run.amp_dtype), device)
-    return options.describe(settings, device) | {
+    return describe(settings, device) | {
         "step seconds": seconds,
         "parts": {name: quartiles(values) for name, values in parts.items()},
         "data-wait share": statistics.median(parts["data wait"]) / seconds,
@@ -212,7 +212,7 @@ def scale(given, pairs, steps):
     """This program on made-up data sets of SCALE_BASE and of so many pairs, in processes of their
     own -> {pairs: medians of SCALE_ROUNDS}."""
     given = {name: value for name, value in given.items() if name != "synthetic"}
-    settings, results = options.make_settings(**given), {SCALE_BASE: [], pairs: []}
+    settings, results = make_settings(**given), {SCALE_BASE: [], pairs: []}
     sizes = {split: settings.stored_pixels(split) for split in ("train", "val", "test")}
     with tempfile.TemporaryDirectory() as folder:
         for number in results:
@@ -220,13 +220,13 @@ def scale(given, pairs, steps):
             write_large(Path(folder) / str(number), number, sizes)
         for number in [*results] * SCALE_ROUNDS:
             output = Path(folder) / "results.json"
-            command = options.flags(given | {"data_dir": f"{folder}/{number}", "steps": steps,
+            command = flags(given | {"data_dir": f"{folder}/{number}", "steps": steps,
                                      "output": str(output)})
             start = time.time()
-            done = subprocess.run([sys.executable, "-m", "src.benchmark", *command],
+            done = subprocess.run([sys.executable, "-m", "src.experiments.benchmark", *command],
                                   stdout=subprocess.DEVNULL)
             if done.returncode:
-                raise options.UsageError(f"the measurement of {number:,} pairs failed")
+                raise UsageError(f"the measurement of {number:,} pairs failed")
             found = load_json(output)
             results[number].append({
                 "start-up seconds": found["ready"] - start, "data bytes": found["data bytes"],
@@ -252,8 +252,8 @@ def time_to_targets(given, targets):
     each. The clock runs from the command to the epoch's line in the history. Raises UsageError for
     a training that fails."""
     results, targets = [], list(targets)
-    command, epochs = [sys.executable, training.__file__], options.make_settings(**given).epochs
-    command += options.flags(given)
+    command, epochs = [sys.executable, training.__file__], make_settings(**given).epochs
+    command += flags(given)
     with tempfile.TemporaryDirectory() as folder:
         history, running, start = Path(folder) / HISTORY, True, time.perf_counter()
         process = subprocess.Popen([*command, "--output_dir", folder])
@@ -273,7 +273,7 @@ def time_to_targets(given, targets):
             process.terminate()
             process.wait()
     if targets:
-        raise options.UsageError(f"the training ended with exit status {process.returncode} before "
+        raise UsageError(f"the training ended with exit status {process.returncode} before "
                                  "its first epoch was over")
     return results
 
@@ -331,20 +331,20 @@ def table(results):
 
 def parse_args(argv):
     """-> (this program's options, the settings that were given)."""
-    parser = options.Parser(description=__doc__.split("\n")[0],
+    parser = Parser(description=__doc__.split("\n")[0],
                             argument_default=argparse.SUPPRESS)
     add = parser.add_argument_group("benchmark").add_argument
     add("--baseline", action="store_true", default=False, help="the plain way as well: JPEGs "
         "decoded in a DataLoader, text of 77 tokens, one caption a photo, float32")
     add("--speedrun", action="store_true", default=False,
         help=f"only: how long fresh trainings take to val avg_r1 {SPEEDRUN_TARGETS}")
-    add("--pairs", type=options.number(int, "[1000, inf)"),
+    add("--pairs", type=number(int, "[1000, inf)"),
         help=f"only: what so many pairs take beside {SCALE_BASE:,}, both made up")
-    add("--steps", type=options.number(int, "[1, inf)"), default=10,
+    add("--steps", type=number(int, "[1, inf)"), default=10,
         help="measured steps of each kind (default: 10)")
-    add("--output", type=options.text, default="outputs/benchmark.json",
+    add("--output", type=text, default="outputs/benchmark.json",
         help="JSON (default: %(default)s)")
-    options.add_flags(parser)
+    add_flags(parser)
     args = parser.parse_args(argv)
     given = dict(vars(args))
     for name in ("baseline", "speedrun", "pairs", "steps", "output"):
@@ -354,19 +354,20 @@ def parse_args(argv):
 
 
 def measure(args, given):
-    settings = options.make_settings(**given)
-    device = options.find_device(settings.device)
-    options.allow_fast_kernels(device)
-    results = options.describe(settings, device)
+    settings = make_settings(**given)
+    device = find_device(settings.device)
+    allow_fast_kernels(device)
+    results = describe(settings, device)
     if args.speedrun:
         return results | {"speedrun": speedrun(given)}
     if "pairs" in args:
         return results | {"scale": scale(given, args.pairs, args.steps)}
     encoders = load_encoders(settings, device)
+    settings = encoders.fit_settings(settings)
     if args.baseline and settings.image_encoder:
-        raise options.UsageError("--baseline is of training from scratch, without --image_encoder")
+        raise UsageError("--baseline is of training from scratch, without --image_encoder")
     before = resident_memory()
-    splits, tokenizer = load_data(settings, encoders)
+    splits, tokenizer = load_splits(settings, None, encoders.image, encoders.text)
     results |= {"ready": time.time(), "data bytes": resident_memory() - before}
     for kind in ("ours", "plain") if args.baseline else ("ours",):
         results[kind] = measure_training(
@@ -380,7 +381,7 @@ def main(argv=None):
         results = measure(args, given)
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         save_json(results, args.output)
-    except (DataError, options.UsageError) as error:
+    except (DataError, UsageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(results))

@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.utils.checkpoint import CONFIG, HISTORY
+from src.runs import CONFIG, HISTORY
+from src.utils.captions import SPLIT_FILES, find_photo_folder, read_folder, read_split
 from src.utils.duplicates import near_duplicates, signature
-from src.utils.layouts import (
-    SPLIT_FILES,
-    DataError,
-    find_photo_folder,
-    read_folder,
-    read_split,
-)
+from src.utils.errors import DataError
 from src.utils.synthetic import write_synthetic
 from tests.conftest import main, read_captions
 from tests.test_flickr8k_simple import dataset

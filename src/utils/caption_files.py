@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 from PIL import Image
 
+from src.utils.errors import DataError
+
 COLUMNS = {  # of a table, the first that is there
     "image": ("image", "image_name", "image_path", "image_file", "file_name", "filename",
               "filepath", "file_path", "file", "path", "photo"),
@@ -24,10 +26,6 @@ SPLIT_NAMES = {"train": "train", "training": "train", "restval": "train", "val":
                "testing": "test"}
 # Formats that Pillow only recognises, or has another program draw.
 NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-
-
-class DataError(Exception):
-    """The dataset is missing, incomplete or damaged; the message says what and where."""
 
 
 def photo_suffixes():

@@ -18,11 +18,10 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from PIL import Image
 
-from src.settings import UsageError
-from src.utils import report
-from src.utils.flickr8k_simple import MAX_LENGTH
-from src.utils.formats import DataError
-from src.utils.pictures import document, note, thumbnail
+from src.page import document, note, thumbnail
+from src.utils.captions import MAX_LENGTH, cut_text
+from src.utils.console import printable
+from src.utils.errors import DataError, UsageError
 
 HOST = "127.0.0.1"
 TOP, AT_RANDOM, CAPTIONS, TRIES = 24, 12, 10, 3  # what a page shows of each
@@ -104,7 +103,7 @@ class SearchPages:
             return "image/svg+xml", (
                 '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 300"><rect width="300" '
                 'height="300" fill="#999"/><text x="150" y="150" text-anchor="middle">'
-                f"{escape(report.printable(photo.name))}</text></svg>").encode()
+                f"{escape(printable(photo.name))}</text></svg>").encode()
 
     def add_upload(self, content_type, body):
         """-> the key under which a form's picture is kept while it is among the last."""
@@ -128,7 +127,7 @@ class SearchPages:
     def answer(self, q="", photo="", upload="", top=""):
         """The page for words, the number of a photo, the key of an upload, all optional; top: how
         many photos to show. Raises Refused."""
-        words, notes, shown, picture, found = q.strip()[:MAX_LENGTH], "", "", None, None
+        words, notes, shown, picture, found = cut_text(q.strip()), "", "", None, None
         if len(q) > MAX_LENGTH:
             notes = note(f"Of the words, the first {MAX_LENGTH:,} characters are read.")
         readable = not words or self.search.cache.tokenizer.knows(words)
@@ -189,7 +188,7 @@ class SearchPages:
 
     def card(self, number, similarity=""):
         photo, captions = self.search.photos[number], self.search.captions[number]
-        name = escape(report.printable(photo.name))
+        name = escape(printable(photo.name))
         version = hashlib.sha256(self.search.cache.keys[photo].encode()).hexdigest()[:8]
         said = ""
         if captions:
@@ -213,7 +212,7 @@ class SearchPages:
 <input type="file" id="image" name="image" accept="image/*" required>
 <button>Search by it</button></form>
 <main><div id="status" role="status">{notes}</div>{body}</main>
-<footer>{escape(report.printable(self.about))}</footer>""", SCRIPT)
+<footer>{escape(printable(self.about))}</footer>""", SCRIPT)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""What each step of a recipe is worth: python -m src.ladder --model small
+"""What each step of a recipe is worth: python -m src.experiments.ladder --model small
 
 Goes, step by step, from the recipe of the run that this project began with to the preset's own;
 then tries changes to that one, each alone. A row is a run of the training script, by the command
@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 import train_flickr8k_sgd as training
-from src.settings import PRESETS, REFERENCE, Parser, UsageError, flags, make_settings, text
-from src.state import TrainingError
-from src.utils.checkpoint import CONFIG, TEST, CheckpointError, load_run
-from src.utils.report import markdown_table, prepare_output
+from src.report import markdown_table
+from src.runs import CONFIG, TEST, load_run
+from src.settings import PRESETS, REFERENCE, flags, make_settings
+from src.utils.console import Parser, prepare_output, text
+from src.utils.errors import RunError, UsageError
 
 # Step by step, the settings that turn from the reference's into the preset's own.
 STEPS = {
@@ -51,7 +52,7 @@ def rows(preset):
 
 
 def run(command, output_dir):
-    """Run or go on with one training -> its Run. Raises TrainingError for one that fails."""
+    """Run or go on with one training -> its Run. Raises RunError for one that fails."""
     if not (output_dir / TEST).exists():
         if (output_dir / CONFIG).exists():
             command = ["--resume"]
@@ -64,7 +65,7 @@ def run(command, output_dir):
             process.wait()
             raise
         if status:
-            raise TrainingError(f"the training ended with exit status {status}: "
+            raise RunError(f"the training ended with exit status {status}: "
                                 f"{' '.join(command)}")
     return load_run(output_dir)
 
@@ -121,7 +122,7 @@ def main(argv=None):
         signal.signal(number, signal.default_int_handler)
     try:
         run_rows(args, results)
-    except (CheckpointError, UsageError, TrainingError) as error:
+    except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:

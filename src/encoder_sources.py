@@ -17,25 +17,18 @@ import torch
 import torchvision
 from torch import nn
 
+from src.device import autocast_dtype
 from src.pretrained import IMAGE, TEXT, Encoders, PretrainedEncoder, reason
-from src.settings import UsageError, amp_type
+from src.utils.errors import UsageError
 
 
 def load_encoders(settings, device=torch.device("cpu")):
-    """The encoders that the settings name, on the device -> Encoders, and the settings that follow
-    from them. Raises UsageError for one that cannot be had."""
+    """The `Encoders` that the settings name, on the device. Raises UsageError for one that is
+    unavailable."""
     encoders = Encoders(*(load_encoder(name, kind) if name else None for kind, name in
                           ((IMAGE, settings.image_encoder), (TEXT, settings.text_encoder))))
     for encoder in encoders:
-        encoder.settle(device, amp_type(settings), frozen=not settings.finetune)
-    if encoders.pair:
-        settings.latent_dim = encoders.image.width
-    if settings.finetune and encoders.image is not None:
-        height, width = encoders.image.pixels
-        if height != width:
-            raise UsageError(f"{encoders.image.name} takes photos of {height} x {width} pixels; "
-                             "--finetune needs a square")
-        settings.image_size = height
+        encoder.settle(device, autocast_dtype(settings.amp, device), frozen=not settings.finetune)
     return encoders
 
 

@@ -7,15 +7,13 @@ import sys
 import pytest
 import torch
 
-from src.settings import UsageError, make_settings
-from src.utils import checkpoint
-from src.utils.checkpoint import (
+from src import runs as checkpoint
+from src.runs import (
     BEST,
     CONFIG,
     HISTORY,
     LOG,
     TEST,
-    CheckpointError,
     load_checkpoint,
     load_json,
     load_run,
@@ -23,6 +21,8 @@ from src.utils.checkpoint import (
     save_checkpoint,
     save_json,
 )
+from src.settings import make_settings
+from src.utils.errors import RunError, UsageError
 
 
 def test_round_trips(tmp_path):
@@ -43,7 +43,7 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch, save, name
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(RunError, match="No space left on device"):
         save({"epoch": 2}, tmp_path / name)
     assert (tmp_path / name).read_bytes() == before and os.listdir(tmp_path) == [name]
 
@@ -59,7 +59,7 @@ def test_torch_save_onto_a_full_disk_keeps_the_old_file(tmp_path):
     # writing past it fails as a full disk does
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="could not be written"):
+        with pytest.raises(RunError, match="could not be written"):
             save_checkpoint({"weights": torch.zeros(1_000_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -69,7 +69,7 @@ def test_torch_save_onto_a_full_disk_keeps_the_old_file(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
 def test_damaged_checkpoint(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match="a.pt: damaged"):
+    with pytest.raises(UsageError, match="a.pt: damaged"):
         load_checkpoint(tmp_path / "a.pt", ["epoch"])
 
 
@@ -77,7 +77,7 @@ def test_truncated_checkpoint(tmp_path):
     save_checkpoint({"weights": torch.randn(10_000)}, tmp_path / "a.pt")
     data = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "a.pt").write_bytes(data[:len(data) // 2])
-    with pytest.raises(CheckpointError, match="a.pt: damaged"):
+    with pytest.raises(UsageError, match="a.pt: damaged"):
         load_checkpoint(tmp_path / "a.pt", ["weights"])
 
 
@@ -87,24 +87,24 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
             return os.mkdir, (str(tmp_path / "harm"),)
 
     torch.save(Harmful(), tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(UsageError, match="damaged"):
         load_checkpoint(tmp_path / "a.pt", [])
     assert not (tmp_path / "harm").exists()
 
 
 def test_missing_files_and_keys(tmp_path):
     for load in (lambda path: load_checkpoint(path, []), load_json):
-        with pytest.raises(CheckpointError, match="no such file"):
+        with pytest.raises(UsageError, match="no such file"):
             load(tmp_path / "absent")
     save_checkpoint({"epoch": 1}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="lacks config, history"):
+    with pytest.raises(UsageError, match="lacks config, history"):
         load_checkpoint(tmp_path / "a.pt", ["epoch", "history", "config"])
 
 
 @pytest.mark.parametrize("content", [b"", b"[1, 2", b"\xff\xfe\x00"])
 def test_damaged_json(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match="a.json: damaged"):
+    with pytest.raises(UsageError, match="a.json: damaged"):
         load_json(tmp_path / "a.json")
     (tmp_path / "a.json").write_text(json.dumps({"a": 1}))
     assert load_json(tmp_path / "a.json") == {"a": 1}

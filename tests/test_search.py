@@ -10,8 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from src import inference
-from src.inference import (
+from src import runs as checkpoint
+from src import search as inference
+from src.evaluation import evaluate
+from src.retrieval import retrieval_metrics
+from src.runs import BEST, HISTORY
+from src.search import (
     EmbeddingCache,
     embed_photos,
     embed_texts,
@@ -20,12 +24,9 @@ from src.inference import (
     photos_of_folder,
     photos_of_split,
 )
-from src.settings import PRESETS, UsageError
-from src.utils import checkpoint
-from src.utils.checkpoint import BEST, HISTORY, CheckpointError
+from src.settings import PRESETS
+from src.utils.errors import DataError, UsageError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
-from src.utils.layouts import DataError
-from src.utils.retrieval import evaluate, retrieval_metrics
 from tests.conftest import arguments, main
 
 
@@ -171,7 +172,7 @@ def test_a_cache_that_does_not_serve_is_computed_anew(run_dir, shapes, monkeypat
 )
 def test_a_run_that_cannot_be_loaded(run_dir, damage, message):
     damage(run_dir)
-    with pytest.raises((CheckpointError, UsageError), match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         load_model(run_dir)
     assert len(str(error.value).splitlines()) == 1 and str(run_dir) in str(error.value)
 
@@ -205,11 +206,11 @@ def test_all_kinds_that_pillow_reads_links_and_what_is_left_out(tmp_path):
     (album / "loop").symlink_to(own)
     (own / "i.jpg").symlink_to(own / "c.JPG")
     (own / "broken.jpg").symlink_to(own / "none.jpg")
-    left_out = Counter()
-    photos = photos_of_folder(own, left_out)
+    skipped = Counter()
+    photos = photos_of_folder(own, skipped)
     assert photos == sorted(own / name for name in [*kept, "album/h.png", "i.jpg"])
     expected = "2 .heic, 1 .mpg, 2 broken links and the like, 1 without a suffix"
-    assert kinds(left_out) == expected
+    assert kinds(skipped) == expected
     for name in kept:
         (own / name).unlink()
     (own / "i.jpg").unlink()

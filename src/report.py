@@ -1,118 +1,13 @@
 """What the scripts print: the progress line of a running epoch, and the tables of runs."""
 import contextlib
-import logging
 import math
-import os
-import shutil
-import signal
 import statistics
-import sys
-import time
 from pathlib import Path
 
-from src.utils.checkpoint import CheckpointError
-from src.utils.distributed import rank_and_world
-from src.utils.retrieval import KS, chance_metrics
+from src.retrieval import KS, chance_metrics
+from src.utils.errors import UsageError
 
 WIDTH = 80
-PROGRESS_INTERVAL = 0.1  # seconds between two updates of a line
-
-
-def prepare_output(end_with_reader=False):
-    """Let standard output take any text: what its encoding lacks is replaced by "?", and where it
-    or standard error is closed, all goes to nowhere. end_with_reader: the program ends in silence
-    when nobody reads any more (`| head`)."""
-    if end_with_reader and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-    if hasattr(sys.stdout, "reconfigure"):  # where it is a stream of characters, all is printed
-        sys.stdout.reconfigure(errors="replace")
-
-
-def printable(text):
-    """The text in a line: "?" for line breaks, other control characters, and bytes of a file's name
-    that are not UTF-8."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-class ConsoleHandler(logging.StreamHandler):
-    """Where the reader has gone (`| head`), the run goes on in silence."""
-
-    def handleError(self, record):
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-            return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
-
-
-def log_to_console(log):
-    """The main process's lines to standard output, all errors to the other."""
-    def is_plain(record):
-        return record.levelno < logging.ERROR and rank_and_world()[0] == 0
-
-    prepare_output()
-    to_stdout, to_stderr = ConsoleHandler(sys.stdout), ConsoleHandler(sys.stderr)
-    to_stdout.addFilter(is_plain)
-    to_stderr.setLevel(logging.ERROR)
-    log.setLevel(logging.INFO)
-    log.addHandler(to_stdout)
-    log.addHandler(to_stderr)
-
-
-def duration(seconds):
-    """75 -> '1:15', 3675 -> '1:01:15'."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-class ProgressLine:
-    """One line on a terminal, written over itself; nothing elsewhere, or unless `on`."""
-
-    def __init__(self, on=True, stream=None):
-        self.stream = sys.stdout if stream is None else stream
-        self.live = on and self.stream.isatty()
-        self.started = time.time()
-
-    def _write(self, text):
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:  # the terminal was closed
-            self.live = False
-
-    def update(self, text):
-        if self.live:
-            columns = shutil.get_terminal_size().columns - 1
-            self._write(f"\r{text[:columns]:<{columns}}")
-
-    def clear(self):
-        """Take the line away, so that a plain line can follow."""
-        if self.live:
-            self.update("")
-            self._write("\r")
-
-    def counter(self, what):
-        """-> function(done, total) that says, now and then, how far it is."""
-        started, shown = {}, 0.0
-
-        def update(done, total, unit="photos"):
-            nonlocal shown
-            now = time.time()
-            seconds = now - started.setdefault(unit, now)
-            if now - shown > PROGRESS_INTERVAL:
-                shown, left = now, duration(seconds * (total - done) / done)
-                self.update(f"{what}: {done:,} of {total:,} {unit}  {left} left")
-        return update
-
-    def speed(self, steps, remaining_steps, pairs):
-        """Pairs a second, and the time left. steps: of `pairs` each, since the start."""
-        seconds = (time.time() - self.started) / steps
-        return f"{pairs / seconds:.0f} pairs/s  {duration(remaining_steps * seconds)} left"
 
 
 def epoch_line(row):
@@ -162,7 +57,7 @@ def _recall_lines(columns):
 def _counts(data):
     size = f" of {data['pixels']} px" if "pixels" in data else ""  # else they are features
     text = f"{data['photos']:,} photos{size}, {data['captions']:,} captions"
-    return text + (f", {data['left_out']:,} photos left out" if data["left_out"] else "")
+    return text + (f", {data['skipped']:,} photos left out" if data["skipped"] else "")
 
 
 def _chance(data):
@@ -174,16 +69,16 @@ def _chance(data):
 
 @contextlib.contextmanager
 def reading(run):
-    """Inside, what a file of a Run lacks is a CheckpointError."""
+    """Inside, what a file of a Run lacks is a UsageError."""
     try:
         yield
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{run.dir}: a file of the run lacks what it should hold "
+        raise UsageError(f"{run.dir}: a file of the run lacks what it should hold "
                               f"({type(error).__name__}: {error})") from None
 
 
 def summary(run):
-    """The tables of a Run, as one string. Raises CheckpointError for files that do not fit."""
+    """The tables of a Run, as one string. Raises UsageError for files that do not fit."""
     with reading(run):
         return "\n".join(_results(run) + _progress(run) + _description(run))
 
@@ -198,7 +93,7 @@ def _results(run):
         share = run.bank["val"]["hub_share"]
         lines += ["", f"  {share['off']:.1f} % of val's captions find one of the ten commonest "
                       f"photos first, {share['on']:.1f} % with the bank"]
-    found = run.bank and run.bank["val"].get("together")
+    found = run.bank and run.bank["val"].get("photo_and_text")
     if found:
         lines += _heading("Validation: a photo's other captions, found by")
         names = {"caption": "one caption", "photo": "the photo", "both": "both"}
@@ -279,9 +174,9 @@ def trained_on(run):
     captions = total["captions"] - sum(joined["captions"] for joined in extra)
     parts = [f"{photos:,} photos, {captions:,} captions of {data_name(run)}"]
     for joined in extra:
-        left_out = sum(joined["left_out"].values())
+        skipped = sum(joined["skipped"].values())
         parts.append(f"{joined['photos']:,} photos, {joined['captions']:,} captions of "
-                     f"{joined['folder']}" + (f" ({left_out:,} left out)" if left_out else ""))
+                     f"{joined['folder']}" + (f" ({skipped:,} left out)" if skipped else ""))
     return " + ".join(parts)
 
 
@@ -319,7 +214,7 @@ def _cells(run):
 
 def comparison(runs, form="terminal"):
     """One row a Run, best on validation first, as "terminal" or "markdown" table. Raises
-    CheckpointError for files that do not fit."""
+    UsageError for files that do not fit."""
     rows = []
     for run in runs:
         with reading(run):

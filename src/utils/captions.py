@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.utils.formats import (
-    DataError,
+from src.utils.caption_files import (
     bar_rows,
     coco_rows,
     karpathy_rows,
@@ -33,6 +32,7 @@ from src.utils.formats import (
     texts_beside,
     token_rows,
 )
+from src.utils.errors import DataError
 from src.utils.ragged import Texts
 
 SPLIT_FILES = {
@@ -47,8 +47,14 @@ TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.txt")
 PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images", "flickr30k_images",
                  "Images")
 TEXT_FOLDERS = ("", "Flickr8k_text", "flickr30k_images")
+MAX_LENGTH = 1000  # characters of a text that are read; Flickr8k's longest caption has 199
 HELD_OUT = 1000  # photos at most that a hash takes for val, and for test
 SAMPLE = 1000  # photos that are looked for to find their folder
+
+
+def cut_text(text):
+    """The part of a text that is read: its first MAX_LENGTH characters."""
+    return text[:MAX_LENGTH]
 
 
 def download_command(root_dir, *flags):

@@ -10,6 +10,7 @@
 Everything is computed in float32."""
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -19,25 +20,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from src.encoder_names import load_encoders
+from src.bank import BETA, NEIGHBOUR_WEIGHT, NEIGHBOURS, Bank
+from src.device import find_device
+from src.encoder_sources import load_encoders
 from src.fisher import build_network
-from src.model import together
-from src.settings import default_device, settings_of
+from src.model import combine_photo_and_text
+from src.runs import BEST, BEST_KEYS, check_folder, load_checkpoint, save_checkpoint
+from src.settings import settings_of
 from src.utils.augment import normalize
-from src.utils.checkpoint import (
-    BEST,
-    BEST_KEYS,
-    CheckpointError,
-    check_folder,
-    load_checkpoint,
-    save_checkpoint,
-)
-from src.utils.flickr8k_simple import MAX_LENGTH, map_tensors
-from src.utils.formats import photo_suffixes
-from src.utils.layouts import DataError, read_folder
+from src.utils.caption_files import photo_suffixes
+from src.utils.captions import cut_text, read_folder
+from src.utils.errors import DataError, RunError, UsageError
+from src.utils.flickr8k_simple import map_tensors
+from src.utils.photo_store import STORE_VERSION, decoding_threads, load_photo
 from src.utils.ragged import Ragged
-from src.utils.retrieval import BETA, NEIGHBOUR_WEIGHT, NEIGHBOURS, Bank
-from src.utils.stores import STORE_VERSION, decoding_threads, load_photo
 from src.utils.tokenizers import tokenizer_from_state
 
 CACHE = "embeddings_flickr8k.pt"
@@ -45,17 +41,17 @@ SAVE_INTERVAL = 60  # seconds between two savings of the cache while photos are 
 
 
 def load_best(run_dir):
-    """The checkpoint of a run's best model. Raises CheckpointError, as `load_model`."""
+    """The checkpoint of a run's best model. Raises UsageError, as `load_model`."""
     path = Path(run_dir) / BEST
     check_folder(path.parent)
     if not path.exists():
-        raise CheckpointError(f"{path.parent}: has no best model yet, which an epoch leaves")
+        raise UsageError(f"{path.parent}: has no best model yet, which an epoch leaves")
     return load_checkpoint(path, BEST_KEYS)
 
 
 def load_bank(run_dir):
     """The `Bank` of a run's best model, None before the end of the run and for one of a version
-    without banks. Raises CheckpointError, as `load_model`."""
+    without banks. Raises UsageError, as `load_model`."""
     bank = load_best(run_dir).get("bank")
     return None if bank is None else Bank(**bank)
 
@@ -63,16 +59,15 @@ def load_bank(run_dir):
 def load_model(run_dir):
     """A run's best model, in eval mode on the GPU if there is one -> (model, tokenizer, transform):
     tokenizer.encode(text) gives a list of ids, transform(path) a photo as the model takes it, (3,
-    side, side), or what its pretrained encoder takes. Raises CheckpointError for no run, no best
+    side, side), or what its pretrained encoder takes. Raises UsageError for no run, no best
     model yet or a file that does not fit, UsageError for a run of another version and for
     pretrained encoders that cannot be had."""
     checkpoint = load_best(run_dir)
-    settings = settings_of(checkpoint["config"], run_dir)
-    settings.amp = False
+    settings = dataclasses.replace(settings_of(checkpoint["config"], run_dir), amp=False)
     encoders = load_encoders(settings)
     trained_with = checkpoint["config"].get("encoders")
     if encoders.describe() != trained_with:
-        raise CheckpointError(f"{run_dir}: the weights of its pretrained encoders are not those "
+        raise UsageError(f"{run_dir}: the weights of its pretrained encoders are not those "
                               f"that it was trained with: {trained_with}")
     try:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
@@ -84,7 +79,7 @@ def load_model(run_dir):
             encoders.attach(model, settings)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{Path(run_dir) / BEST}: its weights and tokenizer are not those of "
+        raise UsageError(f"{Path(run_dir) / BEST}: its weights and tokenizer are not those of "
                               f"the model that it describes ({reason})") from None
 
     def transform(photo):
@@ -93,7 +88,7 @@ def load_model(run_dir):
         pixels = load_photo(photo, settings.stored_pixels("val"))
         return normalize(torch.from_numpy(pixels)[None])[0]
 
-    return model.eval().to(default_device()), tokenizer, transform
+    return model.eval().to(find_device()), tokenizer, transform
 
 
 @torch.no_grad()
@@ -133,14 +128,14 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
     """Texts, of which MAX_LENGTH characters are read -> (N, D) on the CPU, of unit length.
     Raises ValueError for a text of no tokens."""
     device = next(model.parameters()).device
-    ids = Ragged.of((tokenizer.encode(text[:MAX_LENGTH]) for text in texts), "H")
+    ids = Ragged.of((tokenizer.encode(cut_text(text)) for text in texts), "H")
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     parts = []
     for start in range(0, len(ids), batch_size):
         rows, features = order[start:start + batch_size], None
         text = torch.from_numpy(ids.padded(rows)).to(device)
         if model.text_backbone is not None:
-            features = model.text_backbone.prepare([texts[i][:MAX_LENGTH] for i in rows])
+            features = model.text_backbone.prepare([cut_text(texts[i]) for i in rows])
             features = map_tensors(lambda tensor: tensor.to(device), features)
         parts.append(model(text=text, text_features=features)["central_latent"].cpu())
     sorted_rows = F.normalize(torch.cat(parts), dim=-1)
@@ -162,7 +157,7 @@ class EmbeddingCache:
         weights += f" {STORE_VERSION} {BETA} {NEIGHBOURS} {NEIGHBOUR_WEIGHT}"
         self.state = {"weights": weights, "photos": {}, "texts": {}, "photo_rows": None,
                       "text_rows": None, "photo_gallery": None, "text_gallery": None}
-        with contextlib.suppress(CheckpointError):  # none there, or damaged: it is only a cache
+        with contextlib.suppress(UsageError):  # none there, or damaged: it is only a cache
             state = load_checkpoint(self.path, self.state)
             self.state = state if state["weights"] == weights else self.state
 
@@ -229,7 +224,7 @@ class EmbeddingCache:
             self.state[name] = torch.cat([self.state[name], new]) if first else new
 
     def _save(self):
-        with contextlib.suppress(CheckpointError):  # a folder that cannot be written
+        with contextlib.suppress(RunError):  # a folder that cannot be written
             save_checkpoint(self.state, self.path)
 
 
@@ -269,7 +264,7 @@ class Search:
     def embed_texts(self, texts, photo=None):
         """(Q, D) of the texts, each together with the photo whose embedding (1, D) is given."""
         rows = embed_texts(self.cache.model, self.cache.tokenizer, texts)
-        return rows if photo is None else F.normalize(together(photo, rows), dim=-1)
+        return rows if photo is None else F.normalize(combine_photo_and_text(photo, rows), dim=-1)
 
     def embed_photo(self, path):
         """-> (1, D)"""
@@ -301,17 +296,17 @@ def photos_of_split(data_dir, split):
     return [folder.path(name) for name in names], captions
 
 
-def photos_of_folder(folder, left_out=None):
+def photos_of_folder(folder, skipped=None):
     """Paths of the photos in a folder and below it, in order. Links are followed, each folder is
-    entered once, and what is hidden, its name beginning with a dot, is not looked at. left_out: a
+    entered once, and what is hidden, its name beginning with a dot, is not looked at. skipped: a
     Counter that gets {kind: number} of what is no photo. Raises DataError where there are none."""
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: there is no such folder")
-    left_out = collections.Counter() if left_out is None else left_out
+    skipped = collections.Counter() if skipped is None else skipped
     paths, entered, suffixes = [], set(), photo_suffixes()
 
     def count_folder(error):
-        left_out["folders that cannot be opened"] += 1
+        skipped["folders that cannot be opened"] += 1
 
     for place, folders, names in os.walk(folder, onerror=count_folder, followlinks=True):
         if os.path.realpath(place) in entered:
@@ -322,17 +317,17 @@ def photos_of_folder(folder, left_out=None):
         for path in (Path(place, name) for name in names if not name.startswith(".")):
             suffix = path.suffix.lower()
             if not path.is_file():
-                left_out["broken links and the like"] += 1
+                skipped["broken links and the like"] += 1
             elif suffix in suffixes:
                 paths.append(path)
             else:
-                left_out[suffix or "without a suffix"] += 1
+                skipped[suffix or "without a suffix"] += 1
     if not paths:
-        found = f" (left out: {kinds(left_out)})" if left_out else ""
+        found = f" (left out: {kinds(skipped)})" if skipped else ""
         raise DataError(f"{folder}: holds no photos that can be read{found}")
     return sorted(paths)
 
 
-def kinds(left_out):
+def kinds(skipped):
     """{kind: number} -> "3 .heic, 1 .txt"."""
-    return ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items()))
+    return ", ".join(f"{number:,} {kind}" for kind, number in sorted(skipped.items()))

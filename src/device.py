@@ -1,0 +1,92 @@
+"""The device that a run computes on, its precision, and float32 on demand."""
+import contextlib
+import dataclasses
+import datetime
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from src.utils.errors import UsageError
+
+
+def find_device(name=None):
+    """The torch.device of that name, or the best one of this machine, as CUDA's current device.
+    Under torchrun each process takes the GPU of its own number and touches no other. Raises
+    UsageError for a device that is not there."""
+    if name is None:
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":  # set_device needs a number
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UsageError(f"--device {name} is not available on this machine") from None
+    return device
+
+
+def amp_is_faster(device):
+    """Whether mixed precision is faster: on CUDA, and on CPUs that multiply bfloat16 matrices."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return device.type == "cuda"
+
+
+def autocast_dtype(amp, device):
+    """The data type of mixed precision on this device, None for float32. amp: True, False, or None
+    for whichever is faster. bfloat16 is preferred: it has the range of float32 and needs no loss
+    scaling."""
+    if not (amp_is_faster(device) if amp is None else amp):
+        return None
+    if device.type == "cuda":
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bfloat16 = device.type == "cpu"
+    return torch.bfloat16 if bfloat16 else torch.float16
+
+
+def allow_fast_kernels(device):
+    """On CUDA: TF32 for float32 matrices (but see `full_float32`), and the fastest convolutions."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():  # on Linux platform.processor() says nothing of use
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        named = re.search(r"\nmodel name\s*: (.*)\n", facts)
+        processor = named[1] if named else processor
+    return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
+
+
+def describe(settings, device, processes=1):
+    """What a result follows from: settings, precision, hardware, versions and date."""
+    dtype = autocast_dtype(settings.amp, device)
+    precision = f"mixed, {str(dtype).removeprefix('torch.')}" if dtype else "float32"
+    return {"settings": dataclasses.asdict(settings), "precision": precision,
+            "device": (f"{processes} x " if processes > 1 else "") + device_name(device),
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+            "date": datetime.date.today().isoformat()}
+
+
+@contextlib.contextmanager
+def full_float32():
+    """Float32 matrices are multiplied in float32 inside, where TF32 may be on outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
