@@ -98,7 +98,7 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
         what = "photo" if encoder.kind == "image" else "caption"
         log.info(f"{encoder.name} encodes every {what} {does}: {encoder.width} features")
     tokenizer = checkpoint and tokenizer_from_state(checkpoint["tokenizer"])
-    with distributed.one_a_machine_first():  # which makes the stores
+    with distributed.local_main_process_first():  # which makes the stores
         splits, tokenizer = load_splits(settings, tokenizer, encoders.image, encoders.text)
     torch.manual_seed(settings.seed)
     model = build_model(settings, tokenizer, encoders, splits["train"].photos)
@@ -122,7 +122,7 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
         "layout": splits["train"].folders[0].layout, "extra_data": splits["train"].joined,
         "fingerprints": {name: split.fingerprint() for name, split in splits.items()}}
     if any(other != run.config["fingerprints"]
-           for other in distributed.collect([run.config["fingerprints"]])):
+           for other in distributed.gather_objects([run.config["fingerprints"]])):
         raise UsageError(f"{settings.data_dir}: photos, captions or their order are not the same "
                          "on all machines")
     if checkpoint is not None:
@@ -241,8 +241,8 @@ def fit(run, splits, stop):
                 speed = line.speed(steps_done, settings.epochs * steps - step - 1, pairs)
                 line.update(f"epoch {run.epoch}/{settings.epochs}  step {run.step}/{steps}  "
                             f"loss {loss:.3f}  {speed}")
-                stopping = distributed.anyone(stop.requested, device)
-                due = distributed.anyone(due, device)
+                stopping = distributed.any_process(stop.requested, device)
+                due = distributed.any_process(due, device)
                 if (stopping or due) and not over:
                     save(run)
                     if stopping:
@@ -252,7 +252,7 @@ def fit(run, splits, stop):
         row = {"epoch": run.epoch, "train": {"loss": run.loss_sum / steps},
                "val": validate(run, splits["val"]), "lr": lr, "seconds": time.time() - began}
         line.clear()
-        stopping = distributed.anyone(stop.requested, device)
+        stopping = distributed.any_process(stop.requested, device)
         end_epoch(run, row, stopping)
         if stopping:
             raise KeyboardInterrupt
@@ -260,7 +260,7 @@ def fit(run, splits, stop):
 
 def validate(run, val):
     """Metrics of the model that is kept. Raises RunError for latents that are not finite."""
-    distributed.same_buffers(run.kept)
+    distributed.broadcast_buffers(run.kept)
     try:
         return evaluate(run.kept, val, run.amp_dtype)
     except ValueError as error:
@@ -278,7 +278,7 @@ def end_epoch(run, row, stopping=False):
     run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
     due = (stopping or len(run.history) == 1 or run.epoch > run.settings.epochs
            or time.time() - run.saved > CHECKPOINT_INTERVAL)
-    if distributed.anyone(due, run.device):
+    if distributed.any_process(due, run.device):
         save(run)
     if run.is_main:
         save_json(run.history, run.dir / runs.HISTORY)
@@ -298,7 +298,7 @@ def save(run):
 
 def evaluate_best(run, splits):
     """Give the best model its bank and score it, without and with that, on val and test."""
-    best = distributed.from_main(lambda: load_checkpoint(run.dir / runs.BEST, runs.BEST_KEYS))
+    best = distributed.call_on_main(lambda: load_checkpoint(run.dir / runs.BEST, runs.BEST_KEYS))
     run.model.load_state_dict(best["model_state_dict"])
     started = time.time()
     pixels = run.settings.stored_pixels("val")
@@ -321,7 +321,7 @@ def main(argv=None):
     output_dir = None
     try:
         distributed.start()
-        settings, output_dir, checkpoint = distributed.from_main(lambda: runs.resolve(args))
+        settings, output_dir, checkpoint = distributed.call_on_main(lambda: runs.resolve(args))
         settings = runs.on_this_machine(settings, args)
         if args.check:
             check_folders(settings)
@@ -364,4 +364,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    distributed.exit_process(main())

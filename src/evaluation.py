@@ -8,7 +8,7 @@ from src.bank import BANK_SIZE, Bank
 from src.model import combine_photo_and_text
 from src.retrieval import KS, hub_share, ranks_of_others, retrieval_metrics
 from src.utils.augment import normalize, resize
-from src.utils.distributed import collect, rank_and_world
+from src.utils.distributed import gather_objects, rank_and_world
 from src.utils.flickr8k_simple import map_tensors
 
 BATCH_SIZE = 256  # embedded at a time
@@ -28,7 +28,7 @@ def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
         for start in range(rank * BATCH_SIZE, total, world * BATCH_SIZE):
             latents = model(**inputs(slice(start, start + BATCH_SIZE)))["central_latent"]
             parts.append((start, latents.float().cpu()))
-        parts = sorted(collect(parts), key=lambda part: part[0])
+        parts = sorted(gather_objects(parts), key=lambda part: part[0])
         return torch.cat([latents for _, latents in parts]).to(device)
 
     def photo_inputs(part):

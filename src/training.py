@@ -102,7 +102,7 @@ class RunState:
         schedule = cosine_schedule(settings.warmup, settings.final_lr, total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.ema = MovingAverage(model, settings.ema) if settings.ema else None
-        self.encode = distributed.parallel(PairEncoder(model, self.amp_dtype), device)
+        self.encode = distributed.wrap_in_ddp(PairEncoder(model, self.amp_dtype), device)
         self.graphs = None  # but where a step is a GPU's alone; float16 was not tried
         if device.type == "cuda" and distributed.rank_and_world()[1] == 1 and not (
                 settings.chunk_size or settings.finetune or self.scaler.is_enabled()):

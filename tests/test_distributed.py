@@ -1,11 +1,14 @@
 """Two processes on this machine (gloo), against one."""
+import errno
 import json
 import os
 import re
 import signal
 import socket
+import tempfile
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,12 +80,12 @@ def results(rank, world, folder):
     evaluation.BATCH_SIZE = 5  # several batches to share; put back by the test
     metrics = evaluate(model, data)
     found |= {name: torch.tensor(value) for name, value in metrics.items()}
-    found["anyone"] = torch.tensor([distributed.anyone(rank == world - 1, torch.device("cpu")),
-                                    distributed.anyone(False, torch.device("cpu"))])
+    found["anyone"] = torch.tensor([distributed.any_process(rank == world - 1, torch.device("cpu")),
+                                    distributed.any_process(False, torch.device("cpu"))])
     torch.save(found, folder / f"{rank} of {world}")
     distributed.stop()
     if world > 1:
-        distributed.leave(0)  # as the training script's processes do
+        distributed.exit_process(0)  # as the training script's processes do
 
 
 def free_port():
@@ -104,6 +107,68 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
         for name, value in one.items():
             assert torch.allclose(value, other[name], rtol=1e-5, atol=1e-6), name
     assert any(name.startswith("logit_scale") and value != 0 for name, value in one.items())
+
+
+def share_an_array(rank, folder):
+    """One of two processes: it writes every second row of an array, then saves what it sees."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    distributed.start()
+    tempfile.tempdir = str(folder)
+    reserve, os.posix_fallocate = os.posix_fallocate, full_disk
+    with pytest.raises(OSError, match="No space left"):  # the first process's error, in both
+        distributed.shared_array((6, 3), np.float16)
+    os.posix_fallocate = reserve
+    array = distributed.shared_array((6, 3), np.float16)
+    distributed.barrier()
+    assert not array.any() and not os.listdir(folder)  # the file has no name any more
+    distributed.barrier()
+    array[rank::2] = rank + 1
+    distributed.barrier()
+    torch.save(torch.from_numpy(array).clone(), f"{folder}.{rank}")
+    distributed.stop()
+    distributed.exit_process(0)
+
+
+def full_disk(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="a full disk is not noticed early")
+def test_two_processes_share_an_array(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    (tmp_path / "files").mkdir()
+    torch.multiprocessing.spawn(share_an_array, (tmp_path / "files",), nprocs=2)
+    for rank in range(2):
+        rows = torch.load(tmp_path / f"files.{rank}")
+        assert rows.tolist() == [[1, 1, 1], [2, 2, 2]] * 3 and rows.dtype == torch.float16
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="a full disk is not noticed early")
+def test_an_array_of_a_process_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    array = distributed.shared_array((2, 3), np.float32)
+    assert array.tolist() == [[0, 0, 0], [0, 0, 0]] and not os.listdir(tmp_path)
+    array[1] = 5
+    assert array.sum() == 15
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        distributed.shared_array((2, 3), np.float32)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_stop_request_forgets_its_loop_after_an_error(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    stop = distributed.StopRequest()
+    with pytest.raises(ZeroDivisionError), stop.watch():
+        handlers[signal.SIGINT](signal.SIGINT, None)
+        assert stop.requested
+        raise ZeroDivisionError
+    stop.requested = False
+    with pytest.raises(KeyboardInterrupt):  # the loop has ended, so nothing would look at it
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert not stop.requested
 
 
 def torchrun(*arguments, nproc=2, machine=()):
