@@ -52,41 +52,42 @@ def autocast_dtype(amp, device):
 
 
 def allow_fast_kernels(device):
-    """On CUDA: TF32 for float32 matrices (but see `full_float32`), and the fastest convolutions."""
+    """On CUDA, allow TF32 in products of float32 matrices (see `full_float32` for where it is not
+    allowed) and let cuDNN choose the fastest convolutions."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
 
 def device_name(device):
+    """The name of the GPU or of the processor, as results are reported with it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():  # on Linux platform.processor() says nothing of use
-        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        named = re.search(r"\nmodel name\s*: (.*)\n", facts)
-        processor = named[1] if named else processor
+    if Path("/proc/cpuinfo").exists():  # on Linux platform.processor() is empty or vague
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        match = re.search(r"\nmodel name\s*: (.*)\n", cpuinfo)
+        processor = match[1] if match else processor
     return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
 
 
 def describe(settings, device, processes=1):
-    """What a result follows from: settings, precision, hardware, versions and date."""
+    """What a result depends on: settings, precision, hardware, versions and date."""
     dtype = autocast_dtype(settings.amp, device)
     precision = f"mixed, {str(dtype).removeprefix('torch.')}" if dtype else "float32"
+    name = device_name(device)
     return {"settings": dataclasses.asdict(settings), "precision": precision,
-            "device": (f"{processes} x " if processes > 1 else "") + device_name(device),
+            "device": f"{processes} x {name}" if processes > 1 else name,
             "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
             "date": datetime.date.today().isoformat()}
 
 
 @contextlib.contextmanager
 def full_float32():
-    """Float32 matrices are multiplied in float32 inside, where TF32 may be on outside."""
+    """Inside, float32 matrices are multiplied in float32, even where TF32 is allowed outside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-

@@ -1,41 +1,49 @@
-"""A second network beside that of `model.py`, which judges photos by Fisher vectors: statistics of
-their small places, which learn nothing and so have much to say after a few thousand photos.
-It learns first, in a minute or two, and by itself; see `train_fisher_network` in the training
-script.
-Shapes: B batch, N places, C channels, K Gaussians, D components, H height, W width."""
-import math
-import os
-import tempfile
+"""The Fisher network: a second network that judges photos by Fisher vectors, next to that of
+`model.py`, and the model that ranks with both.
 
-import numpy as np
+A Fisher vector describes how the small patches of a photo (their gradients and colours) deviate
+from a Gaussian mixture that was fit to training photos. Nothing in it is learned by gradient
+descent, which is an advantage with a few thousand photos. The Fisher network is trained first, in
+one or two minutes and by itself; see `train_fisher_network` in the training script.
+
+Shapes in this file: B batch, N positions, C channels, K Gaussians, D components, H height, W
+width."""
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from src.device import full_float32
-from src.model import MultiModalMemoryNetwork
+from src.model import ModelConfig, MultiModalMemoryNetwork
 from src.settings import FISHER_PHOTOS, FISHER_PIXELS
+from src.utils import distributed
 from src.utils.augment import normalize, resize
 
-CELLS = 4  # a descriptor has 4 x 4
-SCALES = (3, 4, 6, 8, 12)  # sides of these, in pixels
+GRID = 4  # a patch has 4 x 4 cells
+CELL_SIDES = (3, 4, 6, 8, 12)  # in pixels
 DIRECTIONS = 8
-COMPONENTS = 64  # of a descriptor, besides its place
+COMPONENTS = 64  # principal components of a descriptor; its position in the photo comes in addition
 GAUSSIANS = 64
-FIT_PHOTOS, FIT_STEPS = 100, 20  # of expectation and maximisation
-DROPOUT, FISHER_WEIGHT = 0.7, 0.7
-BATCH_SIZE = 50  # of photos whose vectors are made
+FIT_PHOTOS = 100
+EM_STEPS = 20
+DROPOUT = 0.7
+FISHER_WEIGHT = 0.7  # of the Fisher network's cosine, relative to that of the memory network
+BATCH_SIZE = 50  # photos of which Fisher vectors are computed at a time
 
 
 class FisherVector(nn.Module):
-    """Maps of cells, a list of (B, C, H, W) -> (B, 2 * K * (D + 2)), the gradient of a Gaussian
-    mixture's likelihood, of unit mean square (Perronnin, Sanchez and Mensink 2010). A descriptor is
-    the components of 4 x 4 cells and, as two more numbers, where these lie in the photo."""
+    """Maps of cells, a list of (B, C, H, W) -> the Fisher vectors (B, 2 * K * (D + 2)) of their
+    patches: the gradient of the log-likelihood of a Gaussian mixture with respect to its means and
+    variances, power-normalised, with a mean square of 1 (Perronnin, Sanchez and Mensink 2010).
+
+    The descriptor of a patch is the principal components of its GRID x GRID cells, followed by two
+    numbers for its position in the photo."""
 
     def __init__(self, channels):
         super().__init__()
         size = COMPONENTS + 2
-        self.register_buffer("components", torch.zeros(COMPONENTS, channels, CELLS, CELLS))
+        self.register_buffer("components", torch.zeros(COMPONENTS, channels, GRID, GRID))
         self.register_buffer("offset", torch.zeros(COMPONENTS))
         self.register_buffer("weight", torch.full((GAUSSIANS,), 1 / GAUSSIANS))
         self.register_buffer("mean", torch.randn(GAUSSIANS, size))
@@ -45,99 +53,110 @@ class FisherVector(nn.Module):
     @torch.no_grad()
     @full_float32()
     def fit(self, maps):
-        """Principal components and mixture of what cells of training photos hold."""
-        raw = torch.cat([F.unfold(cells, CELLS).transpose(1, 2).flatten(0, 1) for cells in maps])
-        mean = raw.mean(0)
-        values, vectors = torch.linalg.eigh((raw - mean).T @ (raw - mean) / len(raw))
-        vectors = (vectors / values.clamp(min=1e-8).sqrt()).T.flip(0)[:COMPONENTS]
-        self.components.copy_(vectors.view_as(self.components))
-        self.offset.copy_(vectors @ -mean)
+        """Fit the principal components, then the mixture (by expectation maximisation), to the
+        maps of training photos."""
+        patches = torch.cat([F.unfold(cells, GRID).transpose(1, 2).flatten(0, 1)
+                             for cells in maps])
+        mean = patches.mean(0)
+        covariance = (patches - mean).T @ (patches - mean) / len(patches)
+        values, vectors = torch.linalg.eigh(covariance)  # in order of rising eigenvalue
+        whitening = (vectors / values.clamp(min=1e-8).sqrt()).T.flip(0)[:COMPONENTS]
+        self.components.copy_(whitening.view_as(self.components))
+        self.offset.copy_(whitening @ -mean)
+
         descriptors = self.descriptors(maps).flatten(0, 1)
         self.mean.copy_(descriptors[torch.randperm(len(descriptors))[:GAUSSIANS]])
-        for _ in range(FIT_STEPS):
-            count, first, second = (sum(sums) for sums in zip(
-                *(self.statistics(part) for part in descriptors.split(50_000))))
+        for _ in range(EM_STEPS):
+            parts = [self.statistics(part) for part in descriptors.split(50_000)]
+            count, first, second = (sum(sums) for sums in zip(*parts))
             count = count[:, None].clamp(min=1e-3)
             self.weight.copy_((count / count.sum()).squeeze(1))
             self.mean.copy_(first / count)
             self.variance.copy_((second / count - self.mean.square()).clamp(min=0.01))
 
     def descriptors(self, maps):
-        """-> (B, N, D + 2), each number of about unit variance."""
-        parts, places = [], []
+        """-> the descriptors of all patches (B, N, D + 2), each number of about unit variance."""
+        components, positions = [], []
         for cells in maps:
             y = F.conv2d(cells, self.components, self.offset).permute(0, 2, 3, 1)
             axes = [torch.linspace(-1, 1, side, device=y.device, dtype=y.dtype) * math.sqrt(3)
                     for side in y.shape[1:3]]
-            parts.append(y.flatten(1, 2))
-            places.append(torch.cartesian_prod(*axes))
-        places = torch.cat(places).expand(len(y), -1, -1)
-        return torch.cat([torch.cat(parts, dim=1), places], dim=2)
+            components.append(y.flatten(1, 2))
+            positions.append(torch.cartesian_prod(*axes))
+        positions = torch.cat(positions).expand(len(y), -1, -1)
+        return torch.cat([torch.cat(components, dim=1), positions], dim=2)
 
     def statistics(self, descriptors):
-        """(..., N, D + 2) -> how many belong to each Gaussian (..., K), and the sums of these and
-        of their squares (..., K, D + 2)."""
+        """Descriptors (..., N, D + 2) -> the sums over N of the responsibilities (..., K), of the
+        descriptors weighted by them, and of the squared descriptors (..., K, D + 2)."""
         squares, precision = descriptors.square(), 1 / self.variance
         constant = self.weight.log() - (
             self.variance.log() + self.mean.square() * precision).sum(1) / 2
-        belongs = (F.linear(descriptors, self.mean * precision, constant)
-                   - F.linear(squares, precision / 2)).softmax(-1).to(descriptors.dtype)
-        sums = [belongs.transpose(-1, -2) @ numbers for numbers in (descriptors, squares)]
-        return belongs.sum(-2, dtype=torch.float32), sums[0].float(), sums[1].float()
+        log_likelihoods = (F.linear(descriptors, self.mean * precision, constant)
+                           - F.linear(squares, precision / 2))
+        responsibilities = log_likelihoods.softmax(-1).to(descriptors.dtype)
+        count = responsibilities.sum(-2, dtype=torch.float32)
+        first = responsibilities.transpose(-1, -2) @ descriptors
+        second = responsibilities.transpose(-1, -2) @ squares
+        return count, first.float(), second.float()
 
     def forward(self, maps):
-        descriptors = self.descriptors(maps)
-        count, first, second = self.statistics(descriptors)
+        count, first, second = self.statistics(self.descriptors(maps))
         count = count[:, :, None]
-        of_mean = (first - self.mean * count) / self.variance.sqrt()
-        of_variance = (second - 2 * self.mean * first + self.mean.square() * count
-                       ) / self.variance - count
-        vector = torch.cat([of_mean, of_variance / math.sqrt(2)], dim=2)
+        mean_gradient = (first - self.mean * count) / self.variance.sqrt()
+        variance_gradient = (second - 2 * self.mean * first + self.mean.square() * count
+                             ) / self.variance - count
+        vector = torch.cat([mean_gradient, variance_gradient / math.sqrt(2)], dim=2)
         vector = (vector / self.weight.sqrt()[:, None]).flatten(1)
         vector = vector.sign() * vector.abs().sqrt()
         return F.normalize(vector, dim=1) * math.sqrt(self.width)
 
 
-def photos_at(photos, rows, device):
-    """Rows of stored photos, uint8 -> normalised floats, as Fisher vectors take them."""
-    return normalize(resize(photos[rows].to(device), FISHER_PIXELS))
-
-
 class FisherVectors(nn.Module):
-    """Photos (B, 3, H, W), normalised floats -> (B, width): the Fisher vectors of the gradients in
-    cells of several sizes, by their direction (SIFT, Lowe 2004; dense, as in Sanchez et al. 2013),
-    and of the mean and the deviation of their colours. H and W of at least 48 pixels."""
+    """Photos (B, 3, H, W), normalised floats, H and W at least 48 -> (B, width): the Fisher vectors
+    of the gradient histograms of their patches (dense SIFT: Lowe 2004; Sanchez et al. 2013), and
+    those of the means and standard deviations of their colours. The patches have several sizes."""
 
     def __init__(self):
         super().__init__()
         angle = torch.arange(DIRECTIONS) * (2 * math.pi / DIRECTIONS)
-        slope = torch.tensor([[0.0, 0, 0], [-1, 0, 1], [0, 0, 0]]) / 6  # of three channels' mean
-        slopes = angle.cos()[:, None, None] * slope + angle.sin()[:, None, None] * slope.T
-        self.register_buffer("slopes", slopes[:, None].repeat(1, 3, 1, 1), persistent=False)
+        # Central differences, averaged over the three colour channels.
+        horizontal = torch.tensor([[0.0, 0, 0], [-1, 0, 1], [0, 0, 0]]) / 6
+        filters = (angle.cos()[:, None, None] * horizontal
+                   + angle.sin()[:, None, None] * horizontal.T)
+        self.register_buffer("gradient_filters", filters[:, None].repeat(1, 3, 1, 1),
+                             persistent=False)
         self.gradients, self.colors = FisherVector(DIRECTIONS), FisherVector(6)
         self.width = self.gradients.width + self.colors.width
 
     def cells(self, photos):
-        """-> maps of gradients (B, DIRECTIONS, H / side, W / side) and of colours (B, 6, ...), of
-        each scale."""
-        framed = F.pad(photos, (1, 1, 1, 1), mode="replicate")  # the frame is no edge
-        slopes = F.relu(F.conv2d(framed, self.slopes)).float()
-        everything, gradients, colors = torch.cat([slopes, photos, photos.square()], 1), [], []
-        for side in SCALES:
+        """-> for each cell size, maps of gradient histograms (B, DIRECTIONS, H / side, W / side)
+        and of colour statistics (B, 6, H / side, W / side)."""
+        framed = F.pad(photos, (1, 1, 1, 1), mode="replicate")  # so that the border is no edge
+        slopes = F.relu(F.conv2d(framed, self.gradient_filters)).float()
+        everything = torch.cat([slopes, photos, photos.square()], 1)
+        gradients, colors = [], []
+        for side in CELL_SIDES:
             slopes, mean, square = F.avg_pool2d(everything, side).split([DIRECTIONS, 3, 3], 1)
-            around = F.avg_pool2d(slopes.sum(1, keepdim=True), 5, 1, 2, count_include_pad=False)
-            gradients.append((slopes / (around + 0.05)).sqrt())
+            neighbourhood = F.avg_pool2d(slopes.sum(1, keepdim=True), 5, 1, 2,
+                                         count_include_pad=False)
+            gradients.append((slopes / (neighbourhood + 0.05)).sqrt())
             deviation = (square - mean.square()).clamp(min=1e-6).sqrt()
             colors.append(torch.cat([mean, deviation], 1))
         return gradients, colors
 
     @torch.no_grad()
     def fit(self, photos):
-        """To some of a training split's stored photos, uint8 (N, 3, H, W)."""
+        """Fit both mixtures to some of the stored photos, uint8 (N, 3, H, W), of a training
+        split."""
         rows = torch.linspace(0, len(photos) - 1, min(FIT_PHOTOS, len(photos))).long()
-        gradients, colors = self.cells(photos_at(photos, rows, self.slopes.device))
+        gradients, colors = self.cells(self.load(photos, rows))
         self.gradients.fit(gradients)
         self.colors.fit(colors)
+
+    def load(self, photos, rows):
+        """Rows of stored photos, uint8 -> normalised floats of the size that is described."""
+        return normalize(resize(photos[rows].to(self.gradient_filters.device), FISHER_PIXELS))
 
     @torch.no_grad()
     def forward(self, photos):
@@ -146,20 +165,25 @@ class FisherVectors(nn.Module):
 
 
 class NetworkWithFisherVectors(MultiModalMemoryNetwork):
-    """The multimodal memory network and, in `second`, one of encoders alone whose photos are Fisher
-    vectors. They rank together: latents are (B, 2 * latent_dim), theirs side by side, of lengths
-    such that the cosine of two is the mean of theirs, the second's weighing FISHER_WEIGHT of the
-    first's. Training sees the first alone.
+    """The multimodal memory network together with `fisher_network`, a network of encoders alone
+    whose photos are Fisher vectors.
 
-    eval_pixels: side of the photos that the first takes; in use they may be of any size."""
+    Its latents are (B, 2 * latent_dim), those of both side by side, of such lengths that the cosine
+    of two latents is the weighted mean of both networks' cosines, where the Fisher network has
+    FISHER_WEIGHT. In training, the encoders' methods of the base class give the latents of the
+    memory network alone.
 
-    def __init__(self, vocab_size, eval_pixels, **sizes):
-        super().__init__(vocab_size, **sizes)
-        self.eval_pixels, vectors = eval_pixels, FisherVectors()
-        same = {name: sizes[name] for name in ("text_embed_dim", "latent_dim", "num_heads")}
-        self.fisher_network = MultiModalMemoryNetwork(
-            vocab_size, num_layers=0, fusion_layers=0, dropout=DROPOUT,
-            image_features=vectors.width, **same)
+    eval_pixels: side of the photos that the memory network takes. The photos given may have any
+    size."""
+
+    def __init__(self, config, eval_pixels):
+        super().__init__(config)
+        self.eval_pixels = eval_pixels
+        vectors = FisherVectors()
+        self.fisher_network = MultiModalMemoryNetwork(ModelConfig(
+            vocab_size=config.vocab_size, text_embed_dim=config.text_embed_dim,
+            latent_dim=config.latent_dim, num_heads=config.num_heads, num_layers=0,
+            fusion_layers=0, dropout=DROPOUT, image_features=vectors.width))
         self.fisher_network.image_backbone = vectors
         self.fisher_network.requires_grad_(False)
 
@@ -169,51 +193,53 @@ class NetworkWithFisherVectors(MultiModalMemoryNetwork):
         photos = None
         if images is not None:
             photos = resize(images, self.eval_pixels)
-            if fisher_vectors is None:  # the backbone of the Fisher network makes them
+            if fisher_vectors is None:  # the Fisher network's backbone computes them
                 fisher_vectors = resize(images, FISHER_PIXELS)
-        parts = (super().forward(text, photos, text_mask, text_features),
-                 self.fisher_network(text, fisher_vectors, text_mask))
-        first, second = (part["central_latent"].float() for part in parts)
-        if images is None or text is None:  # of both, they are means of such
+        first = super().forward(text, photos, text_mask, text_features)["central_latent"].float()
+        second = self.fisher_network(text, fisher_vectors, text_mask)["central_latent"].float()
+        if images is None or text is None:  # of both, they are means of unit vectors
             first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
         return {"central_latent": torch.cat([first, math.sqrt(FISHER_WEIGHT) * second], dim=1)}
 
 
-def build_network(vocab_size, settings, widths):
-    """The model of those settings. widths: of pretrained encoders' features. Raises ValueError for
-    sizes that do not fit."""
-    sizes = settings.model_arguments() | widths
+def build_network(vocab_size, settings, feature_widths):
+    """The model of these settings. feature_widths: {"image_features", "text_features": width} of
+    pretrained encoders. Raises ValueError for sizes that do not fit each other."""
+    config = ModelConfig(vocab_size, **settings.model_arguments(), **feature_widths)
     if settings.fisher:
-        return NetworkWithFisherVectors(vocab_size, settings.eval_pixels, **sizes)
-    return MultiModalMemoryNetwork(vocab_size, **sizes)
+        return NetworkWithFisherVectors(config, settings.eval_pixels)
+    return MultiModalMemoryNetwork(config)
 
 
 def make_fisher_vectors(vectors, photos, amp_dtype, views):
-    """Fisher vectors of stored photos, float16 (N, views, width) on the host, 34 kB each; views:
-    1, or 2 with those of the mirror images. They lie in a file without a name, which may be larger
-    than memory. Raises OSError for a full disk."""
-    device, shape = vectors.slopes.device, (len(photos), views, vectors.width)
-    with tempfile.TemporaryFile() as file:  # it is there until the array is gone
-        if hasattr(os, "posix_fallocate"):  # else a full disk would be noticed in the middle
-            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
-        made = torch.from_numpy(np.memmap(file, np.float16, "w+", shape=shape))
-    for rows in torch.arange(len(photos)).split(BATCH_SIZE):
-        images = photos_at(photos, rows, device).contiguous(memory_format=torch.channels_last)
+    """The Fisher vectors of stored photos, float16 (N, views, width) on the host, 34 kB each. views
+    is 1, or 2 with those of the mirror images.
+
+    They lie in a memory-mapped temporary file, which may be larger than memory. The processes of a
+    machine share the file and the work. Raises OSError for a full disk."""
+    device = vectors.gradient_filters.device
+    array = distributed.shared_array((len(photos), views, vectors.width), "float16")
+    result = torch.from_numpy(array)
+    batches = torch.arange(len(photos)).split(BATCH_SIZE)
+    local_rank, local_world = distributed.local_rank_and_world()
+    for rows in batches[local_rank::local_world]:
+        images = vectors.load(photos, rows).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             for view, shown in zip(range(views), (images, images.flip(-1))):
-                made[rows, view] = vectors(shown).half().cpu()
-    return made
+                result[rows, view] = vectors(shown).half().cpu()
+    distributed.barrier()
+    return result
 
 
 def with_fisher_vectors(model, splits, amp_dtype):
     """{split: dataset} -> the same with the Fisher vectors of their photos, which all validations
-    and the bank use. Those that a dataset has already are kept, and a training split of more than
-    FISHER_PHOTOS photos gets none: the model computes them when it needs them."""
-    fisher_vectors = model.fisher_network.image_backbone
-    found = {}
+    and the bank use. Those that a dataset has already are kept. A training split of more than
+    FISHER_PHOTOS photos gets none; there the model computes them when it needs them."""
+    vectors = model.fisher_network.image_backbone
+    result = {}
     for name, data in splits.items():
         if data.fisher_vectors is None and (name != "train" or len(data.photos) <= FISHER_PHOTOS):
-            vectors = make_fisher_vectors(fisher_vectors, data.photos, amp_dtype, views=1)
-            data = data.with_fisher_vectors(vectors[:, 0])
-        found[name] = data
-    return found
+            rows = make_fisher_vectors(vectors, data.photos, amp_dtype, views=1)
+            data = data.with_fisher_vectors(rows[:, 0])
+        result[name] = data
+    return result

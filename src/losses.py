@@ -1,53 +1,63 @@
-"""The contrastive loss between photos and captions, and its backward pass, at once or in chunks, in
-one process or several."""
+"""The contrastive loss between photos and captions."""
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from src.model import PHOTO_WEIGHT
 
-COMBINED_WEIGHT = 0.2  # of the loss of a photo together with one of its captions
+COMBINED_WEIGHT = 0.2  # of the loss of a photo combined with one of its captions
 
 
 def gather(rows):
-    """(B, ...) of this process -> (B x processes, ...) of all, by rank; the same B everywhere.
+    """Rows (B, ...) of this process -> those of all processes, in the order of their ranks. B must
+    be the same everywhere.
 
-    Gradients reach a process's own rows only, times the number of processes, of which
-    DistributedDataParallel then takes the mean."""
+    Only a process's own rows receive a gradient. It is multiplied by the number of processes, as
+    DistributedDataParallel averages the gradients of all processes afterwards."""
     if not dist.is_initialized():
         return rows
     world = dist.get_world_size()
     parts = [torch.empty_like(rows) for _ in range(world)]
     dist.all_gather(parts, rows.detach().contiguous())
-    own = rows.view_as(rows)
-    if own.requires_grad:
-        own.register_hook(lambda gradient: gradient * world)
-    parts[dist.get_rank()] = own
+    local = rows.view_as(rows)
+    if local.requires_grad:
+        local.register_hook(lambda gradient: gradient * world)
+    parts[dist.get_rank()] = local
     return torch.cat(parts)
 
 
+def scaled_similarities(queries, texts, logit_scale):
+    """Unit vectors (Q, D) and (M, D) -> their cosines, divided by the temperature, (Q, M)."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return logit_scale.float().exp() * (queries @ texts.T)
+
+
 def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None):
-    """Symmetric InfoNCE (van den Oord et al. 2018; CLIP, Radford et al. 2021), a scalar, in float32
-    over the pairs of all processes; and, where a photo comes with several captions, COMBINED_WEIGHT
-    of the contrast (supervised; Khosla et al. 2020) in which it, together with each of them, must
-    find the others.
+    """The contrastive loss of a batch of pairs, a scalar in float32, over all processes.
+
+    It is the symmetric InfoNCE loss (van den Oord et al. 2018; CLIP, Radford et al. 2021). Where a
+    photo comes with several captions, COMBINED_WEIGHT times a second term is added: the photo
+    combined with each of its captions must find the other ones (supervised contrastive learning,
+    Khosla et al. 2020).
 
     image_latents, text_latents: (B, D), of any length, pair i in row i. logit_scale: scalar, the
-    logarithm of the inverse temperature. photo_ids: (B,) integers; pairs with the same id hold the
-    same photo and are not each other's negatives."""
+    logarithm of the inverse temperature. photo_ids: (B,) integers. Pairs with the same id hold the
+    same photo and are not negatives of each other; by default all photos differ."""
     image_latents = gather(F.normalize(image_latents.float(), dim=-1))
     text_latents = gather(F.normalize(text_latents.float(), dim=-1))
-    rows = torch.arange(len(text_latents), device=text_latents.device)
-    photo_ids = rows if photo_ids is None else gather(photo_ids)
+    targets = torch.arange(len(text_latents), device=text_latents.device)
+    photo_ids = targets if photo_ids is None else gather(photo_ids)
     same_photo = (photo_ids[:, None] == photo_ids).fill_diagonal_(False)
-    with torch.autocast(image_latents.device.type, enabled=False):
-        together = F.normalize(torch.lerp(text_latents, image_latents, PHOTO_WEIGHT), dim=-1)
-        logits_per_image, logits_together = (logit_scale.float().exp() * (latents @ text_latents.T)
-                                             for latents in (image_latents, together))
-    loss = sum(F.cross_entropy(logits.masked_fill(same_photo, float("-inf")), rows) / 2
-               for logits in (logits_per_image, logits_per_image.T))
-    log_shares = logits_together.fill_diagonal_(float("-inf")).log_softmax(1)
-    of_others = log_shares.masked_fill(~same_photo, 0).sum(1) / same_photo.sum(1).clamp(min=1)
-    return loss - COMBINED_WEIGHT * of_others.mean()
 
+    logits_per_image = scaled_similarities(image_latents, text_latents, logit_scale)
+    logits_per_image = logits_per_image.masked_fill(same_photo, float("-inf"))
+    loss = (F.cross_entropy(logits_per_image, targets)
+            + F.cross_entropy(logits_per_image.T, targets)) / 2
 
+    combined = F.normalize(torch.lerp(text_latents, image_latents, PHOTO_WEIGHT), dim=-1)
+    logits_of_combined = scaled_similarities(combined, text_latents, logit_scale)
+    # The caption that is part of the query is neither a positive nor a negative.
+    log_probabilities = logits_of_combined.fill_diagonal_(float("-inf")).log_softmax(1)
+    positives = log_probabilities.masked_fill(~same_photo, 0)
+    mean_of_positives = positives.sum(1) / same_photo.sum(1).clamp(min=1)
+    return loss - COMBINED_WEIGHT * mean_of_positives.mean()

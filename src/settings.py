@@ -122,7 +122,7 @@ class Settings:
     def stored_pixels(self, split):
         """Side in pixels of the decoded photos of a split: as large as the model uses them, and for
         training an eighth larger than the crops that are taken from them."""
-        side = uncropped(self.image_size) if split == "train" else self.eval_pixels
+        side = size_before_crop(self.image_size) if split == "train" else self.eval_pixels
         return max(side, FISHER_PIXELS) if self.fisher else side
 
     def training_pixels(self, epoch):
@@ -166,7 +166,7 @@ REFERENCE = dict(
     word_dropout=0.0, start_size=0, tokenizer="char", fisher=False)
 
 
-def uncropped(pixels):
+def size_before_crop(pixels):
     """Side of the photos from which training crops of this side are taken."""
     return pixels * 8 // 7
 

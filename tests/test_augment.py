@@ -48,7 +48,7 @@ def test_crops_are_distributed_as_torchvisions(min_scale):
     out = random_resized_crop_and_flip(gradient_photos(4000), 64, min_scale)
     left, right = out[:, 0, 32, 8], out[:, 0, 32, -9]
     top, bottom = out[:, 1, 8, 32], out[:, 1, -9, 32]
-    span = 2 * (64 - 17) / 64  # between the columns looked at, in an uncropped photo
+    span = 2 * (64 - 17) / 64  # between the columns looked at, in an size_before_crop photo
     width, height = (right - left) / span, (bottom - top) / span
     # half are mirrored, none upside down
     assert (height > 0).all() and 0.46 < (width < 0).float().mean() < 0.54

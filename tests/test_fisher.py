@@ -14,7 +14,6 @@ from src.fisher import (
     FisherVectors,
     build_network,
     make_fisher_vectors,
-    photos_at,
     with_fisher_vectors,
 )
 from src.model import IMAGE, combine_photo_and_text
@@ -50,7 +49,7 @@ def vectors():
 
 def seen():
     """What `vectors` was fit to."""
-    return photos_at(stored(), torch.arange(12), torch.device("cpu"))
+    return FisherVectors().load(stored(), torch.arange(12))
 
 
 @pytest.fixture
@@ -181,7 +180,7 @@ def test_vectors_of_stored_photos_and_of_their_mirror_images(vectors, views):
     made = make_fisher_vectors(vectors, images, None, views)
     assert made.shape == (53, views, vectors.width) and made.dtype == torch.float16
     rows = torch.tensor([0, 49, 50, 52])
-    shown = photos_at(images, rows, torch.device("cpu"))
+    shown = vectors.load(images, rows)
     for view, flipped in zip(range(views), (shown, shown.flip(-1))):
         assert torch.allclose(made[rows, view].float(), vectors(flipped), atol=0.05)
 

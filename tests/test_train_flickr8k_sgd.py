@@ -31,7 +31,7 @@ from src.losses import info_nce_loss
 from src.model import PatchComponents
 from src.runs import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
 from src.search import embed_photos, embed_texts, load_bank, load_model
-from src.settings import make_settings, uncropped
+from src.settings import make_settings, size_before_crop
 from src.training import CudaGraphs, MovingAverage, RunState, cosine_schedule
 from src.utils import augment
 from src.utils.flickr8k_simple import (
@@ -703,7 +703,7 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
         run = RunState(settings, model, tokenizer, torch.device("cuda"), 10)
         monkeypatch.setattr(copy, "deepcopy", lambda model: other)  # of the same fake mode
         average = MovingAverage(model, 0.9)
-        size = uncropped(settings.image_size)
+        size = size_before_crop(settings.image_size)
         for mode in (contextlib.nullcontext(), NoCopies()):  # constants are made the first time
             batch = {
                 "images": torch.zeros(4, 3, size, size, dtype=torch.uint8),
