@@ -2,17 +2,31 @@
 
     python train_flickr8k_sgd.py --synthetic            the built-in shapes, about a minute
     python train_flickr8k_sgd.py                        Flickr8k (see download_flickr8k.py)
-    torchrun --nproc_per_node=4 train_flickr8k_sgd.py   one process a GPU, which share the batch
+    torchrun --nproc_per_node=4 train_flickr8k_sgd.py   one process per GPU; they share the batch
 
-Read it from the top: data and model, the step, what comes before the first one, and the loop,
-`fit`. --resume goes on as if nothing had happened: the order of the pairs, the crops and the
-learning rate follow from the seed and the step alone, the rest is the state in `src/state.py`."""
+Read it from the top: the model, what happens before the first step, the training loop `fit`, and
+what is written at the end of an epoch and of the run. One step is in `src/training.py`.
+
+A run that is stopped and continued with --resume ends as if nothing had happened: the order of the
+pairs, the augmentation and the learning rate follow from the seed and the number of the step, and
+the rest is in the checkpoint."""
 import dataclasses
 import logging
 import math
 import shlex
 import sys
 import time
+
+from src.settings import (
+    FISHER_EPOCHS,
+    FISHER_PHOTOS,
+    for_contrastive_pair,
+    parse_args,
+)
+
+if __name__ == "__main__":
+    # --help and wrong arguments are answered before torch is imported, which takes seconds.
+    parse_args(__doc__.split("\n")[0])
 
 import torch
 
@@ -23,8 +37,6 @@ from src.encoder_sources import load_encoders
 from src.evaluation import compare_bank, evaluate, make_bank
 from src.fisher import build_network, make_fisher_vectors, with_fisher_vectors
 from src.pretrained import NO_ENCODERS
-from src.runs import load_checkpoint, save_checkpoint, save_json
-from src.settings import FISHER_EPOCHS, FISHER_PHOTOS, for_contrastive_pair, parse_args
 from src.training import (
     ADVICE,
     MEMORY_LOSS_WEIGHT,
@@ -42,32 +54,25 @@ from src.utils.flickr8k_simple import check_folders, iterate_batches, load_split
 from src.utils.tokenizers import tokenizer_from_state
 
 log = logging.getLogger("flickr8k_sgd")
-LOG_INTERVAL = 10  # steps between two looks at the loss: sync points
-STEM_PHOTOS = 1000  # that the first filters are made of
-CHECKPOINT_INTERVAL = 60  # seconds, which a power cut may cost; a GPU's epochs are shorter
-
-
-def share_of_epoch(data, settings, epoch):
-    """This process's pairs of each of an epoch's batches."""
-    rank, world = distributed.rank_and_world()
-    batches = data.epoch(settings.captions_per_image, settings.batch_size,
-                         settings.seed * 1_000_003 + epoch)
-    share = batches.shape[1] // world
-    return batches[:, rank * share:(rank + 1) * share]
+LOG_INTERVAL = 10  # steps between two looks at the loss, each of which waits for the device
+STEM_PHOTOS = 1000  # training photos to which the first filters are fit
+CHECKPOINT_INTERVAL = 60  # seconds; a power cut costs no more training than this
+SEED_STRIDE = 1_000_003  # a prime, so that the seeds of different runs do not overlap
 
 
 def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
-    """The model, on the CPU; its first filters are fit to `photos`, a training split's, where they
-    are given. Raises UsageError for sizes that do not fit."""
+    """The model, on the CPU. Its first filters are fit to `photos`, those of a training split, if
+    these are given. Raises UsageError for sizes that do not fit each other."""
     try:
         model = build_network(tokenizer.vocab_size, settings, encoders.widths)
     except ValueError as error:
-        raise UsageError(f"these sizes make no model: {error}") from None
+        raise UsageError(f"invalid model size: {error}") from None
     if encoders.image is None:
+        multiple = model.image_encoder.stride
         for side in (settings.start_size, settings.image_size, settings.eval_pixels):
-            if side % model.image_encoder.stride:
-                raise UsageError(f"photos of {side} pixels: the model takes multiples of "
-                                 f"{model.image_encoder.stride}")
+            if side % multiple:
+                raise UsageError(f"photos of {side} pixels: the side must be a multiple of "
+                                 f"{multiple}; change --image_size")
         if photos is not None:
             rows = torch.linspace(0, len(photos) - 1, min(STEM_PHOTOS, len(photos))).long()
             sample = resize(photos[rows], settings.training_pixels(1))
@@ -86,45 +91,43 @@ def set_temperature(model, temperature):
     model.clamp_logit_scale_()
 
 
-def set_up(settings, output_dir, checkpoint, args, device, command):
-    """-> (run, splits), ready for the loop, and the run's folder with its config."""
+def batches_of_epoch(data, settings, epoch):
+    """The pairs of an epoch's batches, as far as they are this process's: (steps, pairs)."""
     rank, world = distributed.rank_and_world()
-    encoders = load_encoders(settings, device)
-    if encoders.pair and not args.resume:
-        settings = for_contrastive_pair(settings, vars(args))
-    settings = encoders.fit_settings(settings)
-    for encoder in encoders:
-        does = "once, into a store" if encoder.frozen else "in every step, and is trained"
-        what = "photo" if encoder.kind == "image" else "caption"
-        log.info(f"{encoder.name} encodes every {what} {does}: {encoder.width} features")
-    tokenizer = checkpoint and tokenizer_from_state(checkpoint["tokenizer"])
-    with distributed.local_main_process_first():  # which makes the stores
+    batches = data.epoch(settings.captions_per_image, settings.batch_size,
+                         settings.seed * SEED_STRIDE + epoch)
+    share = batches.shape[1] // world
+    return batches[:, rank * share:(rank + 1) * share]
+
+
+# ------------------------------------------------------------------------ before the first step
+
+
+def set_up(settings, output_dir, checkpoint, args, device, command):
+    """Load or make everything that the loop needs, and the run's folder -> (run, splits)."""
+    rank, world = distributed.rank_and_world()
+    settings, encoders = set_up_encoders(settings, args, device)
+    tokenizer = tokenizer_from_state(checkpoint["tokenizer"]) if checkpoint else None
+    with distributed.local_main_process_first():  # it decodes the photos, the others find them
         splits, tokenizer = load_splits(settings, tokenizer, encoders.image, encoders.text)
+    train = splits["train"]
     torch.manual_seed(settings.seed)
-    model = build_model(settings, tokenizer, encoders, splits["train"].photos)
+    model = build_model(settings, tokenizer, encoders, train.photos)
     model.to(device, memory_format=torch.channels_last)
-    encoders.initialize(model, splits["train"], autocast_dtype(settings.amp, device))
-    batches = share_of_epoch(splits["train"], settings, 1)
+    encoders.initialize(model, train, autocast_dtype(settings.amp, device))
+    batches = batches_of_epoch(train, settings, 1)
     if not batches.numel():
-        raise UsageError(f"a batch has fewer pairs than there are processes, {world}")
+        raise UsageError(f"a batch has fewer pairs than there are processes ({world})")
+
     seconds = 0.0
     if settings.fisher and checkpoint is None:
         splits["train"], seconds = train_fisher_network(
-            settings, model.fisher_network, tokenizer, splits["train"], device)
+            settings, model.fisher_network, tokenizer, train, device)
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.seconds = seconds
     run.dir, run.is_main = output_dir, rank == 0
-    run.epoch = 0 if encoders.pair else 1
-    run.config = describe(settings, device, world) | {
-        "command": command, "encoders": encoders.describe(),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "data": {name: split.counts() for name, split in splits.items()},
-        "layout": splits["train"].folders[0].layout, "extra_data": splits["train"].joined,
-        "fingerprints": {name: split.fingerprint() for name, split in splits.items()}}
-    if any(other != run.config["fingerprints"]
-           for other in distributed.gather_objects([run.config["fingerprints"]])):
-        raise UsageError(f"{settings.data_dir}: photos, captions or their order are not the same "
-                         "on all machines")
+    run.epoch = 0 if encoders.pair else 1  # epoch 0: a contrastive pair before any training
+    run.config = describe_run(settings, encoders, model, splits, device, command)
     if checkpoint is not None:
         began = checkpoint["config"]
         run.config |= {"date": began["date"], "command": began["command"]}
@@ -135,49 +138,84 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
     if run.is_main:
         runs.open_output_dir(output_dir, run.config, run.history, checkpoint is None,
                              args.overwrite or args.resume, log)
-    log.info("{model}: {parameters:,} parameters, {precision}, on {device}".format(
-        model=settings.model, **run.config))
-    data = splits["train"]
-    log.info(f"{len(data):,} pairs of {len(data.names):,} photos in {settings.data_dir}: "
+
+    log.info(f"{settings.model}: {run.config['parameters']:,} parameters, "
+             f"{run.config['precision']}, on {run.config['device']}")
+    log.info(f"{len(train):,} pairs of {len(train.names):,} photos in {settings.data_dir}: "
              f"{settings.epochs} epochs of {len(batches)} steps of {len(batches[0]) * world} pairs")
+    if settings.finetune and device.type == "cpu":
+        seconds = estimate_epoch_seconds(run, splits)
+        log.info(f"an epoch will take about {duration(seconds)} on this machine")
     if checkpoint is not None:
         resume_schedule(run, began["settings"]["epochs"])
     return run, splits
 
 
+def set_up_encoders(settings, args, device):
+    """-> the settings that fit the pretrained encoders, and the encoders."""
+    encoders = load_encoders(settings, device)
+    if encoders.pair and not args.resume:
+        settings = for_contrastive_pair(settings, vars(args))
+    for encoder in encoders:
+        item = "photo" if encoder is encoders.image else "caption"
+        how = "once; the features are stored" if encoder.frozen else "in each step and is trained"
+        log.info(f"{encoder.name} encodes every {item} {how}: {encoder.width} features")
+    return encoders.fit_settings(settings), encoders
+
+
+def describe_run(settings, encoders, model, splits, device, command):
+    """What config.json says about a run. Raises UsageError if the machines have different data."""
+    world = distributed.rank_and_world()[1]
+    fingerprints = {name: split.fingerprint() for name, split in splits.items()}
+    if any(other != fingerprints for other in distributed.gather_objects([fingerprints])):
+        raise UsageError(f"{settings.data_dir}: photos, captions or their order differ between the "
+                         "machines")
+    train = splits["train"]
+    return describe(settings, device, world) | {
+        "command": command, "encoders": encoders.describe(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": {name: split.counts() for name, split in splits.items()},
+        "layout": train.folders[0].layout, "extra_data": train.joined,
+        "fingerprints": fingerprints}
+
+
 def train_fisher_network(settings, network, tokenizer, data, device):
-    """Train the model's second network, by the recipe of the first, but that photos and mirror
-    images are made into Fisher vectors once, the first FISHER_PHOTOS -> the seconds it took."""
+    """Train the Fisher network -> (the training split, perhaps with its Fisher vectors, seconds).
+
+    It has the recipe of the memory network, except that the Fisher vectors of the photos and of
+    their mirror images are computed once, for at most FISHER_PHOTOS photos."""
     began, part = time.time(), data.first(FISHER_PHOTOS)
-    log.info(f"a second network learns first, by Fisher vectors of {len(part.photos):,} photos")
+    log.info(f"training the Fisher network first, on {len(part.photos):,} photos")
     settings = dataclasses.replace(settings, epochs=FISHER_EPOCHS, chunk_size=0)
-    network.image_backbone.fit(part.photos)
     amp_dtype = autocast_dtype(settings.amp, device)
+    network.image_backbone.fit(part.photos)
+    distributed.broadcast_buffers(network.image_backbone)  # each process makes a share of vectors
     vectors = make_fisher_vectors(network.image_backbone, part.photos, amp_dtype, views=2)
     if len(part.photos) == len(data.photos):
-        data = data.with_fisher_vectors(vectors[:, 0])  # for the bank
+        data = data.with_fisher_vectors(vectors[:, 0])  # the bank will use them
     set_temperature(network, settings.temperature)
-    batches = [share_of_epoch(part, settings, i) for i in range(FISHER_EPOCHS)]
+    batches = [batches_of_epoch(part, settings, i) for i in range(FISHER_EPOCHS)]
     network.train().requires_grad_(True)
     run = RunState(settings, network, tokenizer, device, sum(map(len, batches)))
     vectors = place_photos(vectors, device)
     for step, batch in enumerate(iterate_batches(part, vectors, torch.cat(batches), device)):
-        torch.manual_seed(settings.seed * 1_000_003 + step)
+        torch.manual_seed(settings.seed * SEED_STRIDE + step)
         training_step(run, batch)
-    network.load_state_dict(run.kept.state_dict())
+    network.load_state_dict(run.evaluated_model.state_dict())
     network.requires_grad_(False)
-    network.zero_grad()  # else the last step's gradient would count in the clipping of the first's
+    network.zero_grad()  # else its last gradient would count when the other network's is clipped
     seconds = time.time() - began
-    log.info(f"it has learned in {seconds:.0f} s, which count as the first epoch's")
+    log.info(f"the Fisher network took {seconds:.0f} s, which count towards the first epoch")
     return data, seconds
 
 
-def epoch_seconds(run, splits):
-    """About how long an epoch of fine-tuning will take, by a few photos; nothing is learned."""
+def estimate_epoch_seconds(run, splits):
+    """About how long an epoch of fine-tuning takes, measured with a few photos. Nothing is
+    learned."""
     data, settings = splits["train"], run.settings
     pairs = max(20 * settings.captions_per_image, 2 * settings.chunk_size)
-    pairs = share_of_epoch(data, settings, 1)[0][:pairs]
-    for _ in range(2):  # the first warms up
+    pairs = batches_of_epoch(data, settings, 1)[0][:pairs]
+    for _ in range(2):  # the first time is a warm-up
         began = time.time()
         batch = next(iterate_batches(data, data.photos, [pairs], run.device))
         augment(run, batch)
@@ -188,62 +226,68 @@ def epoch_seconds(run, splits):
 
 
 def resume_schedule(run, epochs_before):
-    """Say where the run goes on. Where --epochs has changed, it goes on as if it had been begun
-    with that many: the learning rate jumps to where that schedule stands by now."""
+    """Log where the run continues. If --epochs has changed, it continues on the schedule of a run
+    that was started with that many, so the learning rate jumps to where that schedule is now."""
     epochs, groups, schedule = run.settings.epochs, run.optimizer.param_groups, run.scheduler
     if run.epoch > epochs:
-        log.info("the run is done; to train on: " + runs.resume_command(run.dir, "--epochs", "N"))
+        more = runs.resume_command(run.dir, "--epochs", "N")
+        log.info(f"the run is finished; to train it further: {more}")
         return
     log.info(f"resumed at epoch {run.epoch}, step {run.step}")
     if epochs != epochs_before:
         before = groups[0]["lr"]
         for group, multiple in zip(groups, schedule.lr_lambdas):
             group["lr"] = group["initial_lr"] * multiple(schedule.last_epoch)
-        log.info(f"the schedule is now that of {epochs} epochs, not {epochs_before}: the learning "
-                 f"rate goes from {before:.3g} to {groups[0]['lr']:.3g}")
+        log.info(f"the schedule is now that of {epochs} epochs instead of {epochs_before}: the "
+                 f"learning rate changes from {before:.3g} to {groups[0]['lr']:.3g}")
+
+
+# -------------------------------------------------------------------------------------- the loop
 
 
 def fit(run, splits, stop):
-    """The loop, from where the run stands to its last epoch. Raises RunError where a loss or a
-    weight is not finite, KeyboardInterrupt where a stop was requested, after saving."""
+    """Train from where the run stands to its last epoch. Raises RunError if a loss or a weight is
+    not finite, and KeyboardInterrupt, after saving, if a stop was requested."""
     settings, data, device = run.settings, splits["train"], run.device
     photos = place_photos(data.photos, device)
     rank, world = distributed.rank_and_world()
     line, steps_done = ProgressLine(run.is_main), 0
-    if run.epoch == 0:  # what a contrastive model scores by itself, as which the run begins
+    if run.epoch == 0:  # the zero-shot figures of a contrastive pair
         began, val = time.time(), validate(run, splits["val"])
         end_epoch(run, {"epoch": 0, "train": {"loss": None}, "val": val, "lr": 0.0,
                         "seconds": time.time() - began})
     run.model.train()
     while run.epoch <= settings.epochs:
-        batches = share_of_epoch(data, settings, run.epoch)
+        batches = batches_of_epoch(data, settings, run.epoch)
         steps, pairs = len(batches), len(batches[0]) * world
         began, losses = time.time() - run.seconds, []
         for batch in iterate_batches(data, photos, batches[run.step:], device):
             step = (run.epoch - 1) * steps + run.step
-            # Whatever was drawn before this step, so that it is the same after --resume.
-            torch.manual_seed((settings.seed * 1_000_003 + step) * world + rank)
+            # The random numbers of a step depend on its number alone, so that --resume is exact.
+            torch.manual_seed((settings.seed * SEED_STRIDE + step) * world + rank)
             lr = run.optimizer.param_groups[0]["lr"]
             losses.append(training_step(run, batch))
             run.step += 1
             steps_done += 1
 
-            over, due = run.step == steps, time.time() - run.saved > CHECKPOINT_INTERVAL
-            # Several processes must agree to save or stop, which they do when they log.
-            at_once = world == 1 and (stop.requested or due)
-            if len(losses) == LOG_INTERVAL or over or at_once:
-                for i, loss in enumerate(torch.stack(losses).tolist(), 1 - len(losses)):  # a sync
+            epoch_is_over = run.step == steps
+            save_is_due = time.time() - run.saved_at > CHECKPOINT_INTERVAL
+            # Several processes must agree to save or to stop. They do so when they log.
+            act_now = world == 1 and (stop.requested or save_is_due)
+            if len(losses) == LOG_INTERVAL or epoch_is_over or act_now:
+                first_step = run.step - len(losses) + 1
+                for i, loss in enumerate(torch.stack(losses).tolist()):  # waits for the device
                     if not math.isfinite(loss):
                         raise RunError(f"the loss became {loss} in epoch {run.epoch}, step "
-                                            f"{run.step + i}; {ADVICE}")
+                                       f"{first_step + i}; {ADVICE}")
                     run.loss_sum += loss
                 losses, run.seconds = [], time.time() - began
                 speed = line.speed(steps_done, settings.epochs * steps - step - 1, pairs)
                 line.update(f"epoch {run.epoch}/{settings.epochs}  step {run.step}/{steps}  "
                             f"loss {loss:.3f}  {speed}")
                 stopping = distributed.any_process(stop.requested, device)
-                due = distributed.any_process(due, device)
-                if (stopping or due) and not over:
+                save_is_due = distributed.any_process(save_is_due, device)
+                if (stopping or save_is_due) and not epoch_is_over:
                     save(run)
                     if stopping:
                         raise KeyboardInterrupt
@@ -252,6 +296,8 @@ def fit(run, splits, stop):
         row = {"epoch": run.epoch, "train": {"loss": run.loss_sum / steps},
                "val": validate(run, splits["val"]), "lr": lr, "seconds": time.time() - began}
         line.clear()
+        if run.epoch == 1 and run.graphs is not None and run.graphs.warning():
+            log.info(run.graphs.warning())
         stopping = distributed.any_process(stop.requested, device)
         end_epoch(run, row, stopping)
         if stopping:
@@ -259,61 +305,69 @@ def fit(run, splits, stop):
 
 
 def validate(run, val):
-    """Metrics of the model that is kept. Raises RunError for latents that are not finite."""
-    distributed.broadcast_buffers(run.kept)
+    """The metrics of the model that is kept. Raises RunError for latents that are not finite."""
+    distributed.broadcast_buffers(run.evaluated_model)
     try:
-        return evaluate(run.kept, val, run.amp_dtype)
+        return evaluate(run.evaluated_model, val, run.amp_dtype)
     except ValueError as error:
         raise RunError(f"validation of epoch {run.epoch}: {error}; {ADVICE}") from None
 
 
 def end_epoch(run, row, stopping=False):
-    """Add the epoch to the history, keep the best model, save what is due, and log it."""
+    """Add the epoch to the history, remember the best model, save what is due, and log the epoch.
+    """
     best = max((old["val"]["avg_r1"] for old in run.history), default=-1.0)
     if row["val"]["avg_r1"] > best and run.is_main:
-        weights = {name: tensor.clone() for name, tensor in run.kept.state_dict().items()}
-        run.best = {"epoch": run.epoch, "model_state_dict": weights, "metrics": row["val"],
-                    "config": run.config, "tokenizer": run.tokenizer.state_dict(), "bank": None}
+        state = run.evaluated_model.state_dict()
+        weights = {name: tensor.clone() for name, tensor in state.items()}
+        run.unsaved_best = {
+            "epoch": run.epoch, "model_state_dict": weights, "metrics": row["val"],
+            "config": run.config, "tokenizer": run.tokenizer.state_dict(), "bank": None}
     run.history.append(row)
     run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
-    due = (stopping or len(run.history) == 1 or run.epoch > run.settings.epochs
-           or time.time() - run.saved > CHECKPOINT_INTERVAL)
-    if distributed.any_process(due, run.device):
+    save_is_due = (stopping or len(run.history) == 1 or run.epoch > run.settings.epochs
+                   or time.time() - run.saved_at > CHECKPOINT_INTERVAL)
+    if distributed.any_process(save_is_due, run.device):
         save(run)
     if run.is_main:
-        save_json(run.history, run.dir / runs.HISTORY)
+        runs.save_json(run.history, run.dir / runs.HISTORY)
     log.info(report.epoch_line(row))
 
 
 def save(run):
-    """Write the best model, where it is a new one, and the state, where --resume starts, in an
-    order in which a kill between the two costs nothing."""
+    """Write the best model, if there is a new one, and then the checkpoint for --resume. In this
+    order, a kill between the two loses nothing."""
     state = run.state_dict() | {"config": run.config}
-    if run.best is not None:
-        save_checkpoint(run.best, run.dir / runs.BEST)
+    if run.unsaved_best is not None:
+        runs.save_checkpoint(run.unsaved_best, run.dir / runs.BEST)
     if run.is_main:
-        save_checkpoint(state, run.dir / runs.LAST)
-    run.best, run.saved = None, time.time()
+        runs.save_checkpoint(state, run.dir / runs.LAST)
+    run.unsaved_best, run.saved_at = None, time.time()
 
 
 def evaluate_best(run, splits):
-    """Give the best model its bank and score it, without and with that, on val and test."""
-    best = distributed.call_on_main(lambda: load_checkpoint(run.dir / runs.BEST, runs.BEST_KEYS))
+    """Give the best model its bank, and score it without and with the bank on val and test."""
+    best = distributed.call_on_main(
+        lambda: runs.load_checkpoint(run.dir / runs.BEST, runs.BEST_KEYS))
     run.model.load_state_dict(best["model_state_dict"])
-    started = time.time()
+    began = time.time()
     pixels = run.settings.stored_pixels("val")
     bank = make_bank(run.model, splits["train"], pixels, run.settings.seed, run.amp_dtype)
-    log.info(f"bank: {len(bank.photos):,} photos and {len(bank.texts):,} captions of train, "
-             f"{bank.nbytes / 1e6:.1f} MB, made in {time.time() - started:.1f} s")
+    log.info(f"bank: {len(bank.photos):,} training photos with {len(bank.texts):,} captions, "
+             f"{bank.nbytes / 1e6:.1f} MB, made in {time.time() - began:.1f} s")
     results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype)
                for split in ("val", "test")}
     if run.is_main:
-        save_checkpoint(best | {"bank": bank.state_dict()}, run.dir / runs.BEST)
-        save_json(results | {"beta": BETA}, run.dir / runs.BANK)
-        save_json(results["test"]["off"], run.dir / runs.TEST)
+        runs.save_checkpoint(best | {"bank": bank.state_dict()}, run.dir / runs.BEST)
+        runs.save_json(results | {"beta": BETA}, run.dir / runs.BANK)
+        runs.save_json(results["test"]["off"], run.dir / runs.TEST)
+
+
+# -------------------------------------------------------------------------------------- the main
 
 
 def main(argv=None):
+    """Train, or continue, or check the data -> the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(__doc__.split("\n")[0], argv)
     stop = distributed.StopRequest()
@@ -330,8 +384,6 @@ def main(argv=None):
         allow_fast_kernels(device)
         command = shlex.join(["python", "train_flickr8k_sgd.py", *argv])
         run, splits = set_up(settings, output_dir, checkpoint, args, device, command)
-        if settings.finetune and device.type == "cpu":
-            log.info(f"an epoch will take about {duration(epoch_seconds(run, splits))} here")
         with stop.watch():
             fit(run, splits, stop)
         evaluate_best(run, splits)
@@ -344,18 +396,19 @@ def main(argv=None):
         status, message = 1, f"error: {error}"
     except torch.OutOfMemoryError:
         status = 1
-        message = "error: out of memory; a smaller --chunk_size, --batch_size or --model needs less"
+        message = ("error: the GPU's memory is full; --chunk_size 100 needs less, and so do a "
+                   "smaller --batch_size or --model")
     except RuntimeError as error:
         rank, world = distributed.rank_and_world()
         if world == 1:
             raise
         reason = str(error).splitlines()[0]
-        status, message = 1, (f"error: process {rank} of {world} lost the others ({reason}); go on "
-                              "from the last checkpoint with --resume")
+        status, message = 1, (f"error: process {rank} of {world} lost the others ({reason}); "
+                              "continue from the last checkpoint with --resume")
     except KeyboardInterrupt:
         status, message = 130, "interrupted before the run began"
         if output_dir is not None and (output_dir / runs.CONFIG).exists():
-            message = f"interrupted; go on with: {runs.resume_command(output_dir)}"
+            message = f"interrupted; to continue: {runs.resume_command(output_dir)}"
     finally:
         distributed.stop()
     ProgressLine().clear()

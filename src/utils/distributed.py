@@ -56,6 +56,13 @@ def rank_and_world():
     return dist.get_rank(), dist.get_world_size()
 
 
+def local_rank_and_world():
+    """Return this process's number among those of its machine, and how many these are."""
+    if not dist.is_initialized():
+        return 0, 1
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def barrier():
     """Wait until every process has come here."""
     if dist.is_initialized():
