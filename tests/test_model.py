@@ -9,7 +9,7 @@ from src.model import (
     IMAGE,
     MAX_LOGIT_SCALE,
     PHOTO_WEIGHT,
-    POOLING,
+    POOLING_SHARPNESS,
     TEXT,
     Block,
     FeatureHead,
@@ -57,7 +57,7 @@ def batch(model_size=32, batch_size=4, length=12):
 )
 def test_parameter_counts(preset, low, high):
     with torch.device("meta"):  # shapes only
-        model = MultiModalMemoryNetwork(4000, **model_arguments(preset))
+        model = MultiModalMemoryNetwork(vocab_size=4000, **model_arguments(preset))
     assert low <= sum(p.numel() for p in model.parameters()) <= high
 
 
@@ -206,7 +206,7 @@ def test_an_image_latent_is_a_soft_maximum_over_all_places(channels, units, heig
     latents = encoder(torch.randn(2, 3, height, width))
     places = seen[0].flatten(2)
     assert places.shape == (2, 16, height * width // 4 ** len(channels))
-    pooled = (POOLING * places).exp().sum(2).log() / POOLING
+    pooled = (POOLING_SHARPNESS * places).exp().sum(2).log() / POOLING_SHARPNESS
     assert torch.allclose(latents, encoder.projection(encoder.norm(pooled)), atol=1e-5)
     convolutions = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)
                     and module.kernel_size == (3, 3)]

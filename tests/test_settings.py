@@ -1,9 +1,8 @@
 import dataclasses
-import inspect
 
 import pytest
 
-from src.model import MultiModalMemoryNetwork
+from src.model import ModelConfig
 from src.settings import (
     CONTRASTIVE_PAIR,
     GROUPS,
@@ -83,11 +82,8 @@ def test_presets_and_the_reference_change_settings_that_there_are():
 
 
 def test_the_models_defaults_are_the_preset_base():
-    signature = inspect.signature(MultiModalMemoryNetwork).parameters
-    defaults = {name: parameter.default for name, parameter in signature.items()}
-    no_encoders = {"vocab_size": 34, "image_features": 0, "text_features": 0}
-    arguments = make_settings(model="base").model_arguments() | no_encoders
-    assert arguments | {"conv_channels": tuple(arguments["conv_channels"])} == defaults
+    config = ModelConfig(**make_settings(model="base").model_arguments())
+    assert dataclasses.replace(config, conv_channels=tuple(config.conv_channels)) == ModelConfig()
 
 
 def test_defaults_come_from_preset_and_recipe_and_flags_win():
