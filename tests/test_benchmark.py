@@ -1,88 +1,45 @@
-import json
-
 import pytest
 
 from src.experiments import benchmark
-from src.settings import PRESETS
 
 
-def given(shapes, output, more):
-    flags = f"--model tiny --batch_size 10 --device cpu {more}".split()
-    return [*flags, "--data_dir", str(shapes), "--output", str(output)]
+def measure(shapes, more):
+    """Measure the preset tiny on the small dataset and return the results."""
+    flags = f"--model tiny --batch_size 10 --device cpu --data_dir {shapes} {more}".split()
+    return benchmark.measure(*benchmark.parse_args(flags))
 
 
-def test_benchmark_against_the_baseline(shapes, tmp_path, capsys):
-    output = tmp_path / "made" / "benchmark.json"
-    flags = given(shapes, output, "--baseline --steps 2 --captions_per_image 1")
-    assert benchmark.main(flags) == 0
-    printed, results = capsys.readouterr().out, json.loads(output.read_text())
+def test_the_plain_way_is_measured_beside_ours(shapes, monkeypatch, capsys):
+    results = measure(shapes, "--baseline --steps 2 --captions_per_image 1")
     ours, plain = results["ours"], results["plain"]
     for way in (ours, plain):
-        assert way["steps an epoch"] == 20
-        assert way["pairs a second"] == pytest.approx(10 / way["step seconds"])
-        epoch = 20 * way["step seconds"] + way["validation seconds"]
-        assert way["epoch seconds"] == pytest.approx(epoch)
-        assert all(part == sorted(part) and len(part) == 3 for part in way["parts"].values())
-        assert way["model FLOP a pair"] > 1e6 and way["peak memory bytes"] > 1e6
-        assert way["share of peak (MFU)"] is None
-    assert f"{plain['epoch seconds'] / ours['epoch seconds']:.2f} x" in printed
-    assert f"{ours['pairs a second']:.0f} pairs/s" in printed and "float32" in printed
+        assert way["steps per epoch"] == 20 and way["pairs per step"] == 10
+        epoch_seconds = 20 * way["step seconds"] + way["validation seconds"]
+        assert way["epoch seconds"] == pytest.approx(epoch_seconds)
+        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in way["parts"].values())
+        assert way["FLOP per step"] > 1e7 and way["peak memory bytes"] > 1e6
+        assert way["MFU"] is None  # the peak of a CPU is not known
+    assert plain["precision"] == "float32"
+    monkeypatch.setattr(benchmark, "measure", lambda *given: results)
+    assert benchmark.main(["--baseline"]) == 0
+    printed = capsys.readouterr().out
+    ratio = plain["epoch seconds"] / ours["epoch seconds"]
+    assert f"takes {ratio:.2f} times as long" in printed
+    assert f"{10 / ours['step seconds']:.0f} pairs/s" in printed and "float32" in printed
 
 
-def test_counts_of_arithmetic_grow_with_what_is_encoded(shapes, tmp_path, capsys):
-    flops = []
-    for captions in (1, 5):
-        flags = given(shapes, tmp_path / "b.json", f"--steps 1 --captions_per_image {captions}")
-        assert benchmark.main(flags) == 0
-        results = json.loads((tmp_path / "b.json").read_text())
-        flops.append(results["ours"]["model FLOP a pair"])
-    assert flops[1] < 0.8 * flops[0]  # a photo encoded once for five captions
+def test_a_photo_is_encoded_once_for_its_captions(shapes):
+    one, five = (
+        measure(shapes, f"--steps 1 --captions_per_image {captions}")["ours"]["FLOP per step"]
+        for captions in (1, 5))
+    assert five < 0.8 * one
 
 
-def test_features_are_measured_but_not_the_plain_way(shapes, own, tmp_path, capsys):
+def test_a_model_on_features_is_measured_but_not_the_plain_way(shapes, own):
     encoders = f"--image_encoder {own}:photos --text_encoder {own}:texts"
-    assert benchmark.main(given(shapes, tmp_path / "b.json", f"--steps 1 {encoders}")) == 0
-    assert json.loads((tmp_path / "b.json").read_text())["ours"]["model FLOP a pair"] > 1e4
-    assert benchmark.main(given(shapes, tmp_path / "b.json", f"--baseline {encoders}")) == 2
-    assert "training from scratch" in capsys.readouterr().err
-
-
-def test_speedrun_stops_at_its_targets(shapes, tmp_path, monkeypatch, capfd):
-    long, short = {"epochs": 1000, "lr": 0.05}, {"epochs": 2}
-    monkeypatch.setattr(benchmark, "SPEEDRUN_TARGETS", (-1.0, 0.0, 101.0))
-    monkeypatch.setattr(
-        benchmark, "SPEEDRUN_SETTINGS", {"tiny": {-1.0: long, 0.0: long, 101.0: short}})
-    monkeypatch.setitem(PRESETS["tiny"], "epochs", 3)
-    output = tmp_path / "b.json"
-    assert benchmark.main(given(shapes, output, "--speedrun")) == 0
-    lowest, low, beyond = json.loads(output.read_text())["speedrun"]
-    for found in (lowest, low):
-        assert found["reached"] and found["avg_r1"] >= found["target"]
-        assert found["epochs"] == 1000 and found["seconds"] > 0
-        assert "--epochs 1000 --lr 0.05" in found["command"]
-    assert not beyond["reached"] and beyond["epochs"] == 2 and beyond["epoch"] <= 2
-    printed, err = capfd.readouterr()
-    assert "not reached" in printed and f"{low['seconds']:.1f}" in printed
-    assert printed.count("1000 epochs of") == 1  # one training for both
-
-
-def test_speedrun_of_a_training_that_fails(tmp_path, capfd):
-    assert benchmark.main(given(tmp_path / "none", tmp_path / "b.json", "--speedrun")) == 2
-    assert "the training ended with exit status 2" in capfd.readouterr().err
-
-
-def test_what_many_pairs_take(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "SCALE_ROUNDS", 1)
-    monkeypatch.setattr(benchmark, "SCALE_BASE", 2000)
-    flags = "--model tiny --tokenizer char --pairs 20000 --steps 1 --device cpu --output".split()
-    assert benchmark.main([*flags, str(tmp_path / "b.json")]) == 0
-    scale = json.loads((tmp_path / "b.json").read_text())["scale"]
-    assert list(scale) == ["2000", "20000"]
-    for row in scale.values():
-        assert 0 < row["order seconds"] < row["start-up seconds"] and row["step seconds"] > 0
-    # Names, captions, tokens and what the interpreter holds besides, far less than 1 kB a pair.
-    assert scale["20000"]["data bytes"] - scale["2000"]["data bytes"] < 2e7
-    assert "      20,000" in capsys.readouterr().out
+    assert measure(shapes, f"--steps 1 {encoders}")["ours"]["FLOP per step"] > 1e5
+    with pytest.raises(benchmark.UsageError, match="trains from scratch"):
+        measure(shapes, f"--baseline {encoders}")
 
 
 def test_wrong_arguments(tmp_path, capsys):

@@ -1,14 +1,12 @@
-import collections
 import hashlib
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from src.utils import photo_store as stores
 from src.utils.errors import DataError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
-from src.utils.synthetic import write_large, write_synthetic
+from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import read_captions
 
@@ -83,20 +81,3 @@ def test_full_size_scenes_are_told_apart_by_their_captions(tmp_path):
         for split in ("train", "dev", "test")
     ]
     assert [len(split) for split in names] == [2000, 200, 200] and len(set(sum(names, []))) == 2400
-
-
-def test_a_large_data_set_has_its_store_and_flickr8ks_words(tmp_path, monkeypatch):
-    sizes = {"train": 9, "val": 10, "test": 10}
-    write_large(tmp_path, 12_000, sizes)
-    monkeypatch.setattr(stores, "open_photo", None)  # no photo is opened
-    train, val = (Flickr8kImageTextDataset(tmp_path, split, sizes[split], CharTokenizer())
-                  for split in ("train", "val"))
-    assert len(train) == 12_000 and train.photos.shape == (2400, 3, 9, 9) and len(val) == 5000
-    assert len({digest.tobytes() for digest in train.digests}) == 2400
-    noise = train.photos[:20].float()
-    assert noise[:10].std() > 60 and not noise[10:].any()
-    words = [caption.split() for caption in train.captions]
-    assert 11 < sum(map(len, words)) / 12_000 < 12.5
-    counts = collections.Counter(word for caption in words for word in caption)
-    assert 4000 < len(counts) <= 8424  # as often as in Flickr8k is the commonest one
-    assert 0.1 < counts.most_common(1)[0][1] / counts.total() < 0.13

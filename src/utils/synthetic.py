@@ -4,17 +4,13 @@ A scene holds one or two groups of shapes: a count, a size, a colour, a shape an
 scenes are the same. Of five captions two leave things out. Everything follows from the seed."""
 import contextlib
 import random
-import string
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from src.utils.captions import CAPTION_FILES, PHOTO_FOLDERS, SPLIT_FILES, read_split
-from src.utils.duplicates import SIGNATURE
 from src.utils.errors import DataError
-from src.utils.photo_store import DIGEST_BYTES, SHARD_SIZE, STORE_FOLDER, Pixels, shard_path
 
 NUM_PICTURES = {"train": 2000, "val": 200, "test": 200}
 PICTURE_SIZE = 80  # pixels
@@ -31,11 +27,6 @@ PLACES = {"left": ("on the left", "at the left side"),
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 RELATION = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
 NUMBERS = ("a", "two", "three")
-# Flickr8k's words: how many different ones, how often the r-th commonest stands there, in
-# proportion to (r + 1) ** -exponent (Zipf, Mandelbrot), and how many a caption has.
-NUM_WORDS, ZIPF_EXPONENT, MEAN_WORDS, STD_WORDS = 8424, 1.2, 11.8, 3.9
-CAPTIONS_A_PHOTO, HELD_OUT = 5, 1000  # of `write_large`
-NOISE = 10  # photos of a shard that are noise, the others being a hole in the file
 
 
 def draw_scene(rng):
@@ -163,45 +154,3 @@ def _complete(made, root_dir):
             place = root_dir / path.relative_to(made)
             place.parent.mkdir(parents=True, exist_ok=True)
             path.replace(place)
-
-
-def random_captions(number, rng):
-    """Captions of made-up words, as many, as common and as long as Flickr8k's."""
-    letters = np.array(list(string.ascii_lowercase))
-    ranks = np.arange(1, NUM_WORDS + 1)
-    words = ["".join(rng.choice(letters, int(1.6 * rank ** 0.17) + 1)) for rank in ranks]
-    share = (ranks + 1.0) ** -ZIPF_EXPONENT
-    lengths = rng.normal(MEAN_WORDS, STD_WORDS, number).clip(2, 40).astype(int)
-    drawn = iter(rng.choice(words, lengths.sum(), p=share / share.sum()).tolist())
-    for length in lengths:
-        yield " ".join(next(drawn) for _ in range(length))
-
-
-def write_large(root_dir, num_pairs, sizes):
-    """A data set to measure with, in Flickr8k's layout: num_pairs training pairs, five a photo.
-    The photos' files are empty; their store, sizes[split] pixels wide, is there and is sparse."""
-    root_dir, rng, number = Path(root_dir), np.random.default_rng(0), 0
-    folder, stores = root_dir / PHOTO_FOLDERS[0], root_dir / STORE_FOLDER
-    folder.mkdir()
-    stores.mkdir()
-    with open(root_dir / CAPTION_FILES[0], "w", encoding="utf-8") as captions:
-        for split in SPLIT_FILES:
-            count = num_pairs // CAPTIONS_A_PHOTO if split == "train" else HELD_OUT
-            names = [f"{i:07d}.jpg" for i in range(number, number + count)]
-            number += count
-            (root_dir / SPLIT_FILES[split]).write_text("".join(f"{name}\n" for name in names))
-            texts = random_captions(CAPTIONS_A_PHOTO * count, rng)
-            for name in names:
-                (folder / name).touch()
-                captions.writelines(f"{name}#{i}\t{next(texts)}\n"
-                                    for i in range(CAPTIONS_A_PHOTO))
-            kind = Pixels(sizes[split])
-            for start in range(0, count, SHARD_SIZE):
-                shard = names[start:start + SHARD_SIZE]
-                path = shard_path(stores / split, kind, start // SHARD_SIZE, shard,
-                                  lambda name: folder / name)
-                with open(path, "wb") as file:
-                    file.write(rng.bytes(int(NOISE * np.prod(kind.shape))))
-                    file.seek(int(len(shard) * np.prod(kind.shape)))
-                    file.write(rng.bytes(len(shard) * DIGEST_BYTES))
-                    file.truncate(file.tell() + int(len(shard) * np.prod(SIGNATURE)))
