@@ -1,41 +1,11 @@
-import io
 import json
-import sys
 
 import pytest
 
 from src.report import adaptation_table, comparison, epoch_line
 from src.runs import TEST, load_run
-from src.utils.console import ProgressLine, duration, prepare_output
 from src.utils.errors import UsageError
 from tests.test_show_flickr8k_results import metrics, write_run
-
-
-@pytest.mark.parametrize(
-    "seconds, text", [(0, "0:00"), (75.9, "1:15"), (3675, "1:01:15"), (90061, "25:01:01")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_is_one_line_on_a_terminal_and_none_elsewhere(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "20")
-    terminal, file = Terminal(), io.StringIO()
-    for stream in (terminal, file):
-        line = ProgressLine(stream=stream)
-        line.update("a very long text of more than twenty columns")
-        line.update("short")
-        line.clear()
-    written = terminal.getvalue().split("\r")
-    assert file.getvalue() == "" and "\n" not in terminal.getvalue()
-    # each wipes out the one before, none wraps
-    assert {len(part) for part in written if part} == {19}
-    assert written[2].strip() == "short" and written[3].strip() == "" and written[-1] == ""
 
 
 def test_epoch_line():
@@ -112,30 +82,3 @@ def test_what_adapting_gives():
     assert ["seed0", "10.00", "10.50", "+0.50", "1.50", "3.00"] in lines and len(lines) == 3
     lines = adaptation_table("title", one | {"seed1": results(9.0, 8.7, 4.0)}).splitlines()
     assert lines[-1].endswith("of 2 runs: gain +0.10 ± 0.57")
-
-
-def test_text_that_standard_output_cannot_encode(monkeypatch):
-    content = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "cp1252"))
-    prepare_output()
-    print("caf\u00e9 \u72d7 donn\udce9es", flush=True)
-    assert content.getvalue().decode("cp1252").rstrip() == "caf\u00e9 ? donn?es"
-
-
-def test_closed_output(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
-    prepare_output()
-    print("to nowhere", file=sys.stderr)
-    assert not ProgressLine().live
-
-
-def test_a_terminal_that_was_closed_ends_the_line_and_no_more():
-    class Closed(Terminal):
-        def write(self, text):
-            raise OSError("Input/output error")
-
-    line = ProgressLine(stream=Closed())
-    line.update("epoch 1")
-    line.clear()
-    assert not line.live

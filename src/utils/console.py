@@ -1,4 +1,6 @@
-"""The command line and the terminal."""
+"""The command line and the terminal.
+
+This module must not import torch, so that --help answers at once."""
 import argparse
 import logging
 import os
@@ -7,13 +9,11 @@ import signal
 import sys
 import time
 
-from src.utils.distributed import rank_and_world
-
-PROGRESS_INTERVAL = 0.1  # seconds between two updates of a line
+PROGRESS_INTERVAL = 0.1  # seconds between two updates of a progress line
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, flags never abbreviated, an error being one line."""
+    """An argparse parser without abbreviated flags, whose errors are one line."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
@@ -23,49 +23,53 @@ class Parser(argparse.ArgumentParser):
 
 
 def text(value):
-    """argparse's type for a path or a name: an empty one is an unset variable of the shell."""
+    """The argparse type of paths and names. It refuses an empty one, which usually comes from a
+    shell variable that is not set."""
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty")
     return value
 
 
-def number(kind, bounds):
-    """argparse's type for a number of that kind within bounds such as "[0, 1)"."""
+def number(number_type, bounds):
+    """Make the argparse type of numbers (int or float) within bounds such as "[0, 1)"."""
     low, high = map(float, bounds[1:-1].split(","))
 
     def parse(text):
-        value = kind(text)
-        above = value >= low if bounds[0] == "[" else value > low
-        below = value <= high if bounds[-1] == "]" else value < high
-        if not (above and below):  # NaN is neither
+        value = number_type(text)
+        is_above = value >= low if bounds[0] == "[" else value > low
+        is_below = value <= high if bounds[-1] == "]" else value < high
+        if not (is_above and is_below):  # both are false for NaN
             raise argparse.ArgumentTypeError(f"{value} is not in {bounds}")
         return value
 
-    parse.__name__ = kind.__name__  # what argparse calls a text that is no number
+    parse.__name__ = number_type.__name__  # argparse names the type so in "invalid int value"
     return parse
 
 
 def prepare_output(end_with_reader=False):
-    """Let standard output take any text: what its encoding lacks is replaced by "?", and where it
-    or standard error is closed, all goes to nowhere. end_with_reader: the program ends in silence
-    when nobody reads any more (`| head`)."""
+    """Make standard output accept any text.
+
+    Characters that its encoding lacks are printed as "?". If standard output or standard error is
+    closed, what is printed there is dropped. end_with_reader: whether the program ends silently
+    when the reader of a pipe has gone, as in `... | head`.
+    """
     if end_with_reader and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-    if hasattr(sys.stdout, "reconfigure"):  # where it is a stream of characters, all is printed
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
 
 
 def printable(text):
-    """The text in a line: "?" for line breaks, other control characters, and bytes of a file's name
-    that are not UTF-8."""
+    """Make a text fit for one line of the terminal: control characters, line breaks and the bytes
+    of a file name that are not UTF-8 become "?"."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Where the reader has gone (`| head`), the run goes on in silence."""
+    """Drops messages once the reader of a pipe has gone (`... | head`), so that the run goes on."""
 
     def handleError(self, record):
         if not isinstance(sys.exc_info()[1], OSError):
@@ -77,13 +81,14 @@ class ConsoleHandler(logging.StreamHandler):
 
 
 def log_to_console(log):
-    """The main process's lines to standard output, all errors to the other."""
-    def is_plain(record):
-        return record.levelno < logging.ERROR and rank_and_world()[0] == 0
+    """Send errors to standard error and other messages to standard output.
 
+    Under torchrun only the main process prints messages, while every process prints its errors.
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
     prepare_output()
     to_stdout, to_stderr = ConsoleHandler(sys.stdout), ConsoleHandler(sys.stderr)
-    to_stdout.addFilter(is_plain)
+    to_stdout.addFilter(lambda record: is_main and record.levelno < logging.ERROR)
     to_stderr.setLevel(logging.ERROR)
     log.setLevel(logging.INFO)
     log.addHandler(to_stdout)
@@ -91,14 +96,17 @@ def log_to_console(log):
 
 
 def duration(seconds):
-    """75 -> '1:15', 3675 -> '1:01:15'."""
+    """Format seconds as minutes or hours: 75 -> "1:15", 3675 -> "1:01:15"."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class ProgressLine:
-    """One line on a terminal, written over itself; nothing elsewhere, or unless `on`."""
+    """A line on the terminal that is overwritten as the work proceeds.
+
+    Nothing is written where the stream is not a terminal, or if `on` is false.
+    """
 
     def __init__(self, on=True, stream=None):
         self.stream = sys.stdout if stream is None else stream
@@ -113,39 +121,41 @@ class ProgressLine:
             self.live = False
 
     def update(self, text):
+        """Show another text, cut to the width of the terminal."""
         if self.live:
             columns = shutil.get_terminal_size().columns - 1
             self._write(f"\r{text[:columns]:<{columns}}")
 
     def clear(self):
-        """Take the line away, so that a plain line can follow."""
+        """Erase the line, so that an ordinary line can be printed."""
         if self.live:
             self.update("")
             self._write("\r")
 
-    def counter(self, what):
-        """-> function(done, total) that says, now and then, how far it is."""
-        started, shown = {}, 0.0
+    def counter(self, title):
+        """Return a function `update(done, total, unit)` that shows how much of a task is done and
+        estimates the time left. It may be called often."""
+        started, last_shown = {}, 0.0  # started: when the counting of each unit began
 
         def update(done, total, unit="photos"):
-            nonlocal shown
+            nonlocal last_shown
             now = time.time()
             seconds = now - started.setdefault(unit, now)
-            if now - shown > PROGRESS_INTERVAL:
-                shown, left = now, duration(seconds * (total - done) / done)
-                self.update(f"{what}: {done:,} of {total:,} {unit}  {left} left")
+            if now - last_shown > PROGRESS_INTERVAL:
+                last_shown = now
+                left = duration(seconds * (total - done) / done)
+                self.update(f"{title}: {done:,} of {total:,} {unit}  {left} left")
         return update
 
     def speed(self, steps, remaining_steps, pairs):
-        """Pairs a second, and the time left. steps: of `pairs` each, since the start."""
+        """Describe the throughput and the time left, after so many steps of `pairs` pairs since
+        this object was made."""
         seconds = (time.time() - self.started) / steps
         return f"{pairs / seconds:.0f} pairs/s  {duration(remaining_steps * seconds)} left"
 
 
 def first_three(items):
-    """"a, b, c and 9 more" for a message."""
+    """Join the first three items for a message: "a, b, c and 9 more"."""
     items = list(items)
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more
-
-
