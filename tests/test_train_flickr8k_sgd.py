@@ -21,9 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import show_flickr8k_results
-import train_flickr8k_sgd as training
-from src import evaluation, retrieval
-from src import training as state
+import train_flickr8k_sgd as script
+from src import evaluation, retrieval, runs, training
 from src.device import find_device
 from src.evaluation import compare_bank, embed_dataset, make_bank
 from src.fisher import NetworkWithFisherVectors, with_fisher_vectors
@@ -135,7 +134,7 @@ def test_the_bank_of_a_run(finished, shapes):
     data = Flickr8kImageTextDataset(shapes, "val", 32, tokenizer)
     again = compare_bank(model, data, load_bank(output_dir))  # in full precision
     assert again["on"]["avg_r1"] == pytest.approx(results["val"]["on"]["avg_r1"], abs=10)
-    assert re.search(r"bank: 40 photos and 200 captions of train, 0.0 MB, made in", out)
+    assert re.search(r"bank: 40 training photos with 200 captions, ", out)
 
 
 def test_the_bank_is_drawn_by_the_seed(shapes, monkeypatch):
@@ -187,7 +186,7 @@ def test_resume_is_bit_for_bit(shapes, finished, tmp_path, number):
         assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), err
         assert "Traceback" not in err
         if number != signal.SIGKILL:
-            assert "interrupted; go on with: python train_flickr8k_sgd.py --resume" in err
+            assert "interrupted; to continue: python train_flickr8k_sgd.py --resume" in err
     assert main("--synthetic", "--output_dir", output_dir, "--resume") == 0 and stops >= 1
     assert_same(outcome(finished[0]), outcome(output_dir))
 
@@ -196,8 +195,8 @@ def test_resume_in_the_middle_of_an_epoch(shapes, finished, tmp_path, monkeypatc
     """A checkpoint after every look (as if that took minutes), and a failure at each of several
     steps.
     """
-    monkeypatch.setattr(training, "CHECKPOINT_INTERVAL", -1)
-    save = training.save_checkpoint
+    monkeypatch.setattr(script, "CHECKPOINT_INTERVAL", -1)
+    save = runs.save_checkpoint
     calls, middle = [], []
 
     def failing_save(state, path):
@@ -207,7 +206,7 @@ def test_resume_in_the_middle_of_an_epoch(shapes, finished, tmp_path, monkeypatc
             middle.append(state["step"] if path.name == LAST else None)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_checkpoint", failing_save)
+    monkeypatch.setattr(runs, "save_checkpoint", failing_save)
     assert main(*arguments(shapes, tmp_path)) == 130
     assert main("--synthetic", "--output_dir", tmp_path, "--resume") == 130
     assert main("--synthetic", "--output_dir", tmp_path, "--resume") == 130
@@ -217,13 +216,13 @@ def test_resume_in_the_middle_of_an_epoch(shapes, finished, tmp_path, monkeypatc
 
 
 def test_a_short_epoch_is_not_spent_on_files(shapes, tmp_path, monkeypatch):
-    save, saved = training.save_checkpoint, []
+    save, saved = runs.save_checkpoint, []
 
     def noted_save(state, path):
         save(state, path)
         saved.append((path.name, state["epoch"]))
 
-    monkeypatch.setattr(training, "save_checkpoint", noted_save)
+    monkeypatch.setattr(runs, "save_checkpoint", noted_save)
     assert main(*arguments(shapes, tmp_path, epochs=4)) == 0
     assert [epoch for name, epoch in saved if name == LAST] == [2, 5]  # the next one's
     history = json.loads((tmp_path / HISTORY).read_text())
@@ -235,14 +234,14 @@ def test_a_short_epoch_is_not_spent_on_files(shapes, tmp_path, monkeypatch):
 def test_resume_carries_the_average(shapes, tmp_path, monkeypatch):
     switches = ["--ema", 0.9]
     assert main(*arguments(shapes, tmp_path / "whole", *switches)) == 0
-    save = training.save_json
+    save = runs.save_json
 
     def failing_save(value, path):
         save(value, path)
         if path.name == HISTORY and len(value) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_json", failing_save)
+    monkeypatch.setattr(runs, "save_json", failing_save)
     assert main(*arguments(shapes, tmp_path / "cut", *switches)) == 130
     monkeypatch.undo()
     assert main("--synthetic", "--output_dir", tmp_path / "cut", "--resume") == 0
@@ -256,19 +255,19 @@ def test_resume_carries_the_average(shapes, tmp_path, monkeypatch):
 
 
 def test_two_networks_go_on_after_an_interruption(shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "FISHER_EPOCHS", 6)
+    monkeypatch.setattr(script, "FISHER_EPOCHS", 6)
     monkeypatch.setattr("src.settings.FISHER_PIXELS", 48)
     monkeypatch.setattr("src.fisher.FISHER_PIXELS", 48)
-    train_fisher_network = training.train_fisher_network
+    train_fisher_network = script.train_fisher_network
 
     def slow(*given):
         data, seconds = train_fisher_network(*given)
         return data, 1000 + seconds
 
-    monkeypatch.setattr(training, "train_fisher_network", slow)
+    monkeypatch.setattr(script, "train_fisher_network", slow)
     assert main(*arguments(shapes, tmp_path / "whole", "--fisher")) == 0
-    save, steps = training.save_checkpoint, []
-    monkeypatch.setattr(training, "CHECKPOINT_INTERVAL", -1)
+    save, steps = runs.save_checkpoint, []
+    monkeypatch.setattr(script, "CHECKPOINT_INTERVAL", -1)
 
     def failing_save(state, path):
         save(state, path)
@@ -276,9 +275,9 @@ def test_two_networks_go_on_after_an_interruption(shapes, tmp_path, monkeypatch)
         if steps[-1]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_checkpoint", failing_save)
+    monkeypatch.setattr(runs, "save_checkpoint", failing_save)
     assert main(*arguments(shapes, tmp_path / "cut", "--fisher")) == 130
-    monkeypatch.setattr(training, "save_checkpoint", save)
+    monkeypatch.setattr(runs, "save_checkpoint", save)
     assert main("--synthetic", "--output_dir", tmp_path / "cut", "--resume") == 0
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
     banks = [torch.load(tmp_path / name / BEST, weights_only=True)["bank"]
@@ -385,17 +384,6 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert_same(before, outcome(finished[0]))
 
 
-@pytest.mark.parametrize("given, first_line", [
-    ([], "preset tiny: made for the built-in shapes"),
-    (["--model", "tiny"], "{shapes}: layout of Flickr8k, 60 photos, 300 captions"),
-])
-def test_the_first_line_names_a_preset_that_was_not_asked_for(shapes, tmp_path, capsys, given,
-                                                              first_line):
-    assert main(*arguments(shapes, tmp_path, *given, epochs=1)) == 0
-    assert capsys.readouterr().out.splitlines()[0].startswith(
-        first_line.format(shapes=shapes))
-
-
 def test_without_data_both_ways_on_are_told(tmp_path):
     status, out, err = run_script(
         SCRIPT, "--data_dir", tmp_path / "none", "--output_dir", tmp_path / "out"
@@ -414,9 +402,8 @@ def test_without_data_both_ways_on_are_told(tmp_path):
     (["--device", "cuda:99"], "is not available on this machine"),
     (["--device", "abacus"], "is not available on this machine"),
     (["--image_size", 33], "photos of 33 pixels"),
-    (["--image_size", 44], "photos of 44 pixels: the model takes multiples of 8"),
-    (["--fisher", "--image_encoder", "resnet18"], "--fisher goes with the preset's own"),
-    (["--latent_dim", 63], "does not divide"),
+    (["--image_size", 44], "photos of 44 pixels: the side must be a multiple of 8"),
+    (["--fisher", "--image_encoder", "resnet18"], "--fisher needs the preset's own"),
 ])
 def test_settings_that_cannot_be(shapes, tmp_path, capsys, given, message):
     assert main("--synthetic", "--data_dir", shapes, "--output_dir", tmp_path / "out", *given) == 2
@@ -502,7 +489,7 @@ def test_a_finished_run_trains_on(shapes, tmp_path, capsys):
     capsys.readouterr()
     assert main("--synthetic", "--output_dir", out, "--resume") == 0
     command = f"python train_flickr8k_sgd.py --resume --output_dir {out} --epochs N"
-    assert f"the run is done; to train on: {command}" in capsys.readouterr().out
+    assert f"the run is finished; to train it further: {command}" in capsys.readouterr().out
     assert main("--synthetic", "--output_dir", out, "--resume", "--epochs", 1) == 2
     assert "the run has 2 epochs already; --epochs 1 is fewer" in capsys.readouterr().err
 
@@ -523,16 +510,16 @@ def test_a_finished_run_trains_on(shapes, tmp_path, capsys):
 
 
 def test_the_hint_after_an_interruption_can_be_pasted(shapes, tmp_path, capsys, monkeypatch):
-    real = training.evaluate
+    real = script.evaluate
 
     def interrupted(*given):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*given)
 
-    monkeypatch.setattr(training, "evaluate", interrupted)
+    monkeypatch.setattr(script, "evaluate", interrupted)
     assert main(*arguments(shapes, tmp_path / "my run")) == 130
     assert capsys.readouterr().err.strip() == (
-        f"interrupted; go on with: python train_flickr8k_sgd.py --resume --output_dir "
+        f"interrupted; to continue: python train_flickr8k_sgd.py --resume --output_dir "
         f"'{tmp_path / 'my run'}'")
 
 
@@ -588,7 +575,7 @@ def test_a_reader_that_has_gone_ends_nothing(shapes, tmp_path):
 def test_a_damaged_checkpoint_is_named(shapes, tmp_path, capsys):
     assert main(*arguments(shapes, tmp_path, epochs=1)) == 0
     (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:1000])
-    assert main("--synthetic", "--output_dir", tmp_path, "--resume") == 1
+    assert main("--synthetic", "--output_dir", tmp_path, "--resume") == 2
     assert f"{LAST}: damaged" in capsys.readouterr().err
 
 
@@ -651,7 +638,7 @@ def start_run(shapes, **given):
     """(run, splits) of a training on `shapes`, without its files."""
     settings = make_settings(synthetic=True, data_dir=str(shapes), batch_size=10, **given)
     splits, tokenizer = load_splits(settings)
-    model = training.build_model(settings, tokenizer)
+    model = script.build_model(settings, tokenizer)
     device = find_device(settings.device)
     model.to(device, memory_format=torch.channels_last)
     return RunState(settings, model, tokenizer, device, 100), splits
@@ -676,7 +663,7 @@ def test_photos_are_small_in_the_first_epochs(shapes):
     for run.epoch in (1, 3, 4, 5):
         (batch,) = iterate_batches(data, data.photos, pairs, run.device)
         sides.append(batch["images"].shape[-1])
-        assert torch.isfinite(training.training_step(run, batch))
+        assert torch.isfinite(script.training_step(run, batch))
     assert sides == [36] * 4 and seen == [16, 16, 32, 32]
 
 
@@ -699,7 +686,7 @@ def test_a_step_stays_on_its_device(preset, monkeypatch):
         model=preset, device="cuda", amp=False, color_jitter=0.2, word_dropout=0.2, ema=0.0)
     augment._per_channel.cache_clear()
     with FakeTensorMode(), torch.device("cuda"):
-        model, other = (training.build_model(settings, tokenizer).train() for _ in range(2))
+        model, other = (script.build_model(settings, tokenizer).train() for _ in range(2))
         run = RunState(settings, model, tokenizer, torch.device("cuda"), 10)
         monkeypatch.setattr(copy, "deepcopy", lambda model: other)  # of the same fake mode
         average = MovingAverage(model, 0.9)
@@ -734,7 +721,7 @@ def test_steps_do_not_wait_for_the_gpu(shapes):
         for i, batch in enumerate(iterate_batches(data, photos, torch.cat([batches] * 3), device)):
             if i == 2 * len(batches):  # kernels have been chosen, graphs recorded
                 torch.cuda.set_sync_debug_mode("error")
-            training.training_step(run, batch)
+            script.training_step(run, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -769,7 +756,7 @@ def test_graphs_on_a_gpu_change_nothing(shapes):
         batches = epoch_batches(data.photo_of_caption, 2, 10, seed=0)
         for i, batch in enumerate(iterate_batches(data, data.photos, batches, device)):
             torch.manual_seed(i)
-            losses.append(training.training_step(run, batch).item())
+            losses.append(script.training_step(run, batch).item())
         assert not graphs or len(run.graphs.graphs) > 1  # of captions of several lengths
     replayed, plain = torch.tensor(losses).view(2, -1)
     # The order of atomic sums is chance: later steps differ by more.
@@ -779,7 +766,7 @@ def test_graphs_on_a_gpu_change_nothing(shapes):
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # a skipped first step
 def test_no_fused_optimizer_beside_a_gradient_scaler(shapes, monkeypatch):
     """A first step that the scaler skips leaves momentum untouched, not uninitialised."""
-    monkeypatch.setattr(state, "autocast_dtype", lambda amp, device: torch.float16)
+    monkeypatch.setattr(training, "autocast_dtype", lambda amp, device: torch.float16)
     run, _ = start_run(shapes, device="cpu", amp=True)
     assert run.scaler.is_enabled() and not run.optimizer.param_groups[0]["fused"]
     before = [parameter.detach().clone() for parameter in run.model.parameters()]
@@ -799,7 +786,7 @@ def test_a_run_goes_on_in_another_precision(shapes, monkeypatch, first, second):
     """Begun where no loss was scaled, gone on with where it is, and the other way round."""
     runs = []
     for amp_dtype in (first, second):
-        monkeypatch.setattr(state, "autocast_dtype", lambda *_, chosen=amp_dtype: chosen)
+        monkeypatch.setattr(training, "autocast_dtype", lambda *_, chosen=amp_dtype: chosen)
         runs.append(start_run(shapes, device="cpu")[0])
     runs[1].load_state_dict(runs[0].state_dict())
     for run, amp_dtype in zip(runs, (first, second)):
