@@ -1,12 +1,15 @@
-"""See what came out of training runs, finished or still going, and use them.
+"""Show what came out of training runs, finished or still training, and search with them.
 
-    python show_flickr8k_results.py                             the tables of a run
+    python show_flickr8k_results.py                             the tables of the newest run
     python show_flickr8k_results.py --query "two dogs run"      photos for a text
     python show_flickr8k_results.py --image my_photo.jpg        captions for a photo
-    python show_flickr8k_results.py --image my_photo.jpg --query "in the snow"   photos for both
-    python show_flickr8k_results.py --compare outputs/*         several runs
+    python show_flickr8k_results.py --image my_photo.jpg --query "in the snow"
+                                                                photos for both together
+    python show_flickr8k_results.py --query "a cake" --photos ~/Pictures
+                                                                among your own photos
     python show_flickr8k_results.py --serve --photos ~/Pictures a search in the browser
-    python show_flickr8k_results.py --page run.html             a run in one file, to keep or send
+    python show_flickr8k_results.py --page run.html             a run as one file, to keep or send
+    python show_flickr8k_results.py --compare outputs/*         several runs side by side
 """
 import argparse
 import collections
@@ -14,13 +17,8 @@ import contextlib
 import random
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from src import page, report, server
-from src.encoder_sources import load_encoders
-from src.evaluation import compare_test_time_training
-from src.retrieval import retrieval_ranks
-from src.runs import check_data_dir, load_run
-from src.search import EmbeddingCache, Search, kinds, load_model, photos_of_folder, photos_of_split
 from src.utils.captions import MAX_LENGTH, SPLIT_FILES, cut_text
 from src.utils.console import (
     Parser,
@@ -31,289 +29,339 @@ from src.utils.console import (
     printable,
     text,
 )
-from src.utils.errors import DataError, UsageError
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 
 EXAMPLES = 4  # hits, and as many misses, on the page of a run
+OUTPUTS = Path("outputs")  # where the training script writes its runs, unless told otherwise
+PAGE_TITLE = "Image-text retrieval"
 
 
-def same(text):
-    """A text as it is compared with captions: without capitals, full stops and spacing."""
-    return " ".join(text.lower().replace(".", " ").split())
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="show_flickr8k_results.py [options]")
+
+    group = parser.add_argument_group(
+        "what to show", "Without one of these flags, the tables of the run are printed.")
+    add = group.add_argument
+    add("--query", nargs="+", metavar="TEXT",
+        help=f"rank photos by each text; its first {MAX_LENGTH:,} characters are read")
+    add("--image", type=text, metavar="FILE",
+        help="rank captions by this photo; with --query: rank photos by the photo and the text")
+    exclusive = group.add_mutually_exclusive_group()
+    exclusive.add_argument(
+        "--serve", type=number(int, "[0, 65535]"), nargs="?", const=8008, metavar="PORT",
+        help="serve a search page to the browsers of this machine; port 0 stands for any free one "
+        "(default: 8008)")
+    exclusive.add_argument("--compare", type=text, nargs="+", metavar="DIR",
+                           help="compare runs in one table, the best on validation first")
+    add("--page", type=text, metavar="FILE.html",
+        help="write one HTML file: the runs with curves, hits and misses, or what --query or "
+        "--image found")
+
+    add = parser.add_argument_group("which run and which photos").add_argument
+    add("--output_dir", type=text, nargs="+", metavar="DIR",
+        help="folder of the run; several for --page and the tables (default: the newest run in "
+        f"{OUTPUTS})")
+    add("--split", choices=list(SPLIT_FILES), default="test",
+        help="the split whose photos and captions are ranked (default: test)")
+    add("--data_dir", type=text, metavar="DIR",
+        help="folder of the dataset (default: the one that the run was trained on)")
+    add("--photos", type=text, metavar="DIR",
+        help="with --query or --serve: search the photos in this folder and below it instead")
+
+    add = parser.add_argument_group("how to show it").add_argument
+    add("--bank", action=argparse.BooleanOptionalAction, default=True,
+        help="rank with the run's bank of training photos and captions (default: on)")
+    add("--top", type=number(int, "[1, inf)"), default=5, metavar="K",
+        help="number of results (default: 5)")
+    add("--format", choices=["terminal", "markdown"], default="terminal",
+        help="format of --compare (default: terminal)")
+
+    args = parser.parse_args(argv)
+    serve, search = args.serve is not None, bool(args.query or args.image)
+    if args.output_dir and len(args.output_dir) > 1 and (search or serve):
+        parser.error("--query, --image and --serve take one --output_dir")
+    if args.photos and not (args.query or serve):
+        parser.error("--photos needs --query or --serve")
+    if (search or args.page) and (args.compare or serve):
+        parser.error("--query, --image and --page cannot be combined with --compare or --serve")
+    if args.page and not args.page.lower().endswith(".html"):
+        parser.error(f"--page writes an HTML file, so {args.page} has to end in .html")
+    return args
 
 
-def data_dir_of(args, run_dir):
-    """--data_dir, or the folder that the run was trained on. Raises UsageError where that is gone.
-    """
-    data_dir = args.data_dir or load_run(run_dir).settings.data_dir
-    if not args.data_dir:
-        check_data_dir(data_dir)
+if __name__ == "__main__":
+    # --help and wrong arguments are answered before torch is imported, which takes seconds.
+    parse_args()
+
+from src import page, report, server
+from src.retrieval import retrieval_ranks
+from src.runs import HISTORY, TRAIN_FIRST, check_data_dir, load_run
+from src.search import EmbeddingCache, Search, list_skipped, photos_of_folder, photos_of_split
+from src.utils.errors import DataError, UsageError
+
+
+def newest_run():
+    """The run in OUTPUTS whose history was written last. Raises UsageError if there is none."""
+    histories = list(OUTPUTS.glob(f"*/{HISTORY}"))
+    if not histories:
+        raise UsageError(f"{OUTPUTS.absolute()}: holds no run; {TRAIN_FIRST}, or name a run with "
+                         "--output_dir")
+    return str(max(histories, key=lambda path: path.stat().st_mtime).parent)
+
+
+def find_data_dir(args, run_dir):
+    """--data_dir, or else the folder that the run was trained on. Raises UsageError if that folder
+    does not exist any more."""
+    if args.data_dir:
+        return args.data_dir
+    data_dir = load_run(run_dir).settings.data_dir
+    check_data_dir(data_dir)
     return data_dir
 
 
 def open_gallery(args):
-    """-> (photos, captions of each, "of val"): the split's, or those in --photos, less the photo of
-    --image where that is part of a query. Raises DataError where none is left."""
+    """Find the photos to search -> (paths, captions of each, place), place being "of test" for a
+    split or "in FOLDER" for --photos. A photo that is a part of the query is not searched. Raises
+    DataError if no photo is left."""
     if args.photos:
         skipped = collections.Counter()
-        photos, place = photos_of_folder(args.photos, skipped), f"in {args.photos}"
+        photos = photos_of_folder(args.photos, skipped)
         captions = [[] for _ in photos]
+        place = f"in {args.photos}"
         if skipped:
-            print(f"left out, not photos that can be read: {kinds(skipped)}", file=sys.stderr)
+            print(f"skipped, because they are not photos that can be read: {list_skipped(skipped)}",
+                  file=sys.stderr)
     else:
-        photos, captions = photos_of_split(data_dir_of(args, args.output_dir[0]), args.split)
+        photos, captions = photos_of_split(find_data_dir(args, args.output_dir[0]), args.split)
         place = f"of {args.split}"
     if args.image and args.query:
-        given = Path(args.image).resolve()
-        kept = [i for i, photo in enumerate(photos) if photo.resolve() != given]
+        image = Path(args.image).resolve()
+        kept = [i for i, photo in enumerate(photos) if photo.resolve() != image]
         photos, captions = [photos[i] for i in kept], [captions[i] for i in kept]
         if not photos:
-            raise DataError(f"there are no photos {place} but that of --image")
+            raise DataError(f"there are no photos {place} other than that of --image")
     return photos, captions, place
 
 
-def open_search(args, cache):
-    """-> (Search, "1,000 photos of val"). Photos in --photos that cannot be read are left out and
-    said; in the dataset itself they raise DataError."""
-    photos, captions, place = open_gallery(args)
-    search = Search(cache, photos, captions, args.bank)
-    line, faults = ProgressLine(stream=sys.stderr), {} if args.photos else None
-    try:
-        search.embed_photos(line.counter("embedding"), faults)
-    finally:
-        line.clear()
-    if faults:
-        said = printable(first_three(faults.values()))
-        print(f"left out, {len(faults):,} photos that cannot be read: {said}", file=sys.stderr)
-    return search, f"{len(search.photos):,} photos {place}"
-
-
 def open_cache(args):
-    cache = EmbeddingCache(args.output_dir[0])
+    """The EmbeddingCache of the run. Without a bank in the run, args.bank is switched off."""
+    run_dir = args.output_dir[0]
+    cache = EmbeddingCache(run_dir)
     if args.bank and cache.bank is None:
-        print(f"{args.output_dir[0]}: no bank, which training makes at its end; the order is that "
-              "of the scores", file=sys.stderr)
+        print(f"{run_dir}: has no bank yet, because training makes it at the end; ranking by plain "
+              "cosines", file=sys.stderr)
         args.bank = False
     return cache
 
 
-def print_ranking(title, cosines, scores, args, about):
-    """Print the best --top by the scores (N,), with their cosines, -> (title, cells) for a `sheet`.
-    about(i) gives what the line and the sheet say of i, its photo, and whether it is a right one.
-    """
-    title += ", in the bank's order" if args.bank else ""
+def open_search(args, cache):
+    """Embed the photos to search -> (Search, description), such as "1,000 photos of val". Photos
+    of --photos that cannot be read are skipped with a message; those of the dataset raise
+    DataError."""
+    photos, captions, place = open_gallery(args)
+    search = Search(cache, photos, captions, args.bank)
+    line = ProgressLine(stream=sys.stderr)
+    unreadable = {} if args.photos else None
+    try:
+        search.embed_photos(line.counter("embedding"), unreadable)
+    finally:
+        line.clear()
+    if unreadable:
+        print(f"skipped {len(unreadable):,} unreadable photos: "
+              f"{printable(first_three(unreadable.values()))}", file=sys.stderr)
+    return search, f"{len(search.photos):,} photos {place}"
+
+
+class Result(NamedTuple):
+    """A photo or a caption of the gallery, as a ranking shows it."""
+    line: str  # in the terminal
+    label: str  # on a page
+    photo: Path
+    correct: bool  # whether the dataset pairs it with the query
+
+
+def print_ranking(title, cosines, scores, results, args):
+    """Print the best --top results and return them as (title, cells) for `page.photo_sheet`.
+
+    cosines, scores: (N,); the scores give the order, the cosines are shown. results: N Results."""
+    if args.bank:
+        title += ", ranked with the bank"
     order = scores.argsort(descending=True, stable=True).tolist()
-    ranks = [rank for rank, i in enumerate(order, start=1) if about(i)[3]]
-    title += f"; the right one is ranked {ranks[0]:,}" if ranks else ""
+    correct_ranks = [rank for rank, i in enumerate(order, start=1) if results[i].correct]
+    if correct_ranks:
+        title += f"; the correct one is ranked {correct_ranks[0]:,}"
     print(title)
     cells = []
     for rank, i in enumerate(order[:args.top], start=1):
-        line, label, photo, right = about(i)
-        line = printable(line).rstrip()
-        print(f"{'*' if right else ' '} {rank:3d}  {cosines[i]:6.3f}  {line}")
-        cells.append((photo, f"{rank}.  {cosines[i]:.3f}  {label}", right))
+        result = results[i]
+        mark = "*" if result.correct else " "
+        print(f"{mark} {rank:3d}  {cosines[i]:6.3f}  {printable(result.line).rstrip()}")
+        label = f"{rank}.  {cosines[i]:.3f}  {result.label}"
+        cells.append((result.photo, label, result.correct))
     return title, cells
 
 
-def cut(query):
-    """What the model reads of a query."""
+def cut_query(query):
+    """The part of a query that the model reads."""
     if len(query) > MAX_LENGTH:
         print(f"the query is cut to its first {MAX_LENGTH:,} characters", file=sys.stderr)
     return cut_text(query)
 
 
+def comparable(caption):
+    """A caption without what does not distinguish it: capitals, full stops and spacing."""
+    return " ".join(caption.lower().replace(".", " ").split())
+
+
 def show_photos(args):
-    """--query: the photos nearest to each text, or to each together with the photo of --image."""
-    cache, queries = open_cache(args), [cut(query) for query in args.query]
+    """--query: print the photos nearest to each text, or to each text together with the photo of
+    --image. Returns rows for `page.photo_sheet`."""
+    cache = open_cache(args)
+    queries = [cut_query(query) for query in args.query]
     for query in queries:
         if not cache.tokenizer.knows(query):
             raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
                              "read")
     search, gallery = open_search(args, cache)
-    photo, rows = search.embed_photo(args.image) if args.image else None, []
-    found = search.photos_for(search.embed_texts(queries, photo))
-    for query, cosines, scores in zip(queries, *found):
-        def about(i, query=query):
-            photo, captions = search.photos[i], search.captions[i]
-            name = photo.relative_to(args.photos) if args.photos else photo.name
-            line = f"{name}  {captions[0] if captions else ''}"
-            return line, name, photo, same(query) in map(same, captions)
-
-        title = f'{args.image} and "{query}"' if args.image else f'"{query}"'
-        title, cells = print_ranking(f"{title} in {gallery}", cosines, scores, args, about)
-        first = [(args.image, "the photo", False)] if args.image else []
-        rows.append((title, first + cells))
+    image = search.embed_photo(args.image) if args.image else None
+    all_cosines, all_scores = search.score_photos(search.embed_texts(queries, image))
+    rows = []
+    for query, cosines, scores in zip(queries, all_cosines, all_scores):
+        results = []
+        for photo, captions in zip(search.photos, search.captions):
+            name = str(photo.relative_to(args.photos)) if args.photos else photo.name
+            caption = captions[0] if captions else ""
+            correct = comparable(query) in map(comparable, captions)
+            results.append(Result(f"{name}  {caption}", name, photo, correct))
+        title = f'"{query}" in {gallery}'
+        if args.image:
+            title = f"{args.image} and {title}"
+        title, cells = print_ranking(title, cosines, scores, results, args)
+        if args.image:
+            cells = [(args.image, "the photo", False), *cells]
+        rows.append((title, cells))
         print()
     return rows
 
 
 def show_captions(args):
-    """--image: the captions nearest to a photo, its own marked where it is one of the split's."""
-    cache, (photos, captions, _) = open_cache(args), open_gallery(args)
+    """--image: print the captions nearest to a photo. Those of the photo itself are marked, if it
+    is one of the split's. Returns rows for `page.photo_sheet`."""
+    cache = open_cache(args)
+    photos, captions, _ = open_gallery(args)
     search = Search(cache, photos, captions, args.bank)
-    cosines, scores = search.captions_for(search.embed_photo(args.image))
-    own = [photo.resolve() == Path(args.image).resolve() for photo in search.photos]
-
-    def about(i):
-        text, photo = search.texts[i], search.photo_of_text[i]
-        name = search.photos[photo]
-        return f"{text}  ({name.name})", text, name, own[photo]
-
+    cosines, scores = search.score_captions(search.embed_photo(args.image))
+    image = Path(args.image).resolve()
+    is_image = [photo.resolve() == image for photo in photos]
+    results = []
+    for caption, i in zip(search.texts, search.photo_of_text):
+        results.append(Result(f"{caption}  ({photos[i].name})", caption, photos[i], is_image[i]))
     title = f"{args.image} among {len(search.texts):,} captions of {args.split}"
-    title, cells = print_ranking(title, cosines[0], scores[0], args, about)
+    title, cells = print_ranking(title, cosines[0], scores[0], results, args)
     return [(title, [(args.image, "the photo", False), *cells])]
 
 
-def examples(search, texts, ranks):
-    """Hits and misses at random, each with the photo that is first, or second -> rows of a `sheet`.
-    texts, ranks: the embeddings and the ranks of the search's texts."""
-    nearest = (texts @ search.rows.T).topk(min(2, len(search.photos)), dim=1).indices.tolist()
+def hits_and_misses(search, ranks):
+    """Captions drawn at random, whose photo is ranked first or is not, as rows for
+    `page.photo_sheet`. Beside the correct photo stands the best of the others. ranks: (M,), the
+    rank of each caption's photo."""
+    cosines = search.text_embeddings @ search.photo_embeddings.T
+    best = cosines.topk(min(2, len(search.photos)), dim=1).indices.tolist()
     rows = []
-    for what, other, wanted in (("hit", "ranked 2", ranks == 1),
-                                ("miss", "ranked first", ranks > 1)):
-        drawn = wanted.nonzero().flatten().tolist()
-        for i in random.Random(0).sample(drawn, min(EXAMPLES, len(drawn))):
-            right = search.photo_of_text[i]
-            label = f"right, ranked {int(ranks[i]):,}: {search.photos[right].name}"
-            cells = [(search.photos[right], label, True)]
-            cells += [(search.photos[photo], f"{other}: {search.captions[photo][0]}", False)
-                      for photo in nearest[i] if photo != right][:1]
-            rows.append((f"{what}: {search.texts[i]}", cells))
+    for outcome, chosen, other_rank in (("hit", ranks == 1, "ranked 2"),
+                                        ("miss", ranks > 1, "ranked first")):
+        candidates = chosen.nonzero().flatten().tolist()
+        for i in random.Random(0).sample(candidates, min(EXAMPLES, len(candidates))):
+            correct = search.photo_of_text[i]
+            label = f"correct, ranked {int(ranks[i]):,}: {search.photos[correct].name}"
+            cells = [(search.photos[correct], label, True)]
+            others = [photo for photo in best[i] if photo != correct]
+            for photo in others[:1]:
+                label = f"{other_rank}: {search.captions[photo][0]}"
+                cells.append((search.photos[photo], label, False))
+            rows.append((f"{outcome}: {search.texts[i]}", cells))
     return rows
 
 
 def serve(args):
-    """--serve: a search in the browser, until Ctrl-C."""
-    folder = args.output_dir[0]
+    """--serve: answer browsers until Ctrl-C."""
+    run_dir = args.output_dir[0]
     with server.Server(args.serve) as http:
         search, gallery = open_search(args, open_cache(args))
-        tries = search.texts
-        if tries:
-            search.captions_for(search.rows[:1])  # embeds them before the first query comes
+        if search.texts:
+            example_queries = search.texts
+            search.score_captions(search.photo_embeddings[:1])  # embeds the captions in advance
         else:
+            example_queries = []
             with contextlib.suppress(DataError, UsageError):
-                tries = [own[0] for own in photos_of_split(data_dir_of(args, folder), "val")[1]]
-        http.pages = server.SearchPages(search, f"{folder} · {gallery}", tries)
-        print(f"http://{server.HOST}:{http.server_port} (Ctrl-C ends it)", flush=True)
+                _, captions = photos_of_split(find_data_dir(args, run_dir), "val")
+                example_queries = [photo_captions[0] for photo_captions in captions]
+        http.pages = server.SearchPages(search, f"{run_dir} · {gallery}", example_queries)
+        print(f"http://{server.HOST}:{http.server_port} (press Ctrl-C to stop)", flush=True)
         http.serve_forever()
 
 
+def photos_section(args, run_dir):
+    """How well a run finds the captions' photos, with hits and misses, as HTML. Raises UsageError
+    if the photos or the best model are missing."""
+    photos, captions = photos_of_split(find_data_dir(args, run_dir), args.split)
+    search = Search(EmbeddingCache(run_dir), photos, captions, use_bank=False)
+    search.embed_photos()
+    ranks = retrieval_ranks(
+        search.photo_embeddings, search.text_embeddings, search.photo_of_text)["t2i"]
+    title = f"Text to photo by category of caption: {len(photos):,} photos of {args.split}"
+    return (page.recall_by_category(title, search.texts, ranks)
+            + page.photo_sheet(hits_and_misses(search, ranks)))
+
+
 def write_page(args):
-    """--page: the runs in one HTML file; of each, where its photos are at hand, how kinds of
-    captions are found, hits and misses."""
+    """--page: write the runs to one HTML file, with photos where they are available."""
     sections = []
-    for folder in args.output_dir:
-        run = load_run(folder)
+    for run_dir in args.output_dir:
+        run = load_run(run_dir)
         try:
-            photos, captions = photos_of_split(data_dir_of(args, folder), args.split)
-            search = Search(EmbeddingCache(folder), photos, captions, bank=False)
-            search.embed_photos()
-            texts = search.text_rows
-            ranks = retrieval_ranks(search.rows, texts, search.photo_of_text)["t2i"]
-            title = f"Text to photo by kind of caption: {len(photos):,} photos of {args.split}"
-            shown = page.kinds_table(title, search.texts, ranks)
-            shown += page.sheet(examples(search, texts, ranks))
+            photos = photos_section(args, run_dir)
         except UsageError as error:
-            shown = page.note(f"No photos are shown: {error}")
-            print(f"{folder}: no photos on the page: {error}", file=sys.stderr)
-        sections.append(page.run_section(run, shown))
-    runs = f'<div class="runs">{"".join(sections)}</div>'
-    page.write(args.page, "Image-text retrieval", runs)
+            photos = page.paragraph(f"No photos are shown: {error}")
+            print(f"{run_dir}: no photos on the page: {error}", file=sys.stderr)
+        sections.append(page.run_section(run, photos))
+    page.write(args.page, PAGE_TITLE, f'<div class="runs">{"".join(sections)}</div>')
 
 
-def show_test_time(args):
-    """--test_time: avg R@1 with and without the memory's test-time training, for each run."""
-    results = {}
-    for folder in args.output_dir:
-        model, tokenizer, _ = load_model(folder)
-        if model.memory is None:
-            raise UsageError(f"{folder}: the model has no memory that could adapt")
-        settings = load_run(folder).settings
-        encoders = load_encoders(settings)
-        data = Flickr8kImageTextDataset(
-            data_dir_of(args, folder), args.split, settings.stored_pixels("val"), tokenizer,
-            settings.allow_incomplete, image_encoder=encoders.image, text_encoder=encoders.text)
-        results[Path(folder).name] = compare_test_time_training(model, data)
-    title = f"Test-time training of the memory: avg R@1, {len(data.names):,} photos of {args.split}"
-    print(report.adaptation_table(title, results))
-
-
-def runs_of(paths):
-    """The runs among the paths; what else lies there is named and left out, unless all is."""
-    runs, faults = [], {}
+def load_runs(paths):
+    """The runs among the paths. Other files and folders are skipped with a message. Raises
+    UsageError for a path that does not exist, and if not one is a run."""
+    runs, errors = [], {}
     for path in paths:
         try:
             runs.append(load_run(path))
         except UsageError as error:
-            faults[path] = error
+            errors[path] = error
             if not Path(path).exists():
                 raise
     if not runs:
-        raise faults[paths[0]]
-    for path in faults:
-        print(f"left out {path}: no run of this version", file=sys.stderr)
+        raise errors[paths[0]]
+    for path in errors:
+        print(f"skipped {path}: not a run of this version", file=sys.stderr)
     return runs
-
-
-def parse_args(argv):
-    parser = Parser(description=__doc__.split("\n")[0],
-                    epilog="Without one of these: the tables of the run.")
-    add, what = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("--output_dir", type=text, nargs="+", default=["outputs/flickr8k_sgd"], help="of the run; "
-        "several for --page, --test_time and the tables (default: outputs/flickr8k_sgd)")
-    what.add_argument("--test_time", action="store_true",
-                      help="measure what the memory's test-time training adds")
-    what.add_argument("--serve", type=number(int, "[0, 65535]"), nargs="?", const=8008,
-                      metavar="PORT", help="search in the browser, at this port of this machine "
-                      "alone; 0: one that is free (default: 8008)")
-    what.add_argument("--compare", type=text, nargs="+", metavar="DIR",
-                      help="runs, best on validation first")
-    add("--query", nargs="+", metavar="TEXT", help="rank photos by each text, of which the first "
-        f"{MAX_LENGTH:,} characters are read")
-    add("--image", type=text, help="rank a split's captions by this photo; with --query: rank "
-        "photos by both")
-    add("--photos", type=text, metavar="DIR",
-        help="with --query or --serve: the photos in this folder and below it")
-    add("--split", choices=list(SPLIT_FILES), help="whose photos and captions are ranked "
-        "(default: test; val with --test_time)")
-    add("--data_dir", type=text,
-        help="Flickr8k's folder (default: the one that the run was trained on)")
-    add("--bank", action=argparse.BooleanOptionalAction, default=True,
-        help="order photos and captions with the run's bank (default: on)")
-    add("--top", type=int, default=5, metavar="K", help="results to show (default: 5)")
-    add("--page", type=text, metavar="FILE.html", help="write one file: of the runs, with curves, "
-        "hits and misses; with --query or --image, of what was found")
-    add("--format", choices=["terminal", "markdown"], default="terminal",
-        help="of --compare (default: terminal)")
-    args = parser.parse_args(argv)
-    args.split = args.split or ("val" if args.test_time else "test")
-    if args.top < 1:
-        parser.error("--top must be at least 1")
-    serve, search = args.serve is not None, args.query or args.image
-    if len(args.output_dir) > 1 and (search or serve):
-        parser.error("--query, --image and --serve take one --output_dir")
-    if args.photos and not (args.query or serve):
-        parser.error("--photos needs a --query or --serve")
-    if (search or args.page) and (args.test_time or args.compare or serve):
-        parser.error("--query, --image and --page go with none of --test_time, --compare and "
-                     "--serve")
-    if args.page and not args.page.lower().endswith(".html"):
-        parser.error("--page names an HTML file: FILE.html")
-    return args
 
 
 def show(args):
     """Print, serve or write what was asked for."""
     if args.compare:
-        print(report.comparison(runs_of(args.compare), args.format))
-    elif args.test_time:
-        show_test_time(args)
-    elif args.serve is not None:
+        print(report.comparison(load_runs(args.compare), args.format))
+        return
+    search = bool(args.query or args.image)
+    if args.output_dir is None:
+        args.output_dir = [newest_run()]
+        if search or args.page:  # the tables and the search page name the run themselves
+            print(f"using the newest run, {args.output_dir[0]}", file=sys.stderr)
+    if args.serve is not None:
         serve(args)
-    elif args.query or args.image:
+    elif search:
         rows = show_photos(args) if args.query else show_captions(args)
         if args.page:
-            page.write(args.page, "Image-text retrieval", page.sheet(rows))
+            page.write(args.page, PAGE_TITLE, page.photo_sheet(rows))
     elif args.page:
         write_page(args)
     else:
@@ -326,7 +374,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         show(args)
-    except (UsageError, ValueError) as error:  # a text of no tokens
+    except (UsageError, ValueError) as error:  # the tokenizer raises ValueError for an empty text
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

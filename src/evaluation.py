@@ -1,5 +1,4 @@
 """A model and a split -> embeddings -> metrics."""
-import time
 
 import numpy as np
 import torch
@@ -106,21 +105,3 @@ def compare_photo_and_text(photos, texts, photo_of_caption):
         ranks = ranks_of_others(queries, texts, owners, asked, own)
         results[name] = {f"r{k}": 100 * (ranks <= k).double().mean().item() for k in KS}
     return results
-
-
-def compare_test_time_training(model, dataset):
-    """`evaluate` without and with the memory's test-time updates, which go from the trained slots
-    through the photos, then the captions -> {"off": metrics, "on": metrics, "seconds": alike}."""
-    results = {"seconds": {}}
-    for mode in ("off", "on"):
-        model.memory.reset()
-        if mode == "on":
-            model.memory.enable_test_time_updates()
-        start = time.perf_counter()
-        results[mode] = evaluate(model, dataset)  # ends on the host: a GPU has been waited for
-        results["seconds"][mode] = time.perf_counter() - start
-        model.memory.disable_test_time_updates()
-        model.memory.reset()
-    return results
-
-

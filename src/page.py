@@ -1,4 +1,5 @@
-"""What a run learned in a file of HTML that holds all it shows: tables, curves, photos found."""
+"""The HTML of a run (its tables, its curves) and of the photos that a search found. A page is one
+file that refers to no other."""
 import base64
 import io
 import re
@@ -10,7 +11,7 @@ from src.retrieval import KS
 from src.utils.errors import UsageError
 from src.utils.photo_store import open_photo
 
-THUMBNAIL, SMALL = 300, 180  # longer sides in pixels, of photos served and of those in a file
+THUMBNAIL, SMALL = 300, 180  # the longer side in pixels, of served photos and of those in a file
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif; }
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; overflow-wrap: anywhere; }
@@ -30,7 +31,7 @@ td, th { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid rgb(
 td:first-child, th:first-child, .facts td { text-align: left; } figure { margin: 1rem 0; }
 @media print { figure, tr, li { break-inside: avoid; } }
 """
-KINDS = {  # of captions, by what is found in them
+CAPTION_CATEGORIES = {  # {name: a regular expression that finds captions of the category}
     "all": "", "8 words or less": r"^(\S+\s+){0,7}\S+\s*$", "15 words or more": r"(\S+\s+){14}\S",
     "people": r"\b(m[ae]n|wom[ae]n|boys?|girls?|child|children|people|person|kids?|player)\b",
     "dogs": r"\b(dogs?|puppy|puppies)\b",
@@ -40,8 +41,9 @@ KINDS = {  # of captions, by what is found in them
 
 
 def document(title, body, script=""):
-    """An HTML page. title: plain text; body: HTML; script: JavaScript, if any."""
-    script = script and f"<script>{script}</script>"
+    """An HTML page. title: plain text. body: HTML. script: JavaScript, or nothing."""
+    if script:
+        script = f"<script>{script}</script>"
     return ('<!doctype html>\n<html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(title)}</title><style>{STYLE}</style>\n<body>{body}{script}"
@@ -49,95 +51,113 @@ def document(title, body, script=""):
 
 
 def thumbnail(photo, pixels=THUMBNAIL):
-    """A photo's path, or what has `open`, -> JPEG, upright, its longer side of so many pixels.
-    Raises DataError as `open_photo` does."""
-    small, file = open_photo(photo, pixels), io.BytesIO()
+    """A photo as JPEG bytes, upright, with a longer side of at most so many pixels. photo: a path,
+    or an object with `open`. Raises DataError as `open_photo` does."""
+    small = open_photo(photo, pixels)
     small.thumbnail((pixels, pixels))
+    file = io.BytesIO()
     small.save(file, "JPEG", quality=80)
     return file.getvalue()
 
 
-def note(words):
-    return f"<p>{escape(words)}</p>"
+def paragraph(text):
+    """Plain text as an HTML paragraph."""
+    return f"<p>{escape(text)}</p>"
 
 
-def table(columns, rows, css=""):
+def table(columns, rows, css_class=""):
+    """An HTML table of plain texts. Its columns have names, or none at all."""
     rows = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}' for cell in row)}" for row in rows)
     head = "".join(f"<th>{escape(name)}" for name in columns)
-    return f'<div class="wide"><table class="{css}"><tr>{head}{rows}</table></div>'
+    return f'<div class="wide"><table class="{css_class}"><tr>{head}{rows}</table></div>'
 
 
 def svg_curves(title, epochs, lines):
-    """Lines over the epochs, {name: values, None where there is none}, as SVG."""
+    """Curves over the epochs as an SVG figure. lines: {name: values}, with None for an epoch that
+    has no value. The plot is 422 x 200 pixels large, its upper left corner is at (48, 20)."""
     top = max((value for line in lines.values() for value in line if value is not None), default=1)
     first, last = epochs[0], max(epochs[-1], epochs[0] + 1)
-    parts = [f'<path d="M48 {y}H470" stroke="gray" stroke-width=".5"/><text x="44" y="{y + 4}" '
-             f'text-anchor="end">{top * (220 - y) / 200:.3g}</text>' for y in (20, 120, 220)]
-    parts += [f'<text x="{x}" y="236" text-anchor="{anchor}">{said}</text>' for x, anchor, said in
-              ((48, "start", f"epoch {first}"), (470, "end", last))]
-    for i, (name, line) in enumerate(lines.items()):
+    parts = []
+    for y in (20, 120, 220):
+        parts.append(f'<path d="M48 {y}H470" stroke="gray" stroke-width=".5"/>'
+                     f'<text x="44" y="{y + 4}" text-anchor="end">{top * (220 - y) / 200:.3g}'
+                     "</text>")
+    parts.append(f'<text x="48" y="236" text-anchor="start">epoch {first}</text>')
+    parts.append(f'<text x="470" y="236" text-anchor="end">{last}</text>')
+    colours = ("#2a7de1", "#e0662a", "#0a9b52", "#b04ad8")
+    for i, ((name, line), colour) in enumerate(zip(lines.items(), colours)):
         points = [f"{48 + 422 * (epoch - first) / (last - first):.1f},{220 - 200 * value / top:.1f}"
                   for epoch, value in zip(epochs, line) if value is not None]
-        colour = ("#2a7de1", "#e0662a", "#0a9b52", "#b04ad8")[i]
-        # The first twice: a single point is seen as a square.
+        # The first point is drawn twice, so that a single one appears as a square.
         parts.append(f'<polyline points="{" ".join(points[:1] + points)}" fill="none" '
-                     f'stroke="{colour}" '
-                     'stroke-width="3" stroke-linecap="square"/>'
+                     f'stroke="{colour}" stroke-width="3" stroke-linecap="square"/>'
                      f'<text x="{48 + 108 * i}" y="12" fill="{colour}">{escape(name)}</text>')
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 240" role="img" '
             f'aria-label="{title}" font-size="12" fill="currentColor">{"".join(parts)}</svg>'
             "</figure>")
 
 
-def kinds_table(title, texts, ranks):
-    """R@K of captions by kind, HTML. ranks: (M,) of the captions' photos."""
+def recall_by_category(title, texts, ranks):
+    """A table of R@K for each category of captions, as HTML. texts: the M captions. ranks: (M,) the
+    rank of each caption's photo."""
     rows = []
-    for kind, pattern in KINDS.items():
-        own = ranks[[i for i, text in enumerate(texts) if re.search(pattern, text.lower())]]
-        hits = [f"{100 * (own <= k).double().mean():.2f}" for k in KS if len(own)]
-        rows.append([kind, f"{len(own):,}", *hits])
-    return f"<h2>{escape(title)}</h2>" + table(["captions", "", *(f"R@{k} (%)" for k in KS)], rows)
+    for name, pattern in CAPTION_CATEGORIES.items():
+        members = [i for i, text in enumerate(texts) if re.search(pattern, text.lower())]
+        recalls = []
+        if members:
+            recalls = [f"{100 * (ranks[members] <= k).double().mean():.2f}" for k in KS]
+        rows.append([name, f"{len(members):,}", *recalls])
+    columns = ["captions", "", *(f"R@{k} (%)" for k in KS)]
+    return f"<h2>{escape(title)}</h2>" + table(columns, rows)
 
 
-def sheet(rows):
-    """Rows of labelled photos, [(title, [(photo's path, label, marked)])], -> HTML, a marked photo
-    in a green frame. Raises DataError for what cannot be read."""
+def photo_sheet(rows):
+    """Rows of labelled photos as HTML. rows: [(title, [(path, label, marked)])]; a marked photo has
+    a green frame. Raises DataError for a photo that cannot be read."""
     html = ""
     for title, cells in rows:
         html += f'<h2>{escape(title)}</h2><ul class="photos">'
         for photo, label, marked in cells:
             image = base64.b64encode(thumbnail(photo, SMALL)).decode()
-            html += (f'<li><img class="{"right" * marked}" src="data:image/jpeg;base64,{image}" '
-                     f'alt="">{note(label)}</li>')
+            css_class = "right" if marked else ""
+            html += (f'<li><img class="{css_class}" src="data:image/jpeg;base64,{image}" alt="">'
+                     f"{paragraph(label)}</li>")
         html += "</ul>"
     return html
 
 
-def run_section(run, shown):
-    """What a Run has come to, HTML, then `shown`. Raises UsageError for files that do not fit.
-    """
+def run_section(run, more_html):
+    """The tables and the curves of a Run as HTML, followed by more_html. Raises UsageError for a
+    run whose files lack something."""
     with report.reading(run):
         config, history = run.config, run.history
-        facts = {"training": report.training(run), "trained on": report.trained_on(run),
-                 "model": f"{run.settings.model}, {config['parameters']:,} parameters",
-                 "pretrained encoders": report.encoders(run), "hardware": config["device"],
-                 "precision": config["precision"], "date": config["date"],
-                 "command": config["command"]}
+        facts = {
+            "training": report.training(run),
+            "trained on": report.trained_on(run),
+            "model": f"{run.settings.model}, {config['parameters']:,} parameters",
+            "pretrained encoders": report.encoders(run),
+            "hardware": config["device"],
+            "precision": config["precision"],
+            "date": config["date"],
+            "command": config["command"],
+        }
         html = f"<h1>{escape(str(run.dir))}</h1>" + table([], facts.items(), "facts")
         for title, columns in report.recalls(run).items():
             html += f"<h2>{escape(title)}</h2>" + table(["", *columns], report.recall_rows(columns))
         epochs = [row["epoch"] for row in history]
-        html += svg_curves("Recall on validation, in percent", epochs, {
-            f"{name} R@{k}": [row["val"][f"{way}_r{k}"] for row in history] for name, way in
-            (("I->T", "i2t"), ("T->I", "t2i")) for k in (1, 10)})
-        for name, line in (("Loss in training", [row["train"]["loss"] for row in history]),
-                           ("Learning rate at the epoch's end", [row["lr"] for row in history])):
-            html += svg_curves(name, epochs, {"": line})
-    return f"<section>{html}{shown}</section>"
+        recalls = {}
+        for name, direction in (("I->T", "i2t"), ("T->I", "t2i")):
+            for k in (1, 10):
+                recalls[f"{name} R@{k}"] = [row["val"][f"{direction}_r{k}"] for row in history]
+        html += svg_curves("Recall on validation, in percent", epochs, recalls)
+        html += svg_curves("Training loss", epochs, {"": [row["train"]["loss"] for row in history]})
+        html += svg_curves("Learning rate at the end of the epoch", epochs,
+                           {"": [row["lr"] for row in history]})
+    return f"<section>{html}{more_html}</section>"
 
 
 def write(path, title, body):
-    """Write a `document`. Raises UsageError where that cannot be."""
+    """Write a `document` to a file. Raises UsageError if it cannot be written."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(document(title, body), "utf-8", "replace")

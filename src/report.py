@@ -1,7 +1,6 @@
 """What the scripts print: the progress line of a running epoch, and the tables of runs."""
 import contextlib
 import math
-import statistics
 from pathlib import Path
 
 from src.retrieval import KS, chance_metrics
@@ -235,18 +234,3 @@ def comparison(runs, form="terminal"):
 def markdown_table(columns, rows):
     table = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in table)
-
-
-def adaptation_table(title, results):
-    """{run: results of `compare_test_time_training`} -> lines of text."""
-    lines = [title, f"  {'':<24}{'off':>8}{'on':>8}{'gain':>8}{'seconds off':>14}{'on':>8}"]
-    gains = []
-    for name, of in results.items():
-        off, on, seconds = of["off"]["avg_r1"], of["on"]["avg_r1"], of["seconds"]
-        gains.append(on - off)
-        lines.append(f"  {name:<24}{off:>8.2f}{on:>8.2f}{gains[-1]:>+8.2f}"
-                     f"{seconds['off']:>14.2f}{seconds['on']:>8.2f}")
-    if len(gains) > 1:
-        spread = f"gain {statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}"
-        lines.append(f"  mean ± standard deviation of {len(gains)} runs: {spread}")
-    return "\n".join(lines)

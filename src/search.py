@@ -1,20 +1,19 @@
-"""A trained model put to use: photos and captions -> embeddings, whose dot products rank them.
+"""A trained model in use: photos and texts -> embeddings, whose dot products are their cosines.
 
     model, tokenizer, transform = load_model("outputs/flickr8k_sgd")
     photos = embed_photos(model, transform, ["my_dog.jpg"])
     texts = embed_texts(model, tokenizer, ["a dog", "a red car"])
     print(texts @ photos.T)
-    bank = load_bank("outputs/flickr8k_sgd")  # for a better order of many photos
+
+    # With the run's bank, many photos are ranked better.
+    bank = load_bank("outputs/flickr8k_sgd")
     print((bank.text_queries(texts) @ bank.photo_gallery(photos).T).argsort(descending=True))
 
 Everything is computed in float32."""
 import collections
-import contextlib
-import dataclasses
 import functools
 import hashlib
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -22,65 +21,80 @@ import torch.nn.functional as F
 
 from src.bank import BETA, NEIGHBOUR_WEIGHT, NEIGHBOURS, Bank
 from src.device import find_device
+from src.embedding_cache import PHOTOS, TEXTS, CachedEmbeddings, CacheFile
 from src.encoder_sources import load_encoders
 from src.fisher import build_network
 from src.model import combine_photo_and_text
-from src.runs import BEST, BEST_KEYS, check_folder, load_checkpoint, save_checkpoint
+from src.runs import BEST, BEST_KEYS, check_folder, load_checkpoint
 from src.settings import settings_of
 from src.utils.augment import normalize
 from src.utils.caption_files import photo_suffixes
 from src.utils.captions import cut_text, read_folder
-from src.utils.errors import DataError, RunError, UsageError
+from src.utils.errors import DataError, UsageError
 from src.utils.flickr8k_simple import map_tensors
 from src.utils.photo_store import STORE_VERSION, decoding_threads, load_photo
 from src.utils.ragged import Ragged
 from src.utils.tokenizers import tokenizer_from_state
 
-CACHE = "embeddings_flickr8k.pt"
-SAVE_INTERVAL = 60  # seconds between two savings of the cache while photos are embedded
+CACHE = "embeddings_flickr8k.sqlite3"
 
 
 def load_best(run_dir):
-    """The checkpoint of a run's best model. Raises UsageError, as `load_model`."""
+    """The checkpoint of a run's best model. Raises UsageError as `load_model` does."""
     path = Path(run_dir) / BEST
     check_folder(path.parent)
     if not path.exists():
-        raise UsageError(f"{path.parent}: has no best model yet, which an epoch leaves")
+        raise UsageError(f"{path.parent}: has no best model yet; the first epoch saves one")
     return load_checkpoint(path, BEST_KEYS)
 
 
 def load_bank(run_dir):
-    """The `Bank` of a run's best model, None before the end of the run and for one of a version
-    without banks. Raises UsageError, as `load_model`."""
+    """The `Bank` of a run's best model. It is None while the run is still training, and for runs of
+    versions that had no bank. Raises UsageError as `load_model` does."""
     bank = load_best(run_dir).get("bank")
     return None if bank is None else Bank(**bank)
 
 
-def load_model(run_dir):
-    """A run's best model, in eval mode on the GPU if there is one -> (model, tokenizer, transform):
-    tokenizer.encode(text) gives a list of ids, transform(path) a photo as the model takes it, (3,
-    side, side), or what its pretrained encoder takes. Raises UsageError for no run, no best
-    model yet or a file that does not fit, UsageError for a run of another version and for
-    pretrained encoders that cannot be had."""
+def load_model_and_encoders(run_dir):
+    """Load a run's best model -> (model, tokenizer, settings, encoders).
+
+    The model is in eval mode, on the best device of this machine, and takes photos and texts as
+    they are: its pretrained encoders, if it has any, are a part of it. The same encoders are also
+    returned, to embed a whole dataset from its feature store. Raises UsageError as `load_model`
+    does."""
     checkpoint = load_best(run_dir)
-    settings = dataclasses.replace(settings_of(checkpoint["config"], run_dir), amp=False)
-    encoders = load_encoders(settings)
-    trained_with = checkpoint["config"].get("encoders")
+    config = checkpoint["config"]
+    settings = settings_of(config, run_dir)
+    device = find_device()
+    encoders = load_encoders(settings, device)
+    trained_with = config.get("encoders")
     if encoders.describe() != trained_with:
-        raise UsageError(f"{run_dir}: the weights of its pretrained encoders are not those "
-                              f"that it was trained with: {trained_with}")
+        raise UsageError(f"{run_dir}: the weights of its pretrained encoders are not those that it "
+                         f"was trained with: {trained_with}")
     try:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
         model = build_network(tokenizer.vocab_size, settings, encoders.widths)
-        if settings.finetune:
+        if settings.finetune:  # the checkpoint holds the fine-tuned weights of the encoders
             encoders.attach(model, settings)
         model.load_state_dict(checkpoint["model_state_dict"])
-        if not settings.finetune:  # which the checkpoint leaves out
+        if not settings.finetune:
             encoders.attach(model, settings)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UsageError(f"{Path(run_dir) / BEST}: its weights and tokenizer are not those of "
-                              f"the model that it describes ({reason})") from None
+        raise UsageError(f"{Path(run_dir) / BEST}: its weights or its tokenizer do not fit the "
+                         f"model that it describes ({reason})") from None
+    return model.eval().to(device), tokenizer, settings, encoders
+
+
+def load_model(run_dir):
+    """Load a run's best model -> (model, tokenizer, transform).
+
+    The model is in eval mode, on the best device of this machine. tokenizer.encode(text) gives a
+    list of token ids. transform(path) gives a photo as the model takes it, a float tensor
+    (3, side, side), or whatever size the run's pretrained image encoder takes. Raises UsageError if
+    there is no run, or no best model yet, if a file of the run is damaged or belongs to another
+    version of this project, and if a pretrained encoder is unavailable or has changed."""
+    model, tokenizer, settings, encoders = load_model_and_encoders(run_dir)
 
     def transform(photo):
         if encoders.image is not None and not settings.finetune:
@@ -88,20 +102,22 @@ def load_model(run_dir):
         pixels = load_photo(photo, settings.stored_pixels("val"))
         return normalize(torch.from_numpy(pixels)[None])[0]
 
-    return model.eval().to(find_device()), tokenizer, transform
+    return model, tokenizer, transform
 
 
 @torch.no_grad()
-def embed_in_batches(model, transform, paths, batch_size=100, faults=None):
-    """Yields (paths, their embeddings) batch by batch. faults: a dict that gets {path: what is
-    wrong} of photos that cannot be read, which are left out; without it they raise DataError."""
+def embed_in_batches(model, transform, paths, batch_size=100, unreadable=None):
+    """Yield (paths, embeddings) batch by batch, the embeddings (B, D) of unit length on the CPU.
+
+    unreadable: a dict. Photos that cannot be read are skipped, and {path: error message} is added
+    to it. Without the dict, such a photo raises DataError."""
     def read(path):
         try:
             return transform(path)
         except DataError as error:
-            if faults is None:
+            if unreadable is None:
                 raise
-            faults[path] = str(error)
+            unreadable[path] = str(error)
             return None
 
     device = next(model.parameters()).device
@@ -117,217 +133,235 @@ def embed_in_batches(model, transform, paths, batch_size=100, faults=None):
 
 
 def embed_photos(model, transform, paths, batch_size=100):
-    """Photo files -> (N, D) on the CPU, of unit length. Raises DataError, with the file's
-    name, for a photo that cannot be read."""
+    """Embed photo files -> (N, D) of unit length on the CPU. Raises DataError, with the name of the
+    file, for a photo that cannot be read."""
     batches = embed_in_batches(model, transform, paths, batch_size)
-    return torch.cat([rows for _, rows in batches])
+    return torch.cat([embeddings for _, embeddings in batches])
 
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, batch_size=256):
-    """Texts, of which MAX_LENGTH characters are read -> (N, D) on the CPU, of unit length.
-    Raises ValueError for a text of no tokens."""
+    """Embed texts -> (N, D) of unit length on the CPU. Of each text, the first MAX_LENGTH
+    characters are read. Raises ValueError for a text without tokens."""
     device = next(model.parameters()).device
     ids = Ragged.of((tokenizer.encode(cut_text(text)) for text in texts), "H")
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # for little padding
     parts = []
     for start in range(0, len(ids), batch_size):
-        rows, features = order[start:start + batch_size], None
-        text = torch.from_numpy(ids.padded(rows)).to(device)
+        batch = by_length[start:start + batch_size]
+        text = torch.from_numpy(ids.padded(batch)).to(device)
+        features = None
         if model.text_backbone is not None:
-            features = model.text_backbone.prepare([cut_text(texts[i]) for i in rows])
+            features = model.text_backbone.prepare([cut_text(texts[i]) for i in batch])
             features = map_tensors(lambda tensor: tensor.to(device), features)
         parts.append(model(text=text, text_features=features)["central_latent"].cpu())
-    sorted_rows = F.normalize(torch.cat(parts), dim=-1)
-    return torch.empty_like(sorted_rows).index_copy_(0, torch.tensor(order), sorted_rows)
+    embeddings = F.normalize(torch.cat(parts), dim=-1)
+    return torch.empty_like(embeddings).index_copy_(0, torch.tensor(by_length), embeddings)
 
 
 class EmbeddingCache:
-    """Embeddings of photo files and texts, and what the run's `Bank` makes of them, kept beside the
-    run, made once. A photo is known by its path, size and modification time, the weights by their
-    file's content."""
+    """The embeddings of photos and texts by a run's best model. Each is computed once and kept in a
+    file of the run's folder, together with the rows of the galleries of the run's `Bank`.
+
+    A photo file that changes is embedded again, and another best model starts the cache anew. Only
+    one thread may use it at a time."""
 
     def __init__(self, run_dir):
-        self.path = Path(run_dir) / CACHE
         self.model, self.tokenizer, self.transform = load_model(run_dir)
-        self.bank, self.keys = load_bank(run_dir), {}
+        self.bank = load_bank(run_dir)
+        self.items = {}  # {path: its item in the cache} of the photos that were asked for
         with open(Path(run_dir) / BEST, "rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
-        # And what else the cached follows from: how photos are read, how the bank is used.
+        # The rows also depend on how photos are read and on how the bank is used.
         weights += f" {STORE_VERSION} {BETA} {NEIGHBOURS} {NEIGHBOUR_WEIGHT}"
-        self.state = {"weights": weights, "photos": {}, "texts": {}, "photo_rows": None,
-                      "text_rows": None, "photo_gallery": None, "text_gallery": None}
-        with contextlib.suppress(UsageError):  # none there, or damaged: it is only a cache
-            state = load_checkpoint(self.path, self.state)
-            self.state = state if state["weights"] == weights else self.state
+        self.file = CacheFile(Path(run_dir) / CACHE, weights)
+        photo_gallery = text_gallery = None
+        if self.bank is not None:
+            photo_gallery, text_gallery = self.bank.photo_gallery, self.bank.text_gallery
+        self.photo_rows = CachedEmbeddings(self.file, PHOTOS, photo_gallery)
+        self.text_rows = CachedEmbeddings(self.file, TEXTS, text_gallery)
 
-    def photos(self, paths, progress=None, faults=None):
-        """(N, D) of the photos, less those in `faults`, see `embed_in_batches`. What was
-        embedded is kept, whatever ends it. `progress(done, total)` is called after each batch.
-        Raises DataError where there is nothing to give."""
-        keys = self.keys
+    def photos(self, paths, progress=None, unreadable=None):
+        """The embeddings (N, D) of photos, without those that are added to `unreadable`, see
+        `embed_in_batches`. Every batch is kept as soon as it is embedded, so that nothing is lost
+        if the program is interrupted. progress(done, total) is called after each batch. Raises
+        DataError if not one photo can be read."""
         paths = [Path(path) if isinstance(path, str) else path for path in paths]
         for path in paths:
-            try:
-                stat = path.stat()
-                keys[path] = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-            except OSError as error:
-                if faults is None:
-                    raise DataError(f"{path}: {error.strerror}") from None
-                keys.pop(path, None)
-                faults[path] = f"{path}: {error.strerror}"
-        row_of, saved, done = self.state["photos"], time.time(), 0
-        new = [path for path in dict.fromkeys(paths) if path in keys and keys[path] not in row_of]
-        try:
-            for batch, rows in embed_in_batches(self.model, self.transform, new, faults=faults):
-                self._add("photo", [keys[path] for path in batch], rows)
-                done += len(batch)
-                if progress:
-                    progress(done, len(new))
-                if time.time() - saved > SAVE_INTERVAL:
-                    self._save()
-                    saved = time.time()
-        finally:
-            if done:
-                self._save()
-        found = [row_of[keys[path]] for path in paths if keys.get(path) in row_of]
-        if not found:
+            self._look_at(path, unreadable)
+        readable = [path for path in paths if path in self.items]
+        missing = set(self.photo_rows.missing([self.items[path] for path in readable]))
+        new = [path for path in dict.fromkeys(readable) if self.items[path] in missing]
+        done = 0
+        for batch, embeddings in embed_in_batches(
+                self.model, self.transform, new, unreadable=unreadable):
+            self.photo_rows.add([self.items[path] for path in batch], embeddings)
+            done += len(batch)
+            if progress:
+                progress(done, len(new))
+        self.file.delete_missing_photos({self.items[path][0] for path in readable})
+        embedded = [path for path in readable if path not in (unreadable or {})]
+        if not embedded:
             raise DataError(f"not one of {len(paths):,} photos can be read: "
-                            f"{next(iter(faults.values()))}")
-        return self.state["photo_rows"][found]
+                            f"{next(iter(unreadable.values()))}")
+        return self.photo_rows.embeddings([self.items[path] for path in embedded])
+
+    def _look_at(self, path, unreadable):
+        """Find the key and the version of a photo file, which identify it in the cache."""
+        try:
+            stat = path.stat()
+        except OSError as error:
+            message = f"{path}: {error.strerror}"
+            if unreadable is None:
+                raise DataError(message) from None
+            unreadable[path] = message
+            self.items.pop(path, None)
+            return
+        # A photo in a .tar file has no `resolve` that would make its path absolute.
+        self.items[path] = os.path.realpath(str(path)), f"{stat.st_size} {stat.st_mtime_ns}"
 
     def photo_gallery(self, paths):
-        """The bank's, of photos that `photos` has given."""
-        rows = [self.state["photos"][self.keys[path]] for path in paths]
-        return self.state["photo_gallery"][rows]
+        """The bank's gallery rows (N, D + 1) of photos whose embeddings `photos` has returned."""
+        return self.photo_rows.gallery([self.items[path] for path in paths])
+
+    def photo_version(self, path):
+        """A short string that changes with the file of a photo that `photos` has embedded."""
+        return hashlib.sha256(repr(self.items[path]).encode()).hexdigest()[:8]
 
     def texts(self, texts):
-        """(N, D), see `embed_texts`."""
-        row_of = self.state["texts"]
-        new = [text for text in dict.fromkeys(texts) if text not in row_of]
-        if new:
-            self._add("text", new, embed_texts(self.model, self.tokenizer, new))
-            self._save()
-        return self.state["text_rows"][[row_of[text] for text in texts]]
+        """The embeddings (N, D) of texts, see `embed_texts`."""
+        items = [(text, "") for text in texts]
+        missing = self.text_rows.missing(items)
+        if missing:
+            new = [text for text, _ in missing]
+            self.text_rows.add(missing, embed_texts(self.model, self.tokenizer, new))
+        return self.text_rows.embeddings(items)
 
     def text_gallery(self, texts):
-        """The bank's, of texts that `texts` has given."""
-        return self.state["text_gallery"][[self.state["texts"][text] for text in texts]]
-
-    def _add(self, kind, keys, rows):
-        made = {f"{kind}_rows": rows}
-        if self.bank is not None:
-            made[f"{kind}_gallery"] = getattr(self.bank, f"{kind}_gallery")(rows)
-        first = 0 if self.state[f"{kind}_rows"] is None else len(self.state[f"{kind}_rows"])
-        self.state[f"{kind}s"].update({key: first + i for i, key in enumerate(keys)})
-        for name, new in made.items():
-            self.state[name] = torch.cat([self.state[name], new]) if first else new
-
-    def _save(self):
-        with contextlib.suppress(RunError):  # a folder that cannot be written
-            save_checkpoint(self.state, self.path)
+        """The bank's gallery rows (N, D + 1) of texts whose embeddings `texts` has returned."""
+        return self.text_rows.gallery([(text, "") for text in texts])
 
 
 class Search:
-    """A gallery of photos with their captions, N and M of them, which texts, photos or both find.
+    """A gallery of N photos and their M captions, which is searched by texts, by photos, or by a
+    photo and a text together.
 
-    cache: an `EmbeddingCache`. photos: paths, captions: a list of each one's, perhaps empty. bank:
-    whether to order by the run's. `rows`: the photos' embeddings, once `embed_photos` was called.
-    """
+    cache: an `EmbeddingCache`. photos: their paths. captions: the list of each photo's captions,
+    which may be empty. use_bank: whether to rank with the run's bank. photo_embeddings: (N, D),
+    available after a call of `embed_photos`."""
 
-    def __init__(self, cache, photos, captions, bank):
-        self.cache, self.bank = cache, cache.bank if bank else None
-        self.rows = self.gallery = None
-        self._hold(photos, captions)
+    def __init__(self, cache, photos, captions, use_bank):
+        self.cache = cache
+        self.bank = cache.bank if use_bank else None
+        self.photo_embeddings = None
+        self.photo_gallery = None
+        self._set_gallery(photos, captions)
 
-    def _hold(self, photos, captions):
+    def _set_gallery(self, photos, captions):
         self.photos, self.captions = photos, captions
-        self.texts = [text for own in captions for text in own]
-        self.photo_of_text = [i for i, own in enumerate(captions) for _ in own]
+        self.texts = [text for texts in captions for text in texts]
+        self.photo_of_text = [i for i, texts in enumerate(captions) for _ in texts]
 
-    def embed_photos(self, progress=None, faults=None):
-        """Those in `faults` leave the gallery, see `EmbeddingCache.photos`."""
-        self.rows = self.cache.photos(self.photos, progress, faults)
-        kept = [i for i, photo in enumerate(self.photos) if photo not in (faults or {})]
-        self._hold([self.photos[i] for i in kept], [self.captions[i] for i in kept])
+    def embed_photos(self, progress=None, unreadable=None):
+        """Embed the photos. Those that are added to `unreadable`, see `EmbeddingCache.photos`,
+        leave the gallery."""
+        self.photo_embeddings = self.cache.photos(self.photos, progress, unreadable)
+        if unreadable:
+            kept = [i for i, photo in enumerate(self.photos) if photo not in unreadable]
+            self._set_gallery([self.photos[i] for i in kept], [self.captions[i] for i in kept])
         if self.bank is not None:
-            self.gallery = self.cache.photo_gallery(self.photos)
+            self.photo_gallery = self.cache.photo_gallery(self.photos)
 
     @functools.cached_property
-    def text_rows(self):
+    def text_embeddings(self):
         return self.cache.texts(self.texts)
 
     @functools.cached_property
     def text_gallery(self):
+        self.cache.texts(self.texts)
         return self.cache.text_gallery(self.texts)
 
     def embed_texts(self, texts, photo=None):
-        """(Q, D) of the texts, each together with the photo whose embedding (1, D) is given."""
-        rows = embed_texts(self.cache.model, self.cache.tokenizer, texts)
-        return rows if photo is None else F.normalize(combine_photo_and_text(photo, rows), dim=-1)
+        """Embed texts that are not kept in the cache -> (Q, D). photo: the embedding (1, D) of a
+        photo, with which each text is combined."""
+        embeddings = embed_texts(self.cache.model, self.cache.tokenizer, texts)
+        if photo is None:
+            return embeddings
+        return F.normalize(combine_photo_and_text(photo, embeddings), dim=-1)
 
     def embed_photo(self, path):
-        """-> (1, D)"""
+        """Embed a photo that is not kept in the cache -> (1, D)."""
         return embed_photos(self.cache.model, self.cache.transform, [path])
 
-    def photos_for(self, queries):
-        """What `embed_texts` gives -> cosines (Q, N), and scores to order by, alike."""
-        cosines = queries @ self.rows.T
+    def score_photos(self, queries):
+        """Compare embeddings (Q, D) of texts with the photos -> (cosines, scores), both (Q, N). The
+        scores are what to rank by: the bank's, or else the cosines."""
+        cosines = queries @ self.photo_embeddings.T
         if self.bank is None:
             return cosines, cosines
-        return cosines, self.bank.text_queries(queries) @ self.gallery.T
+        return cosines, self.bank.text_queries(queries) @ self.photo_gallery.T
 
-    def captions_for(self, queries):
-        """Embeddings of photos (Q, D) -> cosines (Q, M), and scores, alike."""
-        cosines = queries @ self.text_rows.T
+    def score_captions(self, queries):
+        """Compare embeddings (Q, D) of photos with the captions -> (cosines, scores), both (Q, M),
+        as in `score_photos`."""
+        cosines = queries @ self.text_embeddings.T
         if self.bank is None:
             return cosines, cosines
         return cosines, self.bank.photo_queries(queries) @ self.text_gallery.T
 
 
 def photos_of_split(data_dir, split):
-    """-> ([path of each photo], [its captions]). Raises DataError for what is missing."""
+    """The photos of a dataset's split -> (paths, captions), the captions as one list per photo.
+    Raises DataError for a dataset that is missing or incomplete."""
     folder = read_folder(data_dir)
-    names, captions = folder.splits[split], []
-    for name in names:
-        captions.append(folder.texts_of(name))
-        if not captions[-1]:
+    paths, captions = [], []
+    for name in folder.splits[split]:
+        texts = folder.texts_of(name)
+        if not texts:
             raise DataError(f"{data_dir}: {name} has no captions")
-    return [folder.path(name) for name in names], captions
+        paths.append(folder.path(name))
+        captions.append(texts)
+    return paths, captions
 
 
 def photos_of_folder(folder, skipped=None):
-    """Paths of the photos in a folder and below it, in order. Links are followed, each folder is
-    entered once, and what is hidden, its name beginning with a dot, is not looked at. skipped: a
-    Counter that gets {kind: number} of what is no photo. Raises DataError where there are none."""
+    """The sorted paths of the photos in a folder and below it.
+
+    Links are followed, and each folder is entered once. Hidden files and folders, whose names begin
+    with a dot, are ignored. skipped: a Counter to which the files that are not photos are added, by
+    suffix. Raises DataError if there is no such folder, and if there are no photos in it."""
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: there is no such folder")
     skipped = collections.Counter() if skipped is None else skipped
-    paths, entered, suffixes = [], set(), photo_suffixes()
+    suffixes = photo_suffixes()
+    photos, entered = [], set()
 
-    def count_folder(error):
+    def count_error(error):
         skipped["folders that cannot be opened"] += 1
 
-    for place, folders, names in os.walk(folder, onerror=count_folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=count_error, followlinks=True):
         if os.path.realpath(place) in entered:
             folders.clear()
             continue
         entered.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(place, name) for name in names if not name.startswith(".")):
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = Path(place, name)
             suffix = path.suffix.lower()
             if not path.is_file():
-                skipped["broken links and the like"] += 1
+                skipped["broken links or special files"] += 1
             elif suffix in suffixes:
-                paths.append(path)
+                photos.append(path)
             else:
-                skipped[suffix or "without a suffix"] += 1
-    if not paths:
-        found = f" (left out: {kinds(skipped)})" if skipped else ""
-        raise DataError(f"{folder}: holds no photos that can be read{found}")
-    return sorted(paths)
+                skipped[suffix or "files without a suffix"] += 1
+    if not photos:
+        reason = f" (skipped: {list_skipped(skipped)})" if skipped else ""
+        raise DataError(f"{folder}: holds no photos that can be read{reason}")
+    return sorted(photos)
 
 
-def kinds(skipped):
-    """{kind: number} -> "3 .heic, 1 .txt"."""
-    return ", ".join(f"{number:,} {kind}" for kind, number in sorted(skipped.items()))
+def list_skipped(skipped):
+    """Counter of skipped files by suffix -> "3 .heic, 1 .txt"."""
+    return ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(skipped.items()))

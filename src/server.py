@@ -1,5 +1,6 @@
-"""A search among photos in the browser, which `Server` answers. Nothing comes from elsewhere, and
-all works without JavaScript."""
+"""The search among photos as a page in the browser. `Server` answers the requests.
+
+The page loads nothing from other sites, and all of it works without JavaScript."""
 import base64
 import collections
 import email
@@ -18,16 +19,18 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from PIL import Image
 
-from src.page import document, note, thumbnail
+from src.page import document, paragraph, thumbnail
 from src.utils.captions import MAX_LENGTH, cut_text
 from src.utils.console import printable
 from src.utils.errors import DataError, UsageError
 
 HOST = "127.0.0.1"
-TOP, AT_RANDOM, CAPTIONS, TRIES = 24, 12, 10, 3  # what a page shows of each
+RESULTS = 24  # photos that a search shows at first
+RANDOM_PHOTOS, EXAMPLE_QUERIES = 12, 3  # on the start page
+NEAREST_CAPTIONS = 10
 MAX_UPLOAD = 20_000_000  # bytes
-KEPT_THUMBNAILS, KEPT_UPLOADS = 1000, 20  # about 20 MB, and at most 30 MB
-# "searching ...", and searching for a picture as soon as it is chosen, or dropped anywhere.
+KEPT_THUMBNAILS, KEPT_UPLOADS = 1000, 20  # they take about 20 MB, and at most 30 MB
+# Shows "searching …", and searches by a picture as soon as it is chosen or dropped on the page.
 SCRIPT = """
 const form = document.getElementById("upload"), file = form.elements.image;
 const send = () => { if (file.files.length) form.requestSubmit(); };
@@ -39,28 +42,33 @@ document.addEventListener("drop", event => {
   event.preventDefault(); file.files = event.dataTransfer.files; send(); });
 """
 SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-HEADERS = {  # nothing from elsewhere, no script but that one, in no other's page
+# Browsers may load nothing from other sites, run no script but the one above, and show the page in
+# no other site's frame.
+HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; form-action 'self'; "
     "style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'; "
     f"script-src 'sha256-{SCRIPT_HASH}'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",  # with no-referrer a form's Origin is "null", and refused
-    "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store"}
+    # With "no-referrer", the Origin of a form would be "null", which is refused.
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store"}
 
 
-def link(**fields):
-    """The address of a search."""
+def search_link(**fields):
+    """The address of a search, escaped for HTML. Fields that are empty are omitted."""
     fields = {name: value for name, value in fields.items() if value != ""}
     return escape("/?" + urlencode(fields)) if fields else "/"
 
 
 class Refused(Exception):
-    """A request that gets an error page: its HTTP status, and what is wrong in words."""
+    """A request that is answered by an error page. Its arguments are the HTTP status and the
+    message."""
 
 
 def uploaded_picture(content_type, body):
-    """The bytes of the file in a form's body. Raises Refused for none, for what is no picture, and
-    for more pixels than Pillow takes without a warning."""
+    """The bytes of the picture in the body of a form. Raises Refused if there is none, if it cannot
+    be read, and if it has more pixels than Pillow accepts without a warning."""
     head = f"Content-Type: {content_type}\r\n\r\n".encode("latin-1", "replace")
     form = email.message_from_bytes(head + body, policy=email.policy.HTTP)
     contents = [part.get_payload(decode=True) for part in form.iter_parts() if part.get_filename()]
@@ -70,43 +78,49 @@ def uploaded_picture(content_type, body):
         with Image.open(io.BytesIO(contents[0])) as picture:
             pixels = picture.width * picture.height
     except Exception:  # Pillow's decoders raise anything
-        raise Refused(400, "That file is no picture that can be read.") from None
+        raise Refused(400, "That file is not a picture that can be read.") from None
     if pixels > Image.MAX_IMAGE_PIXELS:
         raise Refused(413, f"That picture has more than {Image.MAX_IMAGE_PIXELS:,} pixels.")
     return contents[0]
 
 
 class SearchPages:
-    """The pages of a search; they may be asked for by any number of threads.
+    """The pages of a search. Any number of threads may ask for them.
 
-    search: a `Search` of `src/inference.py`, its photos embedded. about: the page's last line.
-    tries: captions."""
+    search: a `Search` whose photos are embedded. footer: the last line of every page.
+    example_queries: texts, a few of which the start page offers."""
 
-    def __init__(self, search, about, tries):
-        self.search, self.about, self.tries = search, about, tries
-        self.lock, self.uploads = threading.Lock(), collections.OrderedDict()
+    def __init__(self, search, footer, example_queries):
+        self.search = search
+        self.footer = footer
+        self.example_queries = example_queries
+        self.lock = threading.Lock()
+        self.uploads = collections.OrderedDict()  # {key: (embedding, thumbnail)}
         self.thumbnail = functools.lru_cache(KEPT_THUMBNAILS)(thumbnail)
 
     def photo(self, number):
+        """The path of a photo, by its number in an address."""
         if not re.fullmatch("[0-9]{1,9}", number) or int(number) >= len(self.search.photos):
-            raise Refused(404, "There is no photo of that number.")
+            raise Refused(404, "There is no photo with that number.")
         return self.search.photos[int(number)]
 
     def image(self, number):
-        """-> media type and bytes of a photo's thumbnail; of one that cannot be read, a grey square
-        with its name."""
+        """The media type and the bytes of a photo's thumbnail. A photo that cannot be read becomes
+        a grey square with its name."""
         photo = self.photo(number)
         try:
-            with self.lock:  # one at a time, as a large photo takes its memory
+            with self.lock:  # decode one at a time, because a large photo needs much memory
                 return "image/jpeg", self.thumbnail(photo)
         except DataError:
-            return "image/svg+xml", (
-                '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 300"><rect width="300" '
-                'height="300" fill="#999"/><text x="150" y="150" text-anchor="middle">'
-                f"{escape(printable(photo.name))}</text></svg>").encode()
+            svg = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 300">'
+                   '<rect width="300" height="300" fill="#999"/>'
+                   '<text x="150" y="150" text-anchor="middle">'
+                   f"{escape(printable(photo.name))}</text></svg>")
+            return "image/svg+xml", svg.encode()
 
     def add_upload(self, content_type, body):
-        """-> the key under which a form's picture is kept while it is among the last."""
+        """Embed the picture in the body of a form, and return the key of its page. Only the last
+        KEPT_UPLOADS pictures are kept, and only in memory."""
         with self.lock:
             content = uploaded_picture(content_type, body)
             key = hashlib.sha256(content).hexdigest()[:20]
@@ -120,88 +134,113 @@ class SearchPages:
         return key
 
     def upload(self, key):
+        """The embedding and the thumbnail of an uploaded picture."""
         if key not in self.uploads:
-            raise Refused(410, "That picture is no longer kept here. Choose it once more.")
+            raise Refused(410, "That picture is no longer kept here. Please choose it again.")
         return self.uploads[key]
 
     def answer(self, q="", photo="", upload="", top=""):
-        """The page for words, the number of a photo, the key of an upload, all optional; top: how
-        many photos to show. Raises Refused."""
-        words, notes, shown, picture, found = cut_text(q.strip()), "", "", None, None
+        """The page of a search, as HTML. Raises Refused.
+
+        q: the words. photo: the number of a photo, or upload: the key of an uploaded picture. top:
+        the number of photos to show. All of them are strings from an address, and optional."""
+        words = cut_text(q.strip())
+        notes = ""
         if len(q) > MAX_LENGTH:
-            notes = note(f"Of the words, the first {MAX_LENGTH:,} characters are read.")
+            notes += paragraph(f"Only the first {MAX_LENGTH:,} characters of the words are read.")
         readable = not words or self.search.cache.tokenizer.knows(words)
         if not readable:
-            notes += note("The model has learned none of these words. Try others, in the language "
-                          "of its captions.")
+            notes += paragraph("The model has learned none of these words. Try other words, in the "
+                               "language of its captions.")
+
+        picture, picture_html, captions = None, "", ""
+        cosines, scores = None, None
         with self.lock:
             if photo:
-                picture, shown = self.search.embed_photo(self.photo(photo)), self.card(int(photo))
+                picture = self.search.embed_photo(self.photo(photo))
+                picture_html = self.card(int(photo))
             elif upload:
                 picture = self.upload(upload)[0]
-                shown = f'<li><img src="/upload/{upload}" alt="the picture that you gave"></li>'
+                picture_html = (f'<li><img src="/upload/{upload}" '
+                                'alt="the picture that you uploaded"></li>')
             if words and readable:
-                found = self.search.photos_for(self.search.embed_texts([words], picture))
-            elif picture is not None and readable:
-                found = (picture @ self.search.rows.T,) * 2  # the bank is not for two photos
-            captions = "" if words or picture is None else self.captions(picture)
+                query = self.search.embed_texts([words], picture)
+                cosines, scores = self.search.score_photos(query)
+            elif picture is not None and not words:
+                # The bank ranks photos for texts, not for another photo.
+                cosines = scores = picture @ self.search.photo_embeddings.T
+            if picture is not None and not words:
+                captions = self.nearest_captions(picture)
+
         body = ""
-        if found:
-            top = max(1, int(top)) if re.fullmatch("[0-9]{1,6}", top) else TOP
-            order = found[1][0].argsort(descending=True, stable=True).tolist()
+        if scores is not None:
+            order = scores[0].argsort(descending=True, stable=True).tolist()
             order = [i for i in order if not photo or i != int(photo)]
-            by = ", by the bank" if words and self.search.bank else ""
-            body = f"<h2>{min(top, len(order)):,} of {len(order):,} photos, best first{by}</h2>"
-            body += self.grid(order[:top], found[0][0])
-            if top < len(order):
-                more = link(q=words, photo=photo, upload=upload, top=2 * top)
+            shown = max(1, int(top)) if re.fullmatch("[0-9]{1,6}", top) else RESULTS
+            by_bank = ", ranked with the bank" if words and self.search.bank else ""
+            body = (f"<h2>{min(shown, len(order)):,} of {len(order):,} photos, best first{by_bank}"
+                    f"</h2>{self.grid(order[:shown], cosines[0])}")
+            if shown < len(order):
+                more = search_link(q=words, photo=photo, upload=upload, top=2 * shown)
                 body += f'<p><a href="{more}">more</a></p>'
         elif readable:
             body = self.start()
-        if shown:
-            shown = (f'<ul class="photos asked">{shown}</ul><p><a href="{link(q=words)}">without '
-                     "the picture</a></p>")
-        return self.page(words, {"photo": photo, "upload": upload}, notes, shown + captions + body)
+        if picture_html:
+            picture_html = (f'<ul class="photos asked">{picture_html}</ul>'
+                            f'<p><a href="{search_link(q=words)}">without the picture</a></p>')
+        picture_fields = {"photo": photo, "upload": upload}
+        return self.page(words, picture_fields, notes, picture_html + captions + body)
 
     def start(self):
-        tries = "".join(f'<li><a href="{link(q=text)}">{escape(text)}</a></li>'
-                        for text in random.sample(self.tries, min(TRIES, len(self.tries))))
-        number = len(self.search.photos)
-        drawn = random.sample(range(number), min(AT_RANDOM, number))
-        return (f"<h2>For example</h2><ul>{tries}</ul><h2>{len(drawn)} of {number:,} photos, at "
-                f"random</h2>{self.grid(drawn)}")
+        """Example queries and photos at random."""
+        queries = random.sample(self.example_queries,
+                                min(EXAMPLE_QUERIES, len(self.example_queries)))
+        links = "".join(f'<li><a href="{search_link(q=query)}">{escape(query)}</a></li>'
+                        for query in queries)
+        total = len(self.search.photos)
+        drawn = random.sample(range(total), min(RANDOM_PHOTOS, total))
+        return (f"<h2>For example</h2><ul>{links}</ul>"
+                f"<h2>{len(drawn)} of {total:,} photos, at random</h2>{self.grid(drawn)}")
 
-    def captions(self, latent):
+    def nearest_captions(self, embedding):
+        """The captions that are nearest to a photo, each a link to its own photo."""
         if not self.search.texts:
             return ""
-        (cosines,), (scores,) = self.search.captions_for(latent)
+        cosines, scores = self.search.score_captions(embedding)
+        order = scores[0].argsort(descending=True, stable=True)
         items = ""
-        for i in scores.argsort(descending=True, stable=True)[:CAPTIONS].tolist():
-            href = link(photo=self.search.photo_of_text[i])
-            items += (f'<li>{cosines[i]:.3f} <a href="{href}">{escape(self.search.texts[i])}</a>'
-                      "</li>")
+        for i in order[:NEAREST_CAPTIONS].tolist():
+            href = search_link(photo=self.search.photo_of_text[i])
+            items += (f'<li>{cosines[0, i]:.3f} <a href="{href}">{escape(self.search.texts[i])}'
+                      "</a></li>")
         return f"<h2>Nearest captions</h2><ol>{items}</ol>"
 
     def grid(self, numbers, cosines=None):
+        """Photos by their numbers. cosines: (N,) of all photos, which are shown as well."""
         cards = (self.card(i, "" if cosines is None else f"{cosines[i]:.3f}") for i in numbers)
         return f'<ol class="photos">{"".join(cards)}</ol>'
 
     def card(self, number, similarity=""):
+        """A photo with its name, its captions, and a link to a search by it."""
         photo, captions = self.search.photos[number], self.search.captions[number]
         name = escape(printable(photo.name))
-        version = hashlib.sha256(self.search.cache.keys[photo].encode()).hexdigest()[:8]
-        said = ""
+        captions_html = ""
         if captions:
-            more = "".join(map(note, captions[1:]))
-            said = f"<details><summary>{escape(captions[0])}</summary>{more}</details>"
-        return (f'<li><a href="{link(photo=number)}"><img src="/photo/{number}?v={version}" '
-                f'loading="lazy" alt="{escape(captions[0]) if captions else name}"></a>'
-                f"<p><b>{similarity}</b> {name}</p>{said}</li>")
+            others = "".join(map(paragraph, captions[1:]))
+            captions_html = (f"<details><summary>{escape(captions[0])}</summary>{others}"
+                             "</details>")
+        # Browsers keep the image for long, so its address has to change with the file.
+        version = self.search.cache.photo_version(photo)
+        return (f'<li><a href="{search_link(photo=number)}">'
+                f'<img src="/photo/{number}?v={version}" loading="lazy" '
+                f'alt="{escape(captions[0]) if captions else name}"></a>'
+                f"<p><b>{similarity}</b> {name}</p>{captions_html}</li>")
 
-    def page(self, words, fields, notes, body):
-        """fields: the picture's, for words that are added to it."""
+    def page(self, words, picture_fields, notes, body):
+        """The whole page. picture_fields: the form's hidden fields, so that words are added to the
+        picture instead of replacing it."""
         hidden = "".join(f'<input type="hidden" name="{name}" value="{escape(value)}">'
-                         for name, value in fields.items() if value)
+                         for name, value in picture_fields.items() if value)
         label = "Words for the picture" if hidden else "Words"
         return document(words or "Search photos", f"""<h1><a href="/">Search photos</a></h1>
 <form role="search"><label for="q">{label}</label>
@@ -210,14 +249,15 @@ class SearchPages:
 <form id="upload" action="/upload" method="post" enctype="multipart/form-data">
 <label for="image">or a picture</label>
 <input type="file" id="image" name="image" accept="image/*" required>
-<button>Search by it</button></form>
+<button>Search by picture</button></form>
 <main><div id="status" role="status">{notes}</div>{body}</main>
-<footer>{escape(printable(self.about))}</footer>""", SCRIPT)
+<footer>{escape(printable(self.footer))}</footer>""", SCRIPT)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """HTTP/1.0: a connection ends with its answer, and its thread."""
-    server_version, sys_version, timeout = "photos", "", 10  # seconds that a client may be silent
+    """Answers one request by HTTP/1.0: the connection, and its thread, end with the answer."""
+    server_version, sys_version = "photos", ""
+    timeout = 10  # seconds that a client may be silent
 
     def do_GET(self):
         self.guarded(self.get)
@@ -228,31 +268,35 @@ class Handler(BaseHTTPRequestHandler):
         self.guarded(self.post)
 
     def guarded(self, method):
+        """Call the method. Whatever it raises becomes an error page."""
         hosts = [f"{name}:{self.server.server_port}" for name in (HOST, "localhost")]
+        origins = [f"http://{host}" for host in hosts]
+        host, origin = self.headers.get("Host"), self.headers.get("Origin")
         try:
-            # A page whose name was made to lead here (DNS rebinding) must not read the photos.
-            if (self.headers.get("Host") not in hosts or self.headers.get("Origin")
-                    not in (None, *(f"http://{host}" for host in hosts))):
-                raise Refused(403, "This server answers to its own address and pages only.")
+            # Another site must not read the photos by a name that it made lead here (DNS
+            # rebinding).
+            if host not in hosts or origin not in (None, *origins):
+                raise Refused(403, "This server answers only requests to its own address and from "
+                                   "its own pages.")
             method()
         except Refused as refused:
             self.send_error(*refused.args)
-        except DataError as error:  # a photo that is gone meanwhile
+        except DataError as error:  # a photo was deleted after it was embedded
             self.send_error(410, str(error))
         except (ConnectionError, TimeoutError):  # the client went away
             pass
         except Exception as error:
             print(f"a request failed: {type(error).__name__}: {error}", file=sys.stderr)
-            self.send_error(500, "Something failed here; the terminal says what.")
+            self.send_error(500, "The search failed; the terminal says why.")
 
     def get(self):
         url, pages = urlsplit(self.path), self.server.pages
         folder, _, name = url.path[1:].partition("/")
         if url.path == "/":
-            asked = {name: value for name, value in parse_qsl(url.query)[:20]
-                     if name in ("q", "photo", "upload", "top")}
-            self.reply(200, "text/html; charset=utf-8", pages.answer(**asked).encode())
-        elif folder == "photo":  # whose address changes with the photo
+            fields = {name: value for name, value in parse_qsl(url.query)[:20]
+                      if name in ("q", "photo", "upload", "top")}
+            self.reply(200, "text/html; charset=utf-8", pages.answer(**fields).encode())
+        elif folder == "photo":
             self.reply(200, *pages.image(name), {"Cache-Control": "private, max-age=31536000"})
         elif folder == "upload":
             self.reply(200, "image/jpeg", pages.upload(name)[1])
@@ -260,21 +304,24 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "There is no such page.")
 
     def post(self):
-        length, kind = self.headers.get("Content-Length", ""), self.headers.get("Content-Type", "")
-        if self.path != "/upload" or not kind.startswith("multipart/form-data"):
+        length = self.headers.get("Content-Length", "")
+        content_type = self.headers.get("Content-Type", "")
+        if self.path != "/upload" or not content_type.startswith("multipart/form-data"):
             raise Refused(404, "There is no such page.")
         if not re.fullmatch("[0-9]{1,12}", length):
-            raise Refused(411, "The picture's size was not said.")
+            raise Refused(411, "The request does not state the size of the picture.")
         if int(length) > MAX_UPLOAD:
+            # The client reads the error page only after it has sent its data.
             for left in range(min(int(length), 10 * MAX_UPLOAD), 0, -2 ** 16):
-                self.rfile.read(min(left, 2 ** 16))  # so that the client comes to read the page
+                self.rfile.read(min(left, 2 ** 16))
             raise Refused(413, f"That picture has more than {MAX_UPLOAD // 1_000_000} MB.")
-        key = self.server.pages.add_upload(kind, self.rfile.read(int(length)))
+        key = self.server.pages.add_upload(content_type, self.rfile.read(int(length)))
         self.reply(303, "text/html", b"", {"Location": f"/?upload={key}"})
 
-    def reply(self, status, kind, content, headers=None):
+    def reply(self, status, content_type, content, headers=None):
         self.send_response(status)
-        headers = HEADERS | {"Content-Type": kind, "Content-Length": len(content)} | (headers or {})
+        headers = {**HEADERS, "Content-Type": content_type, "Content-Length": len(content),
+                   **(headers or {})}
         for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
@@ -282,26 +329,26 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_error(self, code, message=None, explain=None):
-        """A page that says what is wrong."""
-        words = message or self.responses[code][0]
-        body = f'<h1>{escape(words)}</h1><p><a href="/">Search photos</a></p>'
-        self.reply(code, "text/html; charset=utf-8", document(words, body).encode())
+        """Send an error page. The base class calls it, too."""
+        message = message or self.responses[code][0]
+        body = f'<h1>{escape(message)}</h1><p><a href="/">Search photos</a></p>'
+        self.reply(code, "text/html; charset=utf-8", document(message, body).encode())
 
     def log_message(self, *args):
         pass
 
 
 class Server(ThreadingHTTPServer):
-    """Answers at the loopback address with `pages`, a SearchPages, which is to be set. Raises
-    UsageError for a port that cannot be had."""
+    """Serves `pages`, a SearchPages that has to be set, to this machine alone. Port 0 stands for
+    any free one. Raises UsageError if the port is not available."""
     request_queue_size, daemon_threads, pages = 64, False, None
 
     def __init__(self, port):
         try:
             super().__init__((HOST, port), Handler)
         except OSError as error:
-            raise UsageError(f"port {port} cannot be had ({error.strerror}); name another with "
-                             "--serve PORT") from None
+            raise UsageError(f"port {port} is not available ({error.strerror}); choose another one "
+                             "with --serve PORT") from None
 
     def handle_error(self, request, client_address):
         pass  # the client went away

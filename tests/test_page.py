@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src import page as pictures
+from src import page
 from src.runs import Run
 from src.utils.errors import DataError, UsageError
 
@@ -19,7 +19,7 @@ def test_a_sheet_shows_the_right_photos_and_marks(tmp_path):
     label = "<b>donn\udce9es ж 狗 & \"\U0001f436"
     rows = [("first", [(tmp_path / "red.png", "1.", False), (tmp_path / "blue.png", label, True)]),
             ("<i>second", [(tmp_path / "plum.png", "only", False)])]
-    pictures.write(tmp_path / "made" / "sheet.html", "<title>", pictures.sheet(rows))
+    page.write(tmp_path / "made" / "sheet.html", "<title>", page.photo_sheet(rows))
     html = (tmp_path / "made" / "sheet.html").read_text("utf-8")
     assert "<b>" not in html and "<i>" not in html and "<title><title>" not in html
     assert label.replace("\udce9", "?") in unescape(html)
@@ -29,37 +29,38 @@ def test_a_sheet_shows_the_right_photos_and_marks(tmp_path):
         image = Image.open(io.BytesIO(base64.b64decode(image)))
         shown.append((css, image.size, image.getpixel((2, 2))))
     expected = (("", (180, 90), "red"), ("right", (40, 80), "blue"), ("", (5, 5), "plum"))
-    for (css, size, pixel), (own_css, own_size, name) in zip(shown, expected, strict=True):
-        assert (css, size) == (own_css, own_size)
+    for (css, size, pixel), (expected_css, expected_size, name) in zip(
+            shown, expected, strict=True):
+        assert (css, size) == (expected_css, expected_size)
         assert all(abs(a - b) < 6 for a, b in zip(pixel, colours[name]))
     assert first.count("<img") == 2 and second.count("<img") == 1
 
 
-def test_a_sheet_of_what_cannot_be_read_or_written(tmp_path):
+def test_a_photo_that_cannot_be_read_and_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no photo")
     with pytest.raises(DataError, match="broken.jpg"):
-        pictures.sheet([("", [(tmp_path / "broken.jpg", "", False)])])
+        page.photo_sheet([("", [(tmp_path / "broken.jpg", "", False)])])
     with pytest.raises(UsageError, match="cannot be written"):
-        pictures.write(tmp_path / "broken.jpg" / "sheet.html", "", "")
+        page.write(tmp_path / "broken.jpg" / "sheet.html", "", "")
 
 
-def test_curves_of_one_epoch_and_of_missing_values():
-    html = pictures.svg_curves("loss", [3], {"": [2.5]})
+def test_curves_of_a_single_epoch_and_of_missing_values():
+    html = page.svg_curves("loss", [3], {"": [2.5]})
     points = re.search('points="(.*?)"', html)[1].split()
-    assert points == ["48.0,20.0"] * 2  # which is drawn as a point
-    html = pictures.svg_curves("loss", [1, 2, 3], {"a": [1, None, 2], "b": [None] * 3})
+    assert points == ["48.0,20.0"] * 2  # two equal points are drawn as a square
+    html = page.svg_curves("loss", [1, 2, 3], {"a": [1, None, 2], "b": [None] * 3})
     assert re.findall('points="(.*?)"', html) == ["48.0,120.0 48.0,120.0 470.0,20.0", ""]
 
 
-def test_a_history_that_lacks_what_it_should_hold(tmp_path):
+def test_a_run_whose_history_lacks_figures(tmp_path):
     run = Run(tmp_path, [{"epoch": 1}], config={}, settings=None, test=None, bank=None)
     with pytest.raises(UsageError, match=str(tmp_path)):
-        pictures.run_section(run, "")
+        page.run_section(run, "")
 
 
-def test_recall_by_kind_of_caption():
+def test_recall_by_category_of_caption():
     texts = ["Two dogs", "a man in red", "a doggy", "one two three four five six seven eight nine"]
-    html = pictures.kinds_table("title", texts, torch.tensor([1, 3, 20, 7]))
+    html = page.recall_by_category("title", texts, torch.tensor([1, 3, 20, 7]))
     rows = {cells[0]: cells[1:] for cells in
             (row.split("<td>")[1:] for row in html.replace("</table></div>", "").split("<tr>"))
             if cells}

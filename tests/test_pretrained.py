@@ -14,6 +14,7 @@ import show_flickr8k_results
 import train_flickr8k_sgd as training
 from src import pretrained
 from src.encoder_sources import load_encoder, load_encoders
+from src.experiments import test_time_training
 from src.pretrained import PretrainedEncoder, Renormalize
 from src.retrieval import retrieval_metrics
 from src.runs import BEST, CONFIG, HISTORY, load_checkpoint, load_json
@@ -267,7 +268,7 @@ def test_search_and_tables_know_the_encoders(trained, shapes, own, capsys):
     photo = next((shapes / "Flicker8k_Dataset").iterdir())
     assert show(["--output_dir", str(trained), "--query", "a red circle", "--split", "val"]) == 0
     assert show(["--output_dir", str(trained), "--image", str(photo), "--split", "val"]) == 0
-    assert show(["--output_dir", str(trained), "--test_time"]) == 0
+    assert test_time_training.main(["--output_dir", str(trained)]) == 0
     assert show(["--output_dir", str(trained)]) == 0
     out = capsys.readouterr().out
     assert f"image {own}:photos + text {own}:texts" in out and "1    " in out

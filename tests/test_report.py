@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from src.report import adaptation_table, comparison, epoch_line
+from src.report import comparison, epoch_line
 from src.runs import TEST, load_run
 from src.utils.errors import UsageError
 from tests.test_show_flickr8k_results import metrics, write_run
@@ -67,18 +67,3 @@ def test_comparison_of_damaged_runs(tmp_path, damage):
     damage(found[0])
     with pytest.raises(UsageError, match="worse: a file of the run lacks"):
         comparison(found)
-
-
-def test_what_adapting_gives():
-    def results(off, on, seconds):
-        return {
-            "off": metrics(10) | {"avg_r1": off},
-            "on": metrics(10) | {"avg_r1": on},
-            "seconds": {"off": 1.5, "on": seconds},
-        }
-
-    one = {"seed0": results(10.0, 10.5, 3.0)}
-    lines = [line.split() for line in adaptation_table("title", one).splitlines()]
-    assert ["seed0", "10.00", "10.50", "+0.50", "1.50", "3.00"] in lines and len(lines) == 3
-    lines = adaptation_table("title", one | {"seed1": results(9.0, 8.7, 4.0)}).splitlines()
-    assert lines[-1].endswith("of 2 runs: gain +0.10 ± 0.57")

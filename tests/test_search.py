@@ -2,7 +2,9 @@ import functools
 import json
 import os
 import shutil
+import sqlite3
 import struct
+import threading
 import zlib
 from collections import Counter
 
@@ -10,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from src import runs as checkpoint
-from src import search as inference
+from src import search
 from src.evaluation import evaluate
 from src.retrieval import retrieval_metrics
 from src.runs import BEST, HISTORY
 from src.search import (
+    CACHE,
     EmbeddingCache,
     embed_photos,
     embed_texts,
-    kinds,
+    list_skipped,
     load_model,
     photos_of_folder,
     photos_of_split,
@@ -32,17 +34,19 @@ from tests.conftest import arguments, main
 
 @pytest.fixture
 def run_dir(finished, tmp_path):
-    """A finished run, to be written into."""
+    """A copy of a finished run, which a test may change."""
     shutil.copytree(finished[0], tmp_path / "run")
     return tmp_path / "run"
 
 
-def test_embeddings_score_what_the_evaluation_scores(finished, shapes):
+def test_embeddings_give_the_same_metrics_as_the_evaluation(finished, shapes):
     model, tokenizer, transform = load_model(finished[0])
     photos, captions = photos_of_split(shapes, "val")
     images = embed_photos(model, transform, photos, batch_size=5)
-    texts = embed_texts(model, tokenizer, [text for own in captions for text in own], batch_size=7)
-    metrics = retrieval_metrics(images, texts, [i for i, own in enumerate(captions) for _ in own])
+    all_captions = [caption for photo_captions in captions for caption in photo_captions]
+    texts = embed_texts(model, tokenizer, all_captions, batch_size=7)
+    photo_of_text = [i for i, photo_captions in enumerate(captions) for _ in photo_captions]
+    metrics = retrieval_metrics(images, texts, photo_of_text)
     data = Flickr8kImageTextDataset(
         shapes, "val", transform(photos[0]).shape[-1], tokenizer, cache=False
     )
@@ -51,7 +55,7 @@ def test_embeddings_score_what_the_evaluation_scores(finished, shapes):
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)))
 
 
-def test_photos_are_seen_at_the_size_that_they_were_judged_at(shapes, tmp_path, monkeypatch):
+def test_photos_are_embedded_at_the_size_of_the_validation(shapes, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS["tiny"], "start_size", 32)
     assert main(*arguments(shapes, tmp_path, "--no-amp", epochs=1)) == 0
     model, tokenizer, transform = load_model(tmp_path)
@@ -59,51 +63,96 @@ def test_photos_are_seen_at_the_size_that_they_were_judged_at(shapes, tmp_path, 
     assert transform(photos[0]).shape == (3, 48, 48)
     metrics = retrieval_metrics(
         embed_photos(model, transform, photos),
-        embed_texts(model, tokenizer, [text for own in captions for text in own]),
-        [i for i, own in enumerate(captions) for _ in own],
+        embed_texts(model, tokenizer, [text for texts in captions for text in texts]),
+        [i for i, texts in enumerate(captions) for _ in texts],
     )
     assert metrics == pytest.approx(json.loads((tmp_path / HISTORY).read_text())[0]["val"])
 
 
-def test_every_row_is_its_own_texts(finished):
+def test_each_text_is_embedded_as_if_it_were_alone(finished):
     model, tokenizer, _ = load_model(finished[0])
     texts = [
         "a red circle on the left and a small blue square on the right",
         "a dog",
         "two green crosses",
     ]
-    together = embed_texts(model, tokenizer, texts)
-    for text, row in zip(texts, together):
+    embeddings = embed_texts(model, tokenizer, texts)
+    for text, row in zip(texts, embeddings):
         torch.testing.assert_close(
             embed_texts(model, tokenizer, [text])[0], row, rtol=1e-4, atol=1e-5
         )
-    assert not model.training and (together @ together.T).fill_diagonal_(0).max() < 0.9999
+    assert not model.training and (embeddings @ embeddings.T).fill_diagonal_(0).max() < 0.9999
 
 
-def test_what_is_cached_is_not_computed_again(run_dir, shapes, tmp_path, monkeypatch):
-    photos = photos_of_split(shapes, "test")[0]
+@pytest.fixture
+def read_photos(monkeypatch):
+    """The list of the photos that were read from their files, in the order of reading."""
     seen = []
-    monkeypatch.setattr(inference, "load_photo", lambda path, size, load=inference.load_photo: (
-        seen.append(os.path.basename(path)), load(path, size))[1])
+    load_photo = search.load_photo
+
+    def load(path, size):
+        seen.append(path)
+        return load_photo(path, size)
+
+    monkeypatch.setattr(search, "load_photo", load)
+    return seen
+
+
+def cached_photos(run_dir):
+    """The file names of the photos in the cache's file."""
+    with sqlite3.connect(run_dir / CACHE) as connection:
+        keys = [key for key, in connection.execute("SELECT key FROM photos")]
+    connection.close()
+    return {os.path.basename(key.decode()) for key in keys}
+
+
+def test_cached_photos_and_texts_are_not_embedded_again(
+        run_dir, shapes, tmp_path, monkeypatch, read_photos):
+    photos = photos_of_split(shapes, "test")[0]
     first = EmbeddingCache(run_dir).photos(photos)
-    assert sorted(seen) == sorted(photo.name for photo in photos)
-    own = tmp_path / "own"
-    own.mkdir()
-    Image.new("RGB", (30, 20), "red").save(own / "new.png")
-    seen.clear()
-    # one that is new costs only itself
-    more = EmbeddingCache(run_dir).photos([own / "new.png", *photos])
-    assert seen == ["new.png"] and torch.equal(more[1:], first)
-    Image.new("RGB", (30, 20), "blue").save(own / "new.png")
-    os.utime(own / "new.png", (1, 1))
-    changed = EmbeddingCache(run_dir).photos([own / "new.png"])
-    assert seen == ["new.png"] * 2 and not torch.equal(changed[0], more[0])
+    assert sorted(read_photos) == sorted(photos)
+    new = tmp_path / "new.png"
+    Image.new("RGB", (30, 20), "red").save(new)
+    read_photos.clear()
+    # Only the photo that is not in the cache yet is read.
+    more = EmbeddingCache(run_dir).photos([new, *photos])
+    assert read_photos == [new] and torch.equal(more[1:], first)
+    Image.new("RGB", (30, 20), "blue").save(new)
+    os.utime(new, (1, 1))
+    changed = EmbeddingCache(run_dir).photos([new])
+    assert read_photos == [new] * 2 and not torch.equal(changed[0], more[0])
+    assert len(cached_photos(run_dir)) == len(photos) + 1  # the changed photo replaced its row
+
+    texts = EmbeddingCache(run_dir).texts(["a red circle", "a blue cross"])
+    monkeypatch.setattr(search, "embed_texts", None)
+    again = EmbeddingCache(run_dir).texts(["a blue cross", "a red circle"])
+    assert torch.equal(again, texts[[1, 0]])
+
+
+def test_the_cache_holds_the_galleries_of_the_bank(run_dir, shapes, monkeypatch):
+    photos, captions = photos_of_split(shapes, "test")
+    texts = [caption for photo_captions in captions for caption in photo_captions]
+    bank = search.load_bank(run_dir)
+    for _ in range(2):
+        cache = EmbeddingCache(run_dir)
+        torch.testing.assert_close(bank.photo_gallery(cache.photos(photos)),
+                                   cache.photo_gallery(photos))
+        torch.testing.assert_close(bank.text_gallery(cache.texts(texts)),
+                                   cache.text_gallery(texts))
+        # The second time, everything comes from the file.
+        monkeypatch.setattr(search, "embed_texts", None)
+        monkeypatch.setattr(search, "load_photo", None)
+
+
+def test_several_threads_may_use_the_cache_one_after_another(run_dir, shapes):
+    photos = photos_of_split(shapes, "test")[0]
     cache = EmbeddingCache(run_dir)
-    texts = cache.texts(["a red circle", "a blue cross"])
-    monkeypatch.setattr(inference, "embed_texts", None)
-    assert torch.equal(
-        EmbeddingCache(run_dir).texts(["a blue cross", "a red circle"]), texts[[1, 0]]
-    )
+    found = []
+    for part in (photos[:4], photos):
+        thread = threading.Thread(target=lambda part=part: found.append(cache.photos(part)))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[1][:4], found[0]) and len(found[1]) == len(photos)
 
 
 def change(key, value):
@@ -113,28 +162,46 @@ def change(key, value):
     return damage
 
 
-@pytest.mark.parametrize("damage", ["other weights", "damaged", "not to be written"])
-def test_a_cache_that_does_not_serve_is_computed_anew(run_dir, shapes, monkeypatch, damage):
+def test_photos_of_other_weights_are_embedded_anew(run_dir, shapes, read_photos):
     photos = photos_of_split(shapes, "test")[0]
     before = EmbeddingCache(run_dir).photos(photos)
-    if damage == "other weights":
-        change(
-            "model_state_dict",
-            lambda weights: (
-                weights | {"fusion.out.weight": -weights["fusion.out.weight"]}
-            ),
-        )(run_dir)
-    elif damage == "damaged":
-        (run_dir / inference.CACHE).write_bytes(b"nonsense")
-    else:
-        (run_dir / inference.CACHE).unlink()
-        monkeypatch.setattr(
-            checkpoint.os,
-            "fsync",
-            lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left")),
-        )
-    after = EmbeddingCache(run_dir).photos(photos)
-    assert torch.equal(before, after) != (damage == "other weights")
+
+    def negate(weights):
+        return weights | {"fusion.out.weight": -weights["fusion.out.weight"]}
+
+    change("model_state_dict", negate)(run_dir)
+    after = EmbeddingCache(run_dir).photos(photos[:3])
+    assert len(read_photos) == len(photos) + 3 and not torch.allclose(after, before[:3])
+    assert cached_photos(run_dir) == {photo.name for photo in photos[:3]}
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"SQLite format 3\0" + bytes(5000)])
+def test_a_damaged_cache_is_replaced(run_dir, shapes, content, read_photos):
+    photos = photos_of_split(shapes, "test")[0]
+    before = EmbeddingCache(run_dir).photos(photos)
+    (run_dir / CACHE).write_bytes(content)
+    for _ in range(2):
+        assert torch.equal(EmbeddingCache(run_dir).photos(photos), before)
+    assert len(read_photos) == 2 * len(photos)
+    assert cached_photos(run_dir) == {photo.name for photo in photos}
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(run_dir, shapes, read_photos):
+    photos = photos_of_split(shapes, "test")[0]
+    before = EmbeddingCache(run_dir).photos(photos)
+    (run_dir / CACHE).unlink()
+    (run_dir / CACHE).mkdir()  # no file can be opened in the place of a folder
+    cache = EmbeddingCache(run_dir)
+    for _ in range(2):
+        assert torch.equal(cache.photos(photos), before)
+        assert cache.texts(["a red circle"]).shape == (1, before.shape[1])
+    assert len(read_photos) == 2 * len(photos)
+
+
+def test_an_old_cache_file_is_ignored(run_dir, shapes):
+    (run_dir / "embeddings_flickr8k.pt").write_bytes(b"of an earlier version")
+    assert len(EmbeddingCache(run_dir).photos(photos_of_split(shapes, "test")[0])) == 8
+    assert (run_dir / "embeddings_flickr8k.pt").read_bytes() == b"of an earlier version"
 
 
 @pytest.mark.parametrize(
@@ -147,14 +214,14 @@ def test_a_cache_that_does_not_serve_is_computed_anew(run_dir, shapes, monkeypat
             lambda run_dir: torch.save({"state_dict": {}}, run_dir / BEST),
             "not a checkpoint of this version",
         ),
-        (change("model_state_dict", lambda weights: {}), "not those of the model"),
+        (change("model_state_dict", lambda weights: {}), "do not fit the model"),
         (
             change(
                 "model_state_dict", lambda weights: weights | {"memory.slots": torch.zeros(2, 2)}
             ),
-            "not those of the model",
+            "do not fit the model",
         ),
-        (change("tokenizer", lambda state: {"name": "words"}), "not those of the model"),
+        (change("tokenizer", lambda state: {"name": "words"}), "do not fit the model"),
         (change("config", lambda config: {}), "the run is of another version"),
         (change("config", lambda config: {"arguments": {}}), "the run is of another version"),
         (
@@ -166,11 +233,11 @@ def test_a_cache_that_does_not_serve_is_computed_anew(run_dir, shapes, monkeypat
                 "config",
                 lambda config: config | {"settings": config["settings"] | {"latent_dim": 32}},
             ),
-            "not those of the model",
+            "do not fit the model",
         ),
     ],
 )
-def test_a_run_that_cannot_be_loaded(run_dir, damage, message):
+def test_a_run_that_cannot_be_loaded_gives_a_one_line_error(run_dir, damage, message):
     damage(run_dir)
     with pytest.raises(UsageError, match=message) as error:
         load_model(run_dir)
@@ -191,43 +258,43 @@ def test_photos_of_a_folder(tmp_path):
     ]
 
 
-def test_all_kinds_that_pillow_reads_links_and_what_is_left_out(tmp_path):
-    own, album = tmp_path / "own", tmp_path / "album"
-    (own / "below").mkdir(parents=True)
-    (own / ".trash").mkdir()
+def test_a_folder_of_many_formats_of_links_and_of_files_that_are_not_photos(tmp_path):
+    folder, album = tmp_path / "folder", tmp_path / "album"
+    (folder / "below").mkdir(parents=True)
+    (folder / ".trash").mkdir()
     album.mkdir()
     kept = ["a.avif", "b.jfif", "c.JPG", "d.mpo", "e.tga", "below/f.qoi"]
     for name in (*kept, "._c.jpg", ".DS_Store", ".trash/g.jpg", "IMG_1.HEIC", "IMG_2.heic",
                  "film.mpg", "notes"):
-        (own / name).touch()
+        (folder / name).touch()
     (album / "h.png").touch()
-    os.mkfifo(own / "pipe.jpg")
-    (own / "album").symlink_to(album)
-    (album / "loop").symlink_to(own)
-    (own / "i.jpg").symlink_to(own / "c.JPG")
-    (own / "broken.jpg").symlink_to(own / "none.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "album").symlink_to(album)
+    (album / "loop").symlink_to(folder)
+    (folder / "i.jpg").symlink_to(folder / "c.JPG")
+    (folder / "broken.jpg").symlink_to(folder / "none.jpg")
     skipped = Counter()
-    photos = photos_of_folder(own, skipped)
-    assert photos == sorted(own / name for name in [*kept, "album/h.png", "i.jpg"])
-    expected = "2 .heic, 1 .mpg, 2 broken links and the like, 1 without a suffix"
-    assert kinds(skipped) == expected
+    photos = photos_of_folder(folder, skipped)
+    assert photos == sorted(folder / name for name in [*kept, "album/h.png", "i.jpg"])
+    expected = "2 .heic, 1 .mpg, 2 broken links or special files, 1 files without a suffix"
+    assert list_skipped(skipped) == expected
     for name in kept:
-        (own / name).unlink()
-    (own / "i.jpg").unlink()
+        (folder / name).unlink()
+    (folder / "i.jpg").unlink()
     (album / "h.png").unlink()
-    with pytest.raises(DataError, match="holds no photos that can be read .left out: 2 .heic"):
-        photos_of_folder(own)
+    with pytest.raises(DataError, match="holds no photos that can be read .skipped: 2 .heic"):
+        photos_of_folder(folder)
 
 
 def bad_photos(folder):
-    """Files that have a photo's name and are none."""
+    """Write files that are named like photos but cannot be read as such."""
     noise = Image.effect_noise((90, 90), 60)
     noise.save(folder / "truncated.jpg")
     content = (folder / "truncated.jpg").read_bytes()
     (folder / "truncated.jpg").write_bytes(content[:len(content) // 2])
     (folder / "empty.jpg").touch()
     (folder / "page.jpg").write_text("<html>403</html>")
-    # 40,000 x 40,000 pixels in a few bytes
+    # A header that claims 40,000 x 40,000 pixels.
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
     (folder / "large.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
@@ -235,48 +302,48 @@ def bad_photos(folder):
     return {folder / name for name in ("truncated.jpg", "empty.jpg", "page.jpg", "large.png")}
 
 
-def test_bad_photos_are_left_out_where_that_is_allowed(run_dir, shapes, tmp_path, monkeypatch):
+def test_unreadable_photos_are_skipped_where_that_is_allowed(
+        run_dir, shapes, tmp_path, monkeypatch):
     good = photos_of_split(shapes, "test")[0]
     for photo in good:
         shutil.copy(photo, tmp_path / photo.name)
     bad = bad_photos(tmp_path) | {tmp_path / "gone.jpg"}
     expected = EmbeddingCache(run_dir).photos([tmp_path / photo.name for photo in good])
-    (run_dir / inference.CACHE).unlink()
+    (run_dir / CACHE).unlink()
     monkeypatch.setattr(
-        inference, "embed_in_batches", functools.partial(inference.embed_in_batches, batch_size=3))
+        search, "embed_in_batches", functools.partial(search.embed_in_batches, batch_size=3))
     paths = sorted(bad | {tmp_path / photo.name for photo in good})
     for _ in range(2):  # the second time from the cache
-        faults = {}
-        assert torch.allclose(EmbeddingCache(run_dir).photos(paths, faults=faults), expected,
-                              rtol=1e-4, atol=1e-6)
-        assert faults.keys() == bad and "truncated" in faults[tmp_path / "truncated.jpg"]
-        assert all(str(path) in fault for path, fault in faults.items())
+        unreadable = {}
+        embeddings = EmbeddingCache(run_dir).photos(paths, unreadable=unreadable)
+        assert torch.allclose(embeddings, expected, rtol=1e-4, atol=1e-6)
+        assert unreadable.keys() == bad and "truncated" in unreadable[tmp_path / "truncated.jpg"]
+        assert all(str(path) in message for path, message in unreadable.items())
     with pytest.raises(DataError, match="not one of 5 photos can be read: .*gone.jpg"):
-        EmbeddingCache(run_dir).photos(sorted(bad), faults={})
+        EmbeddingCache(run_dir).photos(sorted(bad), unreadable={})
     with pytest.raises(DataError, match="empty.jpg: the file is empty"):
         EmbeddingCache(run_dir).photos([tmp_path / "empty.jpg"])
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, DataError("a bad one")])
-def test_what_was_embedded_is_kept_whatever_ends_it(run_dir, shapes, monkeypatch, end):
+@pytest.mark.parametrize("end", [KeyboardInterrupt, DataError("an unreadable photo")])
+def test_embedded_photos_are_kept_whatever_ends_the_program(
+        run_dir, shapes, monkeypatch, read_photos, end):
     photos = photos_of_split(shapes, "test")[0]
-    seen, load = [], inference.load_photo
+    load = search.load_photo
 
     def load_three(path, size):
-        if len(seen) == 3:
+        if len(read_photos) == 3:
             raise end
-        seen.append(path)
         return load(path, size)
 
     monkeypatch.setattr(
-        inference, "embed_in_batches", functools.partial(inference.embed_in_batches, batch_size=1))
-    monkeypatch.setattr(inference, "load_photo", load_three)
+        search, "embed_in_batches", functools.partial(search.embed_in_batches, batch_size=1))
+    monkeypatch.setattr(search, "load_photo", load_three)
     with pytest.raises((KeyboardInterrupt, DataError)):
         EmbeddingCache(run_dir).photos(photos)
-    monkeypatch.setattr(inference, "load_photo", lambda path, size: (
-        seen.append(path), load(path, size))[1])
+    monkeypatch.setattr(search, "load_photo", load)
     EmbeddingCache(run_dir).photos(photos)
-    assert sorted(seen) == sorted(photos)  # none was read twice
+    assert sorted(read_photos) == sorted(photos)  # no photo was read twice
 
 
 def test_photos_of_a_split(dataset_dir):

@@ -1,4 +1,4 @@
-"""The search in a browser by real requests, and the page of a run."""
+"""The search page by real requests, and the page of a run."""
 import concurrent.futures
 import contextlib
 import hashlib
@@ -20,23 +20,22 @@ import pytest
 from PIL import Image
 
 import show_flickr8k_results
-from src import page as pictures
-from src import server as page
+from src import page, server
 from src.runs import BEST, CONFIG, HISTORY
 from src.search import CACHE, EmbeddingCache, Search, photos_of_folder, photos_of_split
 from tests.conftest import start_script
 
 
 @contextlib.contextmanager
-def served(search, tries=()):
-    with page.Server(0) as server:
-        server.pages = page.SearchPages(search, "a run · some photos", tries)
-        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+def served(search, example_queries=()):
+    with server.Server(0) as http:
+        http.pages = server.SearchPages(search, "a run · some photos", example_queries)
+        thread = threading.Thread(target=http.serve_forever, args=[0.01])
         thread.start()
         try:
-            yield SimpleNamespace(port=server.server_port, pages=server.pages, search=search)
+            yield SimpleNamespace(port=http.server_port, pages=http.pages, search=search)
         finally:
-            server.shutdown()
+            http.shutdown()
             thread.join()
 
 
@@ -47,15 +46,15 @@ def run(finished, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(run, shapes):
-    search = Search(EmbeddingCache(run), *photos_of_split(shapes, "val"), bank=True)
+    search = Search(EmbeddingCache(run), *photos_of_split(shapes, "val"), use_bank=True)
     search.embed_photos()
-    with served(search, tries=search.texts) as site:
+    with served(search, example_queries=search.texts) as site:
         yield site
 
 
 def ask(site, path, method="GET", body=None, **headers):
-    """-> status, headers, content."""
-    connection = http.client.HTTPConnection(page.HOST, site.port, timeout=30)
+    """Send a request -> (status, headers, content)."""
+    connection = http.client.HTTPConnection(server.HOST, site.port, timeout=30)
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     with contextlib.closing(connection):
         connection.request(method, path, body, headers)
@@ -63,21 +62,22 @@ def ask(site, path, method="GET", body=None, **headers):
         return response.status, response.headers, response.read()
 
 
-def look(site, status=200, **fields):
-    found, headers, content = ask(site, "/?" + urlencode(fields))
-    assert found == status and headers["Content-Type"] == "text/html; charset=utf-8"
+def look(site, expected_status=200, **fields):
+    """The page of a search, as HTML."""
+    status, headers, content = ask(site, "/?" + urlencode(fields))
+    assert status == expected_status and headers["Content-Type"] == "text/html; charset=utf-8"
     return content.decode()
 
 
 def shown(html):
-    """-> [(number of the photo, similarity)] of the grid, in order."""
+    """The photos of the last grid, in order -> [(number, similarity)]."""
     grid = html.rsplit('<ol class="photos">', 1)[1]
     return [(int(number), float(similarity or "nan")) for number, similarity in
             re.findall(r'src="/photo/(\d+)\?.*?<b>([-.\d]*)</b>', grid)]
 
 
 def form(content, name="a.png"):
-    """-> the body of an upload, and its headers."""
+    """The body and the headers of an upload, as arguments of `ask`."""
     head = f'Content-Disposition: form-data; name="image"; filename="{name}"'
     body = b"\r\n".join([b"--xyz", head.encode(), b"", content, b"--xyz--", b""])
     return {"body": body, "Content_Type": "multipart/form-data; boundary=xyz"}
@@ -89,8 +89,9 @@ def png(size=(40, 30), colour="red"):
     return file.getvalue()
 
 
-def expected(search, queries, leave_out=None):
-    cosines, scores = (rows[0] for rows in queries)
+def expected(search, cosines_and_scores, leave_out=None):
+    """What `shown` should give of the page of one query."""
+    cosines, scores = (rows[0] for rows in cosines_and_scores)
     order = scores.argsort(descending=True, stable=True).tolist()
     return [(i, pytest.approx(cosines[i].item(), abs=6e-4)) for i in order if i != leave_out]
 
@@ -98,12 +99,12 @@ def expected(search, queries, leave_out=None):
 def test_a_search_by_words(site):
     search, text = site.search, "two red circles & a \"square\""
     html = look(site, q=text)
-    found = search.photos_for(search.embed_texts([text]))
+    found = search.score_photos(search.embed_texts([text]))
     assert shown(html) == expected(search, found)
     assert 'value="two red circles &amp; a &quot;square&quot;"' in html  # kept in the box
     assert "12 of 12 photos" in html and "Nearest captions" not in html
-    for i, own in enumerate(search.captions):
-        assert unescape(html).count(own[-1]) >= 1 and search.photos[i].name in html
+    for i, captions in enumerate(search.captions):
+        assert unescape(html).count(captions[-1]) >= 1 and search.photos[i].name in html
     html = look(site, q=text, top=5)
     assert shown(html) == expected(search, found)[:5] and "5 of 12 photos" in html
     more = unescape(re.search(r'href="([^"]*)">more', html)[1])
@@ -113,22 +114,24 @@ def test_a_search_by_words(site):
 def test_a_search_by_a_photo(site):
     search = site.search
     html = look(site, photo=3)
-    assert shown(html) == expected(search, (search.rows[3:4] @ search.rows.T,) * 2, leave_out=3)
-    cosines, scores = search.captions_for(search.rows[3:4])
+    cosines = search.photo_embeddings[3:4] @ search.photo_embeddings.T
+    assert shown(html) == expected(search, (cosines, cosines), leave_out=3)
+    cosines, scores = search.score_captions(search.photo_embeddings[3:4])
     first = scores[0].argmax()
     captions = html.split("Nearest captions")[1].split("</ol>")[0]
     assert unescape(re.search("<li>(.*?)</li>", captions)[1]) == (
         f'{cosines[0, first]:.3f} <a href="/?photo={search.photo_of_text[first]}">'
         f"{search.texts[first]}</a>")
-    together = look(site, photo=3, q="two red circles")
-    found = search.photos_for(search.embed_texts(["two red circles"], search.rows[3:4]))
-    assert shown(together) == expected(search, found, leave_out=3)
-    assert '<input type="hidden" name="photo" value="3">' in together
+    html = look(site, photo=3, q="two red circles")
+    query = search.embed_texts(["two red circles"], search.photo_embeddings[3:4])
+    found = search.score_photos(query)
+    assert shown(html) == expected(search, found, leave_out=3)
+    assert '<input type="hidden" name="photo" value="3">' in html
     for photo in (-1, 12, "x", "٣", "1" * 30):
-        assert "There is no photo of that number" in look(site, 404, photo=photo)
+        assert "There is no photo with that number" in look(site, 404, photo=photo)
 
 
-def test_a_search_by_a_picture_of_ones_own(site, run, monkeypatch):
+def test_a_search_by_an_uploaded_picture(site, run, monkeypatch):
     search = site.search
     before = sorted(path.name for path in run.iterdir())
     content = search.photos[5].read_bytes()
@@ -136,15 +139,15 @@ def test_a_search_by_a_picture_of_ones_own(site, run, monkeypatch):
     assert status == 303
     html = ask(site, headers["Location"])[2].decode()
     first = shown(html)[0]
-    assert first == (5, 1.0) and "the picture that you gave" in html
+    assert first == (5, 1.0) and "the picture that you uploaded" in html
     key = headers["Location"].rsplit("=", 1)[1]
     status, headers, small = ask(site, f"/upload/{key}")
     assert status == 200 and Image.open(io.BytesIO(small)).format == "JPEG"
-    together = shown(look(site, upload=key, q="red"))
-    assert together == [row for row in expected(search, search.photos_for(search.embed_texts(
-        ["red"], search.embed_photo(search.photos[5]))))]
+    picture = search.embed_photo(search.photos[5])
+    found = search.score_photos(search.embed_texts(["red"], picture))
+    assert shown(look(site, upload=key, q="red")) == expected(search, found)
     assert sorted(path.name for path in run.iterdir()) == before
-    monkeypatch.setattr(page, "KEPT_UPLOADS", 2)
+    monkeypatch.setattr(server, "KEPT_UPLOADS", 2)
     for colour in ("red", "green", "blue"):
         assert ask(site, "/upload", "POST", **form(png(colour=colour)))[0] == 303
     assert len(site.pages.uploads) == 2
@@ -155,25 +158,26 @@ def test_a_search_by_a_picture_of_ones_own(site, run, monkeypatch):
 def test_the_first_page(site):
     html = look(site)
     assert len(shown(html)) == 12 and "12 of 12 photos, at random" in html
-    tries = [unescape(text) for text in re.findall(r'"/\?q=[^"]*">(.*?)</a>', html)]
-    assert len(tries) == 3 and set(tries) <= set(site.search.texts)
+    examples = [unescape(text) for text in re.findall(r'"/\?q=[^"]*">(.*?)</a>', html)]
+    assert len(examples) == 3 and set(examples) <= set(site.search.texts)
     assert "a run · some photos" in html and "autofocus" in html
     assert look(site, q="   ").count("at random") == 1
     headers = ask(site, "/")[1]
     policy = headers["Content-Security-Policy"]
     script = re.search("<script>(.*?)</script>", html, re.DOTALL)[1]
-    digest = page.base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    digest = server.base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"'sha256-{digest}'" in policy and "default-src 'none'" in policy
     assert not re.search(r'(src|href|action)="(?!/|data:)', html)  # nothing from elsewhere
     status, headers, content = ask(site, "/", "HEAD")
     assert status == 200 and int(headers["Content-Length"]) > 1000 and content == b""
 
 
-def test_words_that_nothing_can_be_made_of(site):
+def test_words_that_the_model_cannot_read_and_that_are_not_words(site):
     html = look(site, q="日本")
     assert "has learned none of these words" in html and "photos, best first" not in html
     html = look(site, q="red " * 2500)
-    assert "the first 1,000 characters are read" in html and len(shown(html)) == 12
+    assert "Only the first 1,000 characters of the words are read" in html
+    assert len(shown(html)) == 12
     assert shown(html) == shown(look(site, q=("red " * 250).strip()))
     for query in ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "\0\n\r \x1b"):
         html = look(site, q="red" + query)
@@ -183,12 +187,12 @@ def test_words_that_nothing_can_be_made_of(site):
     assert ask(site, "/?" + "&".join(f"q={i}" for i in range(500)))[0] == 200
 
 
-def test_photos_of_ones_own_with_any_name(run, shapes, tmp_path):
+def test_photos_with_odd_names(run, shapes, tmp_path):
     names = ["<script>alert(1)<.png", "a'b\"c&.png", "ü 日本.png", "gone.png"]
     for name, photo in zip(names, photos_of_split(shapes, "val")[0]):
         shutil.copy(photo, tmp_path / name)
     photos = photos_of_folder(tmp_path)
-    search = Search(EmbeddingCache(run), photos, [[] for _ in photos], bank=True)
+    search = Search(EmbeddingCache(run), photos, [[] for _ in photos], use_bank=True)
     search.embed_photos()
     with served(search) as site:
         html = look(site, q="red")
@@ -210,7 +214,7 @@ def test_thumbnails(site):
     # With "no-referrer" browsers send a form with the Origin "null", which is refused.
     assert headers["Referrer-Policy"] == "same-origin"
     photo = Image.open(io.BytesIO(content))
-    assert photo.format == "JPEG" and max(photo.size) <= pictures.THUMBNAIL
+    assert photo.format == "JPEG" and max(photo.size) <= page.THUMBNAIL
     site.pages.thumbnail.cache_clear()
     for _ in range(3):
         ask(site, "/photo/0")
@@ -218,7 +222,7 @@ def test_thumbnails(site):
 
 
 def bomb(side):
-    """A PNG of one colour that says to have side x side pixels."""
+    """A small PNG file whose header claims side x side pixels."""
     def chunk(kind, content):
         crc = zlib.crc32(kind + content).to_bytes(4, "big")
         return len(content).to_bytes(4, "big") + kind + content + crc
@@ -227,28 +231,28 @@ def bomb(side):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("what, status, said", [
-    ("text", 400, "no picture that can be read"), ("truncated", 400, "damaged"),
+@pytest.mark.parametrize("what, expected_status, message", [
+    ("text", 400, "not a picture that can be read"), ("truncated", 400, "damaged"),
     ("empty", 400, "No picture was chosen"), ("none", 400, "No picture was chosen"),
-    ("bomb", 413, "more than 89,478,485 pixels"), ("bigger bomb", 400, "no picture"),
-    ("30 MB", 413, "more than 20 MB"), ("no length", 411, "size was not said"),
-    ("wrong length", 411, "size was not said"), ("another form", 404, "no such page"),
-    ("another place", 404, "no such page"), ("another site", 403, "its own address and pages")])
-def test_pictures_that_are_refused(site, what, status, said):
+    ("bomb", 413, "more than 89,478,485 pixels"), ("bigger bomb", 400, "not a picture"),
+    ("30 MB", 413, "more than 20 MB"), ("no length", 411, "does not state the size"),
+    ("wrong length", 411, "does not state the size"), ("another form", 404, "no such page"),
+    ("another place", 404, "no such page"), ("another site", 403, "only requests to its own address")])
+def test_pictures_that_are_refused(site, what, expected_status, message):
     kept = dict(site.pages.uploads)
-    asked = {"text": form(b"hello"), "truncated": form(png((400, 400))[:200]), "empty": form(b""),
+    given = {"text": form(b"hello"), "truncated": form(png((400, 400))[:200]), "empty": form(b""),
              "bomb": form(bomb(12_000)), "bigger bomb": form(bomb(40_000)),
              "30 MB": form(bytes(30_000_000)), "none": form(b"") | {"body": b"--xyz--\r\n"},
              "another form": {"body": b"image=1"}}.get(what, form(png()))
     path = "/elsewhere" if what == "another place" else "/upload"
     if what == "another site":
-        asked["Origin"] = "http://example.com"
+        given["Origin"] = "http://example.com"
     if what == "no length":
-        asked |= {"body": iter([b"x"]), "Transfer_Encoding": "chunked"}
+        given |= {"body": iter([b"x"]), "Transfer_Encoding": "chunked"}
     if what == "wrong length":
-        asked |= {"body": None, "Content_Length": "-5"}
-    found, headers, content = ask(site, path, "POST", **asked)
-    assert found == status and said in content.decode()
+        given |= {"body": None, "Content_Length": "-5"}
+    status, headers, content = ask(site, path, "POST", **given)
+    assert status == expected_status and message in content.decode()
     assert dict(site.pages.uploads) == kept
 
 
@@ -265,13 +269,13 @@ def test_addresses(site, path, status):
 @pytest.mark.parametrize("host, status", [
     ("example.com", 403), ("127.0.0.1", 403), ("127.0.0.1:1", 403), ("", 403),
     ("localhost:PORT", 200), ("example.com:PORT", 403), ("localhost.example.com:PORT", 403)])
-def test_only_the_loopbacks_own_name_is_answered(site, host, status):
+def test_only_requests_to_the_loopback_address_are_answered(site, host, status):
     for path in ("/", "/photo/0"):
         found, _, content = ask(site, path, Host=host.replace("PORT", str(site.port)))
         assert found == status and (status == 200 or b"photo" not in content.split(b"<h1>")[0][-9:])
 
 
-def test_other_methods_are_refused_in_words(site):
+def test_other_methods_get_an_error_page(site):
     status, headers, content = ask(site, "/", "DELETE")
     assert status == 501 and b"<h1>Unsupported method" in content
 
@@ -281,17 +285,17 @@ def test_many_requests(site, capfd):
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         found = list(pool.map(lambda i: ask(site, paths[i % 5])[0], range(100)))
     assert found == [200] * 100
-    connection = http.client.HTTPConnection(page.HOST, site.port, timeout=30)
-    for i in range(1000):  # kept open all the time
+    connection = http.client.HTTPConnection(server.HOST, site.port, timeout=30)
+    for i in range(1000):  # over a connection that is kept
         connection.request("GET", paths[i % 5])
         response = connection.getresponse()
         assert response.status == 200 and response.read()
     connection.close()
-    with socket.create_connection((page.HOST, site.port)) as client:  # one that goes away
+    with socket.create_connection((server.HOST, site.port)) as client:  # this one goes away
         client.sendall(b"POST /upload HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Length: 999\r\n"
                        b"Content-Type: multipart/form-data; boundary=x\r\n\r\n" % site.port)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # at once
-    with socket.create_connection((page.HOST, site.port)) as client:
+    with socket.create_connection((server.HOST, site.port)) as client:
         client.sendall(b"\x16\x03\x01 not http at all\r\n\r\n")
         assert b"<title>Bad request" in client.recv(1000)
     time.sleep(0.1)
@@ -299,7 +303,7 @@ def test_many_requests(site, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_failure_inside_is_said_and_survived(site, capfd, monkeypatch):
+def test_a_failure_is_reported_in_the_terminal_and_survived(site, capfd, monkeypatch):
     def fails(*given, **named):
         raise RuntimeError("no such luck")
     monkeypatch.setattr(site.pages, "answer", fails)
@@ -312,13 +316,14 @@ def test_serving_from_the_command_line(run, shapes, capsys):
                           "--split", "val")
     try:
         address = script.stdout.readline()
-        port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+) \(Ctrl-C ends it\)\n", address)[1])
+        pattern = r"http://127\.0\.0\.1:(\d+) \(press Ctrl-C to stop\)\n"
+        port = int(re.fullmatch(pattern, address)[1])
         html = look(SimpleNamespace(port=port), q="red")
         assert len(shown(html)) == 12 and f"{run} · 12 photos of val" in html
         taken = ["--output_dir", str(run), "--serve", str(port)]
         assert show_flickr8k_results.main(taken) == 2
         out, err = capsys.readouterr()
-        assert out == "" and f"port {port} cannot be had" in err and err.count("\n") == 1
+        assert out == "" and f"port {port} is not available" in err and err.count("\n") == 1
         script.send_signal(signal.SIGINT)
         out, err = script.communicate(timeout=60)
         assert script.returncode == 130 and out == "" and err.count("\n") == 1
@@ -330,12 +335,13 @@ def test_serving_a_folder_takes_examples_from_the_data(run, shapes, tmp_path, mo
     shutil.copy(photos_of_split(shapes, "val")[0][0], tmp_path / "a.png")
     (tmp_path / "b.png").write_text("no photo")
     pages = []
-    monkeypatch.setattr(page.Server, "serve_forever", lambda server: pages.append(server.pages))
+    monkeypatch.setattr(server.Server, "serve_forever", lambda http: pages.append(http.pages))
     given = ["--output_dir", str(run), "--serve", "0", "--photos", str(tmp_path)]
     (run / CACHE).unlink(missing_ok=True)
     assert show_flickr8k_results.main(given) == 0
-    assert len(pages[0].search.photos) == 1 and "1 photos in" in pages[0].about
-    assert pages[0].tries == [own[0] for own in photos_of_split(shapes, "val")[1]]
+    assert len(pages[0].search.photos) == 1 and "1 photos in" in pages[0].footer
+    first_captions = [captions[0] for captions in photos_of_split(shapes, "val")[1]]
+    assert pages[0].example_queries == first_captions
 
 
 def write_page(capsys, out, *runs, more=()):
@@ -350,14 +356,14 @@ def test_the_page_of_a_run(run, tmp_path, capsys):
     assert (status, printed, err) == (0, f"wrote {out}\n", "")
     html = out.read_text("utf-8")
     assert len(html) < 2_000_000
-    assert not re.search(r'(src|href)="(?!data:)|url\(|@import|https?://', html)  # by itself
+    assert not re.search(r'(src|href)="(?!data:)|url\(|@import|https?://', html)  # stands alone
     config, history = (json.loads((run / name).read_text()) for name in (CONFIG, HISTORY))
     text = unescape(html)
     best = max(history, key=lambda row: row["val"]["avg_r1"])
-    for said in (config["command"], config["device"], "built-in shapes", "chance",
+    for words in (config["command"], config["device"], "built-in shapes", "chance",
                  "40 photos, 200 captions", "3 of 3 epochs", "with the bank", "Test, best model",
                  f"{best['val']['avg_r1']:.2f}"):
-        assert said in text, said
+        assert words in text, words
     for figure in ("i2t_r1", "t2i_r10"):
         for row in (best, history[-1]):
             assert f"<td>{row['val'][figure]:.2f}" in html
@@ -365,7 +371,7 @@ def test_the_page_of_a_run(run, tmp_path, capsys):
     drawn = []
     for points in re.findall('polyline points="(.*?)"', html):
         places = [tuple(map(float, point.split(","))) for point in points.split()]
-        assert [x for x, _ in places] == [48, 48, 259, 470]  # the first twice
+        assert [x for x, _ in places] == [48, 48, 259, 470]  # the first one is drawn twice
         assert all(20 <= y <= 220 for _, y in places)
         drawn.append([y for _, y in places[1:]])
     for line, values in zip(drawn[-2:], ([row["train"]["loss"] for row in history],
@@ -375,31 +381,34 @@ def test_the_page_of_a_run(run, tmp_path, capsys):
     photos = re.findall(r'src="data:image/jpeg;base64,(.*?)"', html)
     hits, misses = text.count("<h2>hit: "), text.count("<h2>miss: ")
     assert 0 < hits + misses <= 8 and len(photos) == 2 * (hits + misses)
-    kinds = dict(re.findall(r"<tr><td>([^<]*)<td>([\d,]+)<td>", html))
-    assert kinds["all"] == "40" and 0 < int(kinds["colours"]) <= 40
+    counts = dict(re.findall(r"<tr><td>([^<]*)<td>([\d,]+)<td>", html))
+    assert counts["all"] == "40" and 0 < int(counts["colours"]) <= 40
 
 
-def test_the_page_of_several_runs_of_which_one_goes_on(run, tmp_path, capsys):
-    going = shutil.copytree(run, tmp_path / "<i>going")
+def test_the_page_of_several_runs_one_of_which_is_still_training(run, tmp_path, capsys):
+    training = shutil.copytree(run, tmp_path / "<i>training")
     rows = json.loads((run / HISTORY).read_text())
-    (going / HISTORY).write_text(json.dumps(rows[:1]))
+    (training / HISTORY).write_text(json.dumps(rows[:1]))
     lost = shutil.copytree(run, tmp_path / "lost")
     (lost / BEST).unlink()
     out = tmp_path / "runs.html"
-    status, printed, err = write_page(capsys, out, run, going, lost, more=["--split", "val"])
+    status, printed, err = write_page(capsys, out, run, training, lost, more=["--split", "val"])
     assert status == 0 and err.count("\n") == 1 and "lost: no photos on the page" in err
     html = out.read_text("utf-8")
     assert html.count("<section>") == 3 and "1 of 3 epochs" in html and "<i>" not in html
     assert "no best model yet" in html and html.count("<svg") == 9
 
 
-@pytest.mark.parametrize("wrong, said", [
-    (["--page", "FOLDER.html"], "cannot be written"), (["--page", "sheet.png"], "FILE.html"),
-    (["--serve", "--page", "a.html"], "go with"), (["--serve", "--compare", "a"], "not allowed"),
+@pytest.mark.parametrize("wrong, message", [
+    (["--page", "FOLDER.html"], "cannot be written"),
+    (["--page", "sheet.png"], "has to end in .html"),
+    (["--serve", "--page", "a.html"], "cannot be combined"),
+    (["--serve", "--compare", "a"], "not allowed"),
     (["--serve", "70000"], "70000"),
-    (["--serve", "--query", "x"], "go with"), (["--output_dir", "nowhere", "--serve"], "nowhere"),
+    (["--serve", "--query", "x"], "cannot be combined"),
+    (["--output_dir", "nowhere", "--serve"], "nowhere"),
     (["--output_dir", "a", "b", "--serve"], "take one --output_dir")])
-def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys, wrong, said):
+def test_wrong_arguments_give_a_one_line_error(run, tmp_path, capsys, wrong, message):
     given = ["--output_dir", str(run)] * ("--output_dir" not in wrong)
     (tmp_path / "FOLDER.html").mkdir()
     given += [str(tmp_path / word) if "FOLDER" in word else word for word in wrong]
@@ -408,4 +417,4 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys, wrong, said):
     except SystemExit as exit:
         status = exit.code
     out, err = capsys.readouterr()
-    assert (status, out) == (2, "") and said in err and err.count("\n") == 1
+    assert (status, out) == (2, "") and message in err and err.count("\n") == 1

@@ -1,30 +1,29 @@
-"""The results script on runs made by hand, so that every figure shown can be checked against the
-files.
-"""
+"""The results script, on runs that are written by hand, so that every figure can be compared with the
+files."""
 import dataclasses
 import functools
 import json
+import os
 import re
 import shutil
+import sqlite3
 
 import pytest
 import torch
 from PIL import Image
 
 import show_flickr8k_results
-from src import search as inference
-from src.evaluation import evaluate
+from src import search
 from src.retrieval import chance_metrics
 from src.runs import BANK, BEST, CONFIG, HISTORY, TEST
 from src.search import load_model
 from src.settings import make_settings
 from src.utils.captions import MAX_LENGTH
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 from tests.conftest import arguments, main, read_captions, run_script
 
 
 def metrics(seed):
-    """Made-up figures, all different, so that one shown in another's place is noticed."""
+    """Made-up figures, all different, so that a test notices one in the place of another."""
     values = {
         f"{protocol}{way}_r{k}": seed + i + 0.17
         for i, (protocol, way, k) in enumerate(
@@ -43,7 +42,7 @@ def metrics(seed):
 
 
 def write_run(folder, avg_r1=(11, 31, 21), epochs=3, **changes):
-    """A run of made-up figures; `changes`: of its settings."""
+    """Write a run of made-up figures. changes: settings that differ."""
     folder.mkdir()
     history = [
         {
@@ -99,7 +98,7 @@ def show(folder, capsys):
     return status, captured.out, captured.err
 
 
-def test_every_figure_is_the_runs_own(tmp_path, capsys):
+def test_every_figure_comes_from_the_files_of_the_run(tmp_path, capsys):
     folder = write_run(tmp_path / "run")
     (folder / TEST).write_text(json.dumps(metrics(70)))
     status, out, err = show(folder, capsys)
@@ -144,7 +143,7 @@ def test_every_figure_is_the_runs_own(tmp_path, capsys):
     assert ["2", "4.2143", "32.67", "31.17", "34.17", "0.005", "63.3"] in rows
 
 
-def test_what_the_bank_adds_stands_beside_the_plain_figures(tmp_path, capsys):
+def test_the_figures_with_the_bank_stand_beside_the_plain_ones(tmp_path, capsys):
     folder = write_run(tmp_path / "run")
     (folder / TEST).write_text(json.dumps(metrics(70)))
     bank = {split: {"off": metrics(seed), "on": metrics(seed + 1),
@@ -156,8 +155,8 @@ def test_what_the_bank_adds_stands_beside_the_plain_figures(tmp_path, capsys):
     status, out, err = show(folder, capsys)
     assert (status, err) == (0, "") and out.count("with the bank") == 3
     assert "80.4 % of val's captions find one of the ten commonest photos first, 80.3 % with" in out
-    for of_val, seed in ((True, 81), (False, 91)):
-        part = out.split("Test, best model")[0 if of_val else 1]
+    for i, seed in enumerate((81, 91)):
+        part = out.split("Test, best model")[i]
         for value in metrics(seed).values():
             assert f" {value:.2f} " in part
     rows = [line.split() for line in out.splitlines()]
@@ -169,7 +168,7 @@ def test_what_the_bank_adds_stands_beside_the_plain_figures(tmp_path, capsys):
     assert head.index("with the bank") == head.index("avg R@1") + 1
 
 
-def test_a_run_of_one_epoch_still_going(tmp_path, capsys):
+def test_a_run_of_one_epoch_that_is_still_training(tmp_path, capsys):
     folder = write_run(tmp_path / "run", avg_r1=(5,), epochs=40)
     (folder / BEST).unlink()
     status, out, err = show(folder, capsys)
@@ -184,7 +183,7 @@ def test_a_long_run_is_shown_in_steps(tmp_path, capsys):
     assert shown == sorted(set(shown)) and {1, 60, 120} <= set(shown) and len(shown) < 20
 
 
-def test_synthetic_results_are_not_taken_for_flickr8k(tmp_path, capsys):
+def test_synthetic_results_are_marked_as_such(tmp_path, capsys):
     folder = write_run(tmp_path / "run", synthetic=True)
     assert "NOT FLICKR8K" in show(folder, capsys)[1]
 
@@ -219,15 +218,42 @@ def test_missing_or_damaged_files(tmp_path, capsys, damage, message):
     assert status == 2 and out == "" and message in err and len(err.splitlines()) == 1
 
 
-def test_no_folder_as_a_user_meets_it(tmp_path):
+def test_a_folder_that_does_not_exist(tmp_path):
     status, out, err = run_script("show_flickr8k_results.py", "--output_dir", tmp_path / "none")
     assert status == 2 and "there is no such folder" in err
     assert "python train_flickr8k_sgd.py" in err
 
 
+def test_the_newest_run_is_shown_by_default(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("new", "old")):
+        (tmp_path / "outputs").mkdir(exist_ok=True)
+        folder = write_run(tmp_path / "outputs" / name)
+        os.utime(folder / HISTORY, (1000 - i, 1000 - i))
+    (tmp_path / "outputs" / "began_just_now").mkdir()
+    assert show_flickr8k_results.main([]) == 0
+    out, err = capsys.readouterr()
+    assert "outputs/new" in out and "outputs/old" not in out and err == ""
+    (tmp_path / "outputs" / "new" / BEST).unlink()
+    assert show_flickr8k_results.main(["--query", "red"]) == 2  # which names the run
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == "using the newest run, outputs/new" and "outputs/new: has no best" in err[1]
+
+
+@pytest.mark.parametrize("given", [[], ["--query", "red"], ["--serve"], ["--page", "a.html"]])
+def test_without_any_run_the_error_says_to_train_first(tmp_path, capsys, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert show_flickr8k_results.main(given) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and len(err.splitlines()) == 1
+        assert f"{tmp_path / 'outputs'}: holds no run; train first: python train" in err
+        (tmp_path / "outputs").mkdir(exist_ok=True)
+
+
 @pytest.fixture
 def run_dir(finished, tmp_path):
-    """A finished run, to be written into."""
+    """A copy of a finished run, which a test may change."""
     shutil.copytree(finished[0], tmp_path / "run")
     return tmp_path / "run"
 
@@ -239,7 +265,7 @@ def use(run_dir, capsys, *given):
 
 
 def ranking(printed):
-    """-> [(marked, rank, score, the rest)] of every result line."""
+    """The printed results -> [(marked, rank, cosine, the rest of the line)]."""
     return [(mark == "*", int(rank), float(score), rest) for mark, rank, score, rest in
             re.findall(r"^([ *]) +(\d+) +(-?\d\.\d+) +(.*)$", printed, re.MULTILINE)]
 
@@ -269,7 +295,7 @@ def test_photos_for_a_text(run_dir, shapes, capsys, tmp_path):
     (marked,) = [(rank, rest) for mark, rank, _, rest in found if mark]
     assert (
         marked[1] == f"{names[3]}  {captions[names[3]][0]}"
-        and f"the right one is ranked {marked[0]}" in out
+        and f"the correct one is ranked {marked[0]}" in out
     )
     html = (tmp_path / "found.html").read_text("utf-8")
     assert f"wrote {tmp_path / 'found.html'}" in out
@@ -277,28 +303,28 @@ def test_photos_for_a_text(run_dir, shapes, capsys, tmp_path):
     assert all(f"{score:.3f}" in html for score in scores)
 
 
-def test_the_banks_order(run_dir, shapes, capsys):
-    cache, bank = inference.EmbeddingCache(run_dir), inference.load_bank(run_dir)
-    photos, captions = inference.photos_of_split(shapes, "val")
+def test_ranking_with_the_bank(run_dir, shapes, capsys):
+    cache, bank = search.EmbeddingCache(run_dir), search.load_bank(run_dir)
+    photos, captions = search.photos_of_split(shapes, "val")
     rows = cache.photos(photos)
-    texts = inference.embed_texts(cache.model, cache.tokenizer, ["two red circles"])
+    texts = search.embed_texts(cache.model, cache.tokenizer, ["two red circles"])
     expected = (bank.text_queries(texts) @ bank.photo_gallery(rows).T)[0]
     given = ["--query", "two red circles", "--split", "val", "--top", 12]
     for _ in range(2):  # the second time from the cache
         status, out, err = use(run_dir, capsys, *given)
-        assert (status, err) == (0, "") and "12 photos of val, in the bank's order" in out
+        assert (status, err) == (0, "") and "12 photos of val, ranked with the bank" in out
         order = [photos[i].name for i in expected.argsort(descending=True)]
         assert [rest.split()[0] for *_, rest in ranking(out)] == order
     cosine = {photo.name: score for photo, score in zip(photos, (texts @ rows.T)[0].tolist())}
-    for _, _, score, rest in ranking(out):  # what is shown is the cosine
+    for _, _, score, rest in ranking(out):  # the cosine is shown in either case
         assert score == pytest.approx(cosine[rest.split()[0]], abs=6e-4)
     plain = use(run_dir, capsys, *given, "--no-bank")[1]
     assert sorted(ranking(plain), key=lambda row: row[3]) != ranking(plain)
     assert {row[3]: row[2] for row in ranking(plain)} == {row[3]: row[2] for row in ranking(out)}
 
-    texts = [text for own in captions for text in own]
+    texts = [caption for photo_captions in captions for caption in photo_captions]
     latents = cache.texts(texts)
-    image = inference.embed_photos(cache.model, cache.transform, [photos[3]])[0]
+    image = search.embed_photos(cache.model, cache.transform, [photos[3]])[0]
     by_bank = bank.text_gallery(latents) @ bank.photo_queries(image[None])[0]
     order = by_bank.argsort(descending=True).tolist()
     out = use(run_dir, capsys, "--image", photos[3], "--split", "val", "--top", 60)[1]
@@ -307,12 +333,12 @@ def test_the_banks_order(run_dir, shapes, capsys):
 
 def test_photos_for_a_photo_and_a_text(run_dir, shapes, capsys, tmp_path):
     model, tokenizer, transform = load_model(run_dir)
-    photos, _ = inference.photos_of_split(shapes, "val")
+    photos, _ = search.photos_of_split(shapes, "val")
     ids = torch.tensor([tokenizer.encode("two red circles")])
     with torch.no_grad():
         both = model(text=ids, images=transform(photos[3])[None])["central_latent"]
     both = torch.nn.functional.normalize(both, dim=-1)
-    cosine = (inference.embed_photos(model, transform, photos) @ both[0]).tolist()
+    cosine = (search.embed_photos(model, transform, photos) @ both[0]).tolist()
     status, out, err = use(run_dir, capsys, "--image", photos[3], "--query", "two red circles",
                            "--split", "val", "--top", 12, "--no-bank",
                            "--page", tmp_path / "a.html")
@@ -326,21 +352,21 @@ def test_photos_for_a_photo_and_a_text(run_dir, shapes, capsys, tmp_path):
                 "--top", 12, "--page", tmp_path / "b.html")[1]
     assert ranking(alone) != ranking(out)
     images = [(tmp_path / name).read_text("utf-8").count("<img") for name in ("a.html", "b.html")]
-    assert images == [12, 12]  # the photo that was given comes first, and is no result
+    assert images == [12, 12]  # the photo of --image comes first, and is not a result
     folder = tmp_path / "folder"
     folder.mkdir()
     shutil.copy(photos[3], folder / "a.png")
     status, out, err = use(run_dir, capsys, "--image", folder / "a.png", "--query", "red",
                            "--photos", folder)
-    assert (status, out) == (2, "") and "no photos" in err and "but that of --image" in err
+    assert (status, out) == (2, "") and "no photos" in err and "other than that of --image" in err
 
 
 @pytest.mark.parametrize("bank", [None, "missing"])
-def test_a_run_without_a_bank_ranks_by_the_scores_and_says_so(run_dir, capsys, bank):
+def test_a_run_without_a_bank_ranks_by_the_cosines_with_a_message(run_dir, capsys, bank):
     best = torch.load(run_dir / BEST, weights_only=True)
-    if bank == "missing":  # a version without banks
+    if bank == "missing":  # a run of a version that had no bank
         del best["bank"]
-    else:  # a run still going
+    else:  # a run that is still training
         best["bank"] = None
     torch.save(best, run_dir / BEST)
     for given in (["--query", "red"], ["--image", "IMAGE"]):
@@ -349,44 +375,45 @@ def test_a_run_without_a_bank_ranks_by_the_scores_and_says_so(run_dir, capsys, b
         status, out, err = use(run_dir, capsys, *given)
         scores = [score for _, _, score, _ in ranking(out)]
         assert status == 0 and scores == sorted(scores, reverse=True)
-        assert "the bank's order" not in out
-        assert err == (f"{run_dir}: no bank, which training makes at its end; the order is that of "
-                       "the scores\n")
+        assert "ranked with the bank" not in out
+        assert err == (f"{run_dir}: has no bank yet, because training makes it at the end; ranking "
+                       "by plain cosines\n")
         assert use(run_dir, capsys, *given, "--no-bank")[2] == ""
 
 
-def test_photos_of_ones_own(run_dir, shapes, capsys, tmp_path):
-    own = tmp_path / "own"
-    (own / "more").mkdir(parents=True)
+def test_photos_of_a_folder(run_dir, shapes, capsys, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "more").mkdir(parents=True)
     for name, target in (("scene_00003.jpg", "a.jpg"), ("scene_00007.jpg", "more/b.JPG")):
-        shutil.copy(shapes / "Flicker8k_Dataset" / name, own / target)
-    status, out, _ = use(run_dir, capsys, "--photos", own, "--query", "a small red circle")
+        shutil.copy(shapes / "Flicker8k_Dataset" / name, folder / target)
+    status, out, _ = use(run_dir, capsys, "--photos", folder, "--query", "a small red circle")
     assert (
         status == 0
         and sorted(rest for *_, rest in ranking(out)) == ["a.jpg", "more/b.JPG"]
         and "*" not in out
     )
     # nothing is written there
-    assert sorted(path.name for path in own.rglob("*")) == ["a.jpg", "b.JPG", "more"]
+    assert sorted(path.name for path in folder.rglob("*")) == ["a.jpg", "b.JPG", "more"]
 
 
-def test_a_bad_photo_among_ones_own_is_named_and_left_out(run_dir, shapes, capsys, tmp_path):
-    own = tmp_path / "own"
-    own.mkdir()
+def test_an_unreadable_photo_of_a_folder_is_skipped_with_a_message(
+        run_dir, shapes, capsys, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
     for i in range(3):
-        shutil.copy(shapes / "Flicker8k_Dataset" / f"scene_0000{i}.jpg", own / f"{i}.jpg")
-    (own / "1.jpg").write_bytes((own / "1.jpg").read_bytes()[:700])
-    (own / "._0.jpg").write_bytes(b"Mac OS X")
-    (own / "IMG_0001.HEIC").touch()
+        shutil.copy(shapes / "Flicker8k_Dataset" / f"scene_0000{i}.jpg", folder / f"{i}.jpg")
+    (folder / "1.jpg").write_bytes((folder / "1.jpg").read_bytes()[:700])
+    (folder / "._0.jpg").write_bytes(b"Mac OS X")
+    (folder / "IMG_0001.HEIC").touch()
     for _ in range(2):
-        given = ["--photos", own, "--query", "red", "--page", tmp_path / "found.html"]
+        given = ["--photos", folder, "--query", "red", "--page", tmp_path / "found.html"]
         status, out, err = use(run_dir, capsys, *given)
-        assert status == 0 and f'"red" in 2 photos in {own}' in out
+        assert status == 0 and f'"red" in 2 photos in {folder}' in out
         assert sorted(rest for *_, rest in ranking(out)) == ["0.jpg", "2.jpg"]
-        one, other = err.splitlines()
-        assert one == "left out, not photos that can be read: 1 .heic"
-        assert other.startswith("left out, 1 photos that cannot be read: ")
-        assert f"{own / '1.jpg'}: image file is truncated" in other
+        first, second = err.splitlines()
+        assert first == "skipped, because they are not photos that can be read: 1 .heic"
+        assert second.startswith("skipped 1 unreadable photos: ")
+        assert f"{folder / '1.jpg'}: image file is truncated" in second
 
 
 def test_photos_of_odd_names(run_dir, shapes, capsys, tmp_path):
@@ -401,7 +428,7 @@ def test_photos_of_odd_names(run_dir, shapes, capsys, tmp_path):
     assert len(out.splitlines()) == len(names) + 3
 
 
-def test_a_bad_photo_of_the_dataset_is_an_error(run_dir, shapes, capsys, tmp_path):
+def test_an_unreadable_photo_of_the_dataset_is_an_error(run_dir, shapes, capsys, tmp_path):
     shutil.copytree(shapes, tmp_path / "data")
     name = (shapes / "Flickr_8k.testImages.txt").read_text().split()[5]
     (tmp_path / "data" / "Flicker8k_Dataset" / name).write_bytes(b"")
@@ -410,7 +437,7 @@ def test_a_bad_photo_of_the_dataset_is_an_error(run_dir, shapes, capsys, tmp_pat
 
 
 def test_interrupted_while_photos_are_embedded(run_dir, shapes, capsys, monkeypatch):
-    seen, load = [], inference.load_photo
+    seen, load = [], search.load_photo
 
     def load_five(path, size):
         seen.append(path)
@@ -418,12 +445,14 @@ def test_interrupted_while_photos_are_embedded(run_dir, shapes, capsys, monkeypa
             raise KeyboardInterrupt
         return load(path, size)
 
-    monkeypatch.setattr(inference, "load_photo", load_five)
+    monkeypatch.setattr(search, "load_photo", load_five)
     monkeypatch.setattr(
-        inference, "embed_in_batches", functools.partial(inference.embed_in_batches, batch_size=2))
+        search, "embed_in_batches", functools.partial(search.embed_in_batches, batch_size=2))
     status, out, err = use(run_dir, capsys, "--query", "red")
     assert (status, err) == (130, "interrupted; what was embedded is kept\n")
-    assert len(torch.load(run_dir / inference.CACHE, weights_only=True)["photos"]) == 4
+    connection = sqlite3.connect(run_dir / search.CACHE)
+    assert connection.execute("SELECT COUNT(*) FROM photos").fetchone() == (4,)
+    connection.close()
 
 
 def test_data_that_was_moved(shapes, tmp_path, capsys, monkeypatch):
@@ -433,7 +462,7 @@ def test_data_that_was_moved(shapes, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     (tmp_path / "data").rename(tmp_path / "moved")
     image = tmp_path / "moved" / "Flicker8k_Dataset" / "scene_00000.jpg"
-    for given in (["--query", "red"], ["--image", image], ["--test_time"]):
+    for given in (["--query", "red"], ["--image", image]):
         status, _, err = use(tmp_path / "run", capsys, *given)
         assert status == 2 and len(err.splitlines()) == 1
         assert "there is no folder data any more" in err and "name it with --data_dir" in err
@@ -469,35 +498,16 @@ def test_captions_for_a_photo(run_dir, shapes, capsys, tmp_path):
     assert sorted(rest for mark, *_, rest in found if mark) == sorted(
         f"{text}  ({name})" for text in captions[name]
     )
-    Image.new("L", (50, 10)).save(tmp_path / "own.png")
+    Image.new("L", (50, 10)).save(tmp_path / "grey.png")
     status, out, _ = use(
-        run_dir, capsys, "--image", tmp_path / "own.png", "--page", tmp_path / "own.html"
+        run_dir, capsys, "--image", tmp_path / "grey.png", "--page", tmp_path / "grey.html"
     )
     assert (
         status == 0
         and len(ranking(out)) == 5
         and "*" not in out
-        and (tmp_path / "own.html").read_text("utf-8").count("<img") == 6
+        and (tmp_path / "grey.html").read_text("utf-8").count("<img") == 6
     )
-
-
-def test_what_test_time_training_adds(run_dir, shapes, capsys, tmp_path):
-    shutil.copytree(run_dir, tmp_path / "again")
-    given = ["--test_time", "--output_dir", str(run_dir), str(tmp_path / "again")]
-    assert show_flickr8k_results.main(given) == 0
-    out, err = capsys.readouterr()
-    lines = [line.split() for line in out.splitlines()]
-    assert err == "" and "12 photos of val" in out and "of 2 runs: gain" in out
-    one, other = lines[2], lines[3]
-    assert one[0] == "run" and other[0] == "again" and one[1:4] == other[1:4]
-    model, tokenizer, _ = load_model(run_dir)
-    data = Flickr8kImageTextDataset(shapes, "val", 32, tokenizer)
-    off = evaluate(model, data)["avg_r1"]
-    model.memory.enable_test_time_updates()
-    on = evaluate(model, data)["avg_r1"]
-    assert one[1:4] == [f"{off:.2f}", f"{on:.2f}", f"{on - off:+.2f}"]
-    status, out, err = use(run_dir, capsys, "--test_time", "--split", "test")
-    assert status == 0 and "8 photos of test" in out and "mean" not in out
 
 
 def test_runs_side_by_side(tmp_path, capsys):
@@ -512,7 +522,7 @@ def test_runs_side_by_side(tmp_path, capsys):
             assert f"{metrics(seed)['avg_r1']:.2f}" in out
 
 
-def test_what_is_no_run_is_named_and_left_out_of_the_comparison(tmp_path, capsys):
+def test_other_files_are_skipped_in_the_comparison_with_a_message(tmp_path, capsys):
     write_run(tmp_path / "run")
     (tmp_path / "ladder").mkdir()
     (tmp_path / "benchmark.json").write_text("{}")
@@ -523,9 +533,9 @@ def test_what_is_no_run_is_named_and_left_out_of_the_comparison(tmp_path, capsys
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3 and out.splitlines()[2].startswith("| run |")
     names = ("benchmark.json", "ladder", "old")
-    lines = [f"left out {tmp_path / name}: no run of this version" for name in names]
+    lines = [f"skipped {tmp_path / name}: not a run of this version" for name in names]
     assert err.splitlines() == lines
-    given = ["--compare", str(tmp_path / "run"), str(tmp_path / "rum")]  # a slip of the pen
+    given = ["--compare", str(tmp_path / "run"), str(tmp_path / "rum")]  # a typing error
     assert show_flickr8k_results.main(given) == 2
     assert "rum: there is no such folder" in capsys.readouterr().err
 
@@ -562,7 +572,6 @@ def test_bad_input(run_dir, tmp_path, capsys, monkeypatch, given, message):
     [
         ["--page", "sheet.png"],
         ["--query", "a", "--serve"],
-        ["--page", "a.html", "--test_time"],
         ["--image", "b", "--compare", "c"],
         ["--photos", "c"],
         ["--top", "0"],
