@@ -237,7 +237,8 @@ def bomb(side):
     ("bomb", 413, "more than 89,478,485 pixels"), ("bigger bomb", 400, "not a picture"),
     ("30 MB", 413, "more than 20 MB"), ("no length", 411, "does not state the size"),
     ("wrong length", 411, "does not state the size"), ("another form", 404, "no such page"),
-    ("another place", 404, "no such page"), ("another site", 403, "only requests to its own address")])
+    ("another place", 404, "no such page"),
+    ("another site", 403, "only requests to its own address")])
 def test_pictures_that_are_refused(site, what, expected_status, message):
     kept = dict(site.pages.uploads)
     given = {"text": form(b"hello"), "truncated": form(png((400, 400))[:200]), "empty": form(b""),

@@ -1,5 +1,5 @@
-"""The results script, on runs that are written by hand, so that every figure can be compared with the
-files."""
+"""The results script, on runs that are written by hand, so that every figure can be compared with
+the files."""
 import dataclasses
 import functools
 import json
