@@ -503,8 +503,8 @@ def test_a_finished_run_trains_on(shapes, tmp_path, capsys):
     schedule = cosine_schedule(settings.warmup, settings.final_lr, 5 * 20)
     for row in history[2:]:
         assert row["lr"] == pytest.approx(settings.lr * schedule(20 * row["epoch"] - 1))
-    jump = f"the learning rate goes from 0 to {settings.lr * schedule(40):.3g}"
-    assert f"the schedule is now that of 5 epochs, not 2: {jump}" in printed
+    jump = f"the learning rate changes from 0 to {settings.lr * schedule(40):.3g}"
+    assert f"the schedule is now that of 5 epochs instead of 2: {jump}" in printed
     assert json.loads((out / CONFIG).read_text())["settings"]["epochs"] == 5
     assert "5 of 5 epochs" in printed and json.loads((out / TEST).read_text())
 
