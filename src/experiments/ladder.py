@@ -1,8 +1,13 @@
-"""What each step of a recipe is worth: python -m src.experiments.ladder --model small
+"""Measure what each step from the reference recipe to a preset's own recipe is worth.
 
-Goes, step by step, from the recipe of the run that this project began with to the preset's own;
-then tries changes to that one, each alone. A row is a run of the training script, by the command
-beside it. Runs that are done are kept: stopped, the same command goes on."""
+    python -m src.experiments.ladder --model small --seeds 0 1 2
+
+The first row of the table is the recipe of the run that this project started from. Each of the next
+rows adds one step, until the preset's own recipe is reached. The last rows change the preset's own
+recipe, one change each. Every row is one training per seed, by the command that the row shows.
+
+Finished trainings are kept in --output_dir, so the same command continues an interrupted ladder.
+"""
 import hashlib
 import re
 import signal
@@ -18,46 +23,61 @@ from src.settings import PRESETS, REFERENCE, flags, make_settings
 from src.utils.console import Parser, prepare_output, text
 from src.utils.errors import RunError, UsageError
 
-# Step by step, the settings that turn from the reference's into the preset's own.
+# In each step these settings change from the reference recipe's values to the preset's own.
 STEPS = {
     "the reference recipe": (),
-    "a photo once with several captions, more pairs a step": ("captions_per_image", "batch_size"),
-    "byte-pair tokens": ("tokenizer",),
-    "learning rates, warm-up, temperature, weight decay": (
+    "each photo once with several captions, and more pairs per step": (
+        "captions_per_image", "batch_size"),
+    "tokens are learned byte pairs instead of characters": ("tokenizer",),
+    "other learning rates, warmup, temperature and weight decay": (
         "lr", "text_lr", "warmup", "temperature", "weight_decay"),
-    "random crops, mirroring, colour jitter, word dropout": (
+    "random crops, mirroring, colour jitter and word dropout": (
         "min_crop", "flip", "color_jitter", "word_dropout"),
-    "a moving average of the weights, a learning rate that stays high": ("ema", "final_lr"),
-    "a second network, of Fisher vectors": ("fisher",),
-    "small photos first, larger ones in validation: the preset's own recipe": tuple(REFERENCE),
+    "a moving average of the weights, and a learning rate that stays high": ("ema", "final_lr"),
+    "a second network on Fisher vectors": ("fisher",),
+    "smaller photos at first and larger ones in validation: the preset's own recipe": tuple(
+        REFERENCE),
 }
-# On top of the preset's own recipe, each alone.
+# Each of these changes the preset's own recipe.
 CHANGES = {
-    "no memory": {"memory_size": 0},
+    "the preset's own recipe without the memory": {"memory_size": 0},
 }
 
 
 def rows(preset):
-    """[(what, flags)] of a preset's ladder: first the steps, then the changes."""
-    own, given, found = make_settings(model=preset), {"recipe": "reference"}, []
-    for what, names in STEPS.items():
-        changed = {name: getattr(own, name) for name in names if name != "epochs"
-                   and getattr(own, name) != given.get(name, REFERENCE[name])}
-        if changed or not names:  # the preset may not take this step
-            given = given | changed
-            found.append((what, given))
-    found[-1] = (found[-1][0], {})  # the same thing by its short name
-    found += CHANGES.items()
-    return [(what, flags(given)) for what, given in found]
+    """Return [(description, flags of the training script)] of a preset's ladder.
+
+    A step that changes nothing in this preset is left out.
+    """
+    preset_settings = make_settings(model=preset)
+    given, ladder = {"recipe": "reference"}, []
+    for description, names in STEPS.items():
+        changes = {}
+        for name in names:
+            value = getattr(preset_settings, name)
+            if name != "epochs" and value != given.get(name, REFERENCE[name]):
+                changes[name] = value
+        if changes or not names:
+            given = given | changes
+            ladder.append((description, given))
+    description, _ = ladder.pop()
+    ladder.append((description, {}))  # the last step has arrived at the preset's defaults
+    ladder += CHANGES.items()
+    return [(description, flags(given)) for description, given in ladder]
 
 
-def run(command, output_dir):
-    """Run or go on with one training -> its Run. Raises RunError for one that fails."""
+def train(command, output_dir):
+    """Run the training script, or resume it, unless its run is finished; return the Run.
+
+    Raises RunError for a training that fails.
+    """
     if not (output_dir / TEST).exists():
         if (output_dir / CONFIG).exists():
             command = ["--resume"]
         command = [sys.executable, training.__file__, *command, "--output_dir", str(output_dir)]
-        process = subprocess.Popen(command, start_new_session=True)  # Ctrl-C reaches us alone
+        # In a session of its own, the training does not get the terminal's Ctrl-C. It is passed on
+        # below, once.
+        process = subprocess.Popen(command, start_new_session=True)
         try:
             status = process.wait()
         except KeyboardInterrupt:
@@ -65,23 +85,37 @@ def run(command, output_dir):
             process.wait()
             raise
         if status:
-            raise RunError(f"the training ended with exit status {status}: "
-                                f"{' '.join(command)}")
+            raise RunError(f"the training ended with exit status {status}: {' '.join(command)}")
     return load_run(output_dir)
 
 
+def mean_and_deviation(values, digits):
+    """Format numbers as "mean ± standard deviation", or one number as itself."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
 def table(results):
-    """[(what, command, Runs of each seed)] -> a markdown table."""
+    """Format [(description, command, [Run of each seed])] as a markdown table."""
     lines = []
-    for what, command, runs in results:
-        vals = [run.best["val"] for run in runs]
-        avg_r1, i2t, t2i = (statistics.mean(val[name] for val in vals)
-                            for name in ("avg_r1", "i2t_r10", "t2i_r10"))
-        each = ", ".join(f"{val['avg_r1']:.2f}" for val in vals)
+    for description, command, runs in results:
+        metrics = [run.best["val"] for run in runs]
+        avg_r1 = [val["avg_r1"] for val in metrics]
+        i2t_r10 = statistics.mean(val["i2t_r10"] for val in metrics)
+        t2i_r10 = statistics.mean(val["t2i_r10"] for val in metrics)
         minutes = statistics.mean(run.minutes for run in runs)
-        lines.append((what, f"{avg_r1:.2f} ({each})", f"{i2t:.1f} / {t2i:.1f}", f"{minutes:.1f}",
-                      f"`{' '.join(command)}`"))
-    columns = ["what", "val avg R@1 (of each seed)", "R@10", "minutes", "command"]
+        lines.append((
+            description,
+            mean_and_deviation(avg_r1, 2),
+            ", ".join(f"{value:.2f}" for value in avg_r1),
+            f"{i2t_r10:.1f} / {t2i_r10:.1f}",
+            mean_and_deviation([val["rsum"] for val in metrics], 1),
+            f"{minutes:.1f}",
+            f"`{' '.join(command)}`"))
+    columns = ["what changes", "val avg R@1", "of each seed",
+               "R@10 (photo to text / text to photo)", "rsum", "minutes", "command"]
     return markdown_table(columns, lines)
 
 
@@ -90,43 +124,46 @@ def parse_args(argv):
     add = parser.add_argument
     add("--model", choices=list(PRESETS), default="small", help="preset (default: small)")
     add("--data_dir", type=text, default="data/flickr8k",
-        help="Flickr8k's folder (default: %(default)s)")
-    add("--epochs", type=int, default=8, help="of every run (default: 8)")
-    add("--seeds", type=int, nargs="+", default=[0], help="of a run of each row (default: 0)")
-    add("--rows", type=int, nargs="+", help="which, from 1 (default: all)")
-    add("--output_dir", type=text, default="outputs/ladder", help="(default: %(default)s)")
+        help="folder of photos and captions (default: %(default)s)")
+    add("--epochs", type=int, default=8, help="epochs of every training (default: 8)")
+    add("--seeds", type=int, nargs="+", default=[0], help="one training per seed (default: 0)")
+    add("--rows", type=int, nargs="+", help="numbers of the rows, from 1 (default: all)")
+    add("--output_dir", type=text, default="outputs/ladder",
+        help="folder of the trainings (default: %(default)s)")
     args = parser.parse_args(argv)
     number_of_rows = len(rows(args.model))
     args.rows = args.rows or range(1, number_of_rows + 1)
     if not all(1 <= number <= number_of_rows for number in args.rows):
-        parser.error(f"--rows go from 1 to {number_of_rows}")
+        parser.error(f"--rows: the rows have the numbers 1 to {number_of_rows}")
     return args
 
 
-def run_rows(args, results):
+def train_rows(args, results):
+    """Train the rows, and append each to `results` once all of its seeds are done."""
     ladder = rows(args.model)
     for number in args.rows:
-        what, flags = ladder[number - 1]
-        command, runs = ["--model", args.model, *flags, "--epochs", str(args.epochs)], []
+        description, row_flags = ladder[number - 1]
+        command = ["--model", args.model, *row_flags, "--epochs", str(args.epochs)]
+        name = re.sub("[^a-z0-9]+", "_", description.lower())
+        runs = []
         for seed in args.seeds:
-            full = [*command, "--seed", str(seed), "--data_dir", args.data_dir]
-            key = hashlib.sha256(" ".join(full).encode()).hexdigest()[:8]
-            name = re.sub("[^a-z0-9]+", "_", what.lower())
-            runs.append(run(full, Path(args.output_dir) / f"{name}_{key}"))
-        results.append((what, command, runs))
+            full_command = [*command, "--seed", str(seed), "--data_dir", args.data_dir]
+            key = hashlib.sha256(" ".join(full_command).encode()).hexdigest()[:8]
+            runs.append(train(full_command, Path(args.output_dir) / f"{name}_{key}"))
+        results.append((description, command, runs))
 
 
 def main(argv=None):
     args, results, status = parse_args(argv), [], 0
-    for number in (signal.SIGINT, signal.SIGTERM):  # so that the training hears of it
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # `train` passes it on to the training
     try:
-        run_rows(args, results)
+        train_rows(args, results)
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from here", file=sys.stderr)
         status = 130
     print(table(results))
     return status
