@@ -48,14 +48,15 @@ def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None):
     targets = torch.arange(len(text_latents), device=text_latents.device)
     photo_ids = targets if photo_ids is None else gather(photo_ids)
     same_photo = (photo_ids[:, None] == photo_ids).fill_diagonal_(False)
-
+    # The query of the second term: a photo combined with a caption.
+    combined = F.normalize(torch.lerp(text_latents, image_latents, PHOTO_WEIGHT), dim=-1)
     logits_per_image = scaled_similarities(image_latents, text_latents, logit_scale)
+    logits_of_combined = scaled_similarities(combined, text_latents, logit_scale)
+
     logits_per_image = logits_per_image.masked_fill(same_photo, float("-inf"))
     loss = (F.cross_entropy(logits_per_image, targets)
             + F.cross_entropy(logits_per_image.T, targets)) / 2
 
-    combined = F.normalize(torch.lerp(text_latents, image_latents, PHOTO_WEIGHT), dim=-1)
-    logits_of_combined = scaled_similarities(combined, text_latents, logit_scale)
     # The caption that is part of the query is neither a positive nor a negative.
     log_probabilities = logits_of_combined.fill_diagonal_(float("-inf")).log_softmax(1)
     positives = log_probabilities.masked_fill(~same_photo, 0)
