@@ -167,7 +167,7 @@ def open_search(args, cache):
     finally:
         line.clear()
     if unreadable:
-        print(f"skipped {len(unreadable):,} unreadable photos: "
+        print(f"skipped photos that cannot be read ({len(unreadable):,}): "
               f"{printable(first_three(unreadable.values()))}", file=sys.stderr)
     return search, f"{len(search.photos):,} photos {place}"
 

@@ -153,43 +153,45 @@ class SearchPages:
             notes += paragraph("The model has learned none of these words. Try other words, in the "
                                "language of its captions.")
 
-        picture, picture_html, captions = None, "", ""
-        cosines, scores = None, None
+        body = ""
+        scores = None
         with self.lock:
-            if photo:
-                picture = self.search.embed_photo(self.photo(photo))
-                picture_html = self.card(int(photo))
-            elif upload:
-                picture = self.upload(upload)[0]
-                picture_html = (f'<li><img src="/upload/{upload}" '
-                                'alt="the picture that you uploaded"></li>')
+            picture, card = self.query_picture(photo, upload)
+            if card:
+                body += (f'<ul class="photos asked">{card}</ul>'
+                         f'<p><a href="{search_link(q=words)}">without the picture</a></p>')
             if words and readable:
                 query = self.search.embed_texts([words], picture)
                 cosines, scores = self.search.score_photos(query)
             elif picture is not None and not words:
                 # The bank ranks photos for texts, not for another photo.
                 cosines = scores = picture @ self.search.photo_embeddings.T
-            if picture is not None and not words:
-                captions = self.nearest_captions(picture)
+                body += self.nearest_captions(picture)
 
-        body = ""
         if scores is not None:
             order = scores[0].argsort(descending=True, stable=True).tolist()
             order = [i for i in order if not photo or i != int(photo)]
             shown = max(1, int(top)) if re.fullmatch("[0-9]{1,6}", top) else RESULTS
-            by_bank = ", ranked with the bank" if words and self.search.bank else ""
-            body = (f"<h2>{min(shown, len(order)):,} of {len(order):,} photos, best first{by_bank}"
-                    f"</h2>{self.grid(order[:shown], cosines[0])}")
+            with_bank = ", ranked with the bank" if words and self.search.bank else ""
+            body += (f"<h2>{min(shown, len(order)):,} of {len(order):,} photos, best first"
+                     f"{with_bank}</h2>{self.grid(order[:shown], cosines[0])}")
             if shown < len(order):
                 more = search_link(q=words, photo=photo, upload=upload, top=2 * shown)
                 body += f'<p><a href="{more}">more</a></p>'
         elif readable:
-            body = self.start()
-        if picture_html:
-            picture_html = (f'<ul class="photos asked">{picture_html}</ul>'
-                            f'<p><a href="{search_link(q=words)}">without the picture</a></p>')
-        picture_fields = {"photo": photo, "upload": upload}
-        return self.page(words, picture_fields, notes, picture_html + captions + body)
+            body += self.start()
+        return self.page(words, {"photo": photo, "upload": upload}, notes, body)
+
+    def query_picture(self, photo, upload):
+        """The embedding (1, D) of the picture to search by, and its card as HTML. Both are empty
+        for a search by words alone."""
+        if photo:
+            return self.search.embed_photo(self.photo(photo)), self.card(int(photo))
+        if upload:
+            embedding, _ = self.upload(upload)
+            return embedding, (f'<li><img src="/upload/{upload}" '
+                               'alt="the picture that you uploaded"></li>')
+        return None, ""
 
     def start(self):
         """Example queries and photos at random."""

@@ -412,7 +412,7 @@ def test_an_unreadable_photo_of_a_folder_is_skipped_with_a_message(
         assert sorted(rest for *_, rest in ranking(out)) == ["0.jpg", "2.jpg"]
         first, second = err.splitlines()
         assert first == "skipped, because they are not photos that can be read: 1 .heic"
-        assert second.startswith("skipped 1 unreadable photos: ")
+        assert second.startswith("skipped photos that cannot be read (1): ")
         assert f"{folder / '1.jpg'}: image file is truncated" in second
 
 
