@@ -163,8 +163,8 @@ class EmbeddingCache:
     """The embeddings of photos and texts by a run's best model. Each is computed once and kept in a
     file of the run's folder, together with the rows of the galleries of the run's `Bank`.
 
-    A photo file that changes is embedded again, and another best model starts the cache anew. Only
-    one thread may use it at a time."""
+    A photo file that changes is embedded again, and another best model starts with an empty cache.
+    Only one thread may use it at a time."""
 
     def __init__(self, run_dir):
         self.model, self.tokenizer, self.transform = load_model(run_dir)

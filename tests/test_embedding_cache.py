@@ -88,7 +88,7 @@ def test_rows_of_deleted_photos_are_deleted_and_those_of_an_unplugged_drive_are_
     assert file.read(PHOTOS, [(str(member), "1 1")])
 
 
-def test_a_locked_file_is_waited_for_once_and_then_done_without(tmp_path, monkeypatch):
+def test_a_locked_file_is_waited_for_once_and_then_ignored(tmp_path, monkeypatch):
     waits = []
     connect = sqlite3.connect
 

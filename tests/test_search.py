@@ -162,7 +162,7 @@ def change(key, value):
     return damage
 
 
-def test_photos_of_other_weights_are_embedded_anew(run_dir, shapes, read_photos):
+def test_other_weights_embed_the_photos_again(run_dir, shapes, read_photos):
     photos = photos_of_split(shapes, "test")[0]
     before = EmbeddingCache(run_dir).photos(photos)
 
@@ -186,7 +186,7 @@ def test_a_damaged_cache_is_replaced(run_dir, shapes, content, read_photos):
     assert cached_photos(run_dir) == {photo.name for photo in photos}
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(run_dir, shapes, read_photos):
+def test_the_search_works_without_a_cache_that_cannot_be_written(run_dir, shapes, read_photos):
     photos = photos_of_split(shapes, "test")[0]
     before = EmbeddingCache(run_dir).photos(photos)
     (run_dir / CACHE).unlink()

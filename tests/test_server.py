@@ -223,9 +223,9 @@ def test_thumbnails(site):
 
 def bomb(side):
     """A small PNG file whose header claims side x side pixels."""
-    def chunk(kind, content):
-        crc = zlib.crc32(kind + content).to_bytes(4, "big")
-        return len(content).to_bytes(4, "big") + kind + content + crc
+    def chunk(name, content):
+        crc = zlib.crc32(name + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + name + content + crc
     head = side.to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00"
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
 
