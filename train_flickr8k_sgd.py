@@ -64,7 +64,7 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
     """The model, on the CPU. Its first filters are fit to `photos`, those of a training split, if
     these are given. Raises UsageError for sizes that do not fit each other."""
     try:
-        model = build_network(tokenizer.vocab_size, settings, encoders.widths)
+        model = build_network(tokenizer.vocab_size, settings, encoders.feature_widths)
     except ValueError as error:
         raise UsageError(f"invalid model size: {error}") from None
     if encoders.image is None:
@@ -126,7 +126,7 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.seconds = seconds
     run.dir, run.is_main = output_dir, rank == 0
-    run.epoch = 0 if encoders.pair else 1  # epoch 0: a contrastive pair before any training
+    run.epoch = 0 if encoders.is_contrastive_pair else 1  # epoch 0 comes before any training
     run.config = describe_run(settings, encoders, model, splits, device, command)
     if checkpoint is not None:
         began = checkpoint["config"]
@@ -154,7 +154,7 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
 def set_up_encoders(settings, args, device):
     """-> the settings that fit the pretrained encoders, and the encoders."""
     encoders = load_encoders(settings, device)
-    if encoders.pair and not args.resume:
+    if encoders.is_contrastive_pair and not args.resume:
         settings = for_contrastive_pair(settings, vars(args))
     for encoder in encoders:
         item = "photo" if encoder is encoders.image else "caption"

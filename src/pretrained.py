@@ -1,9 +1,9 @@
-"""Other people's encoders: photos or texts -> features. What their names mean is told in
-`src/encoder_names.py`.
+"""Pretrained encoders: photos or texts -> features.
 
-Frozen, the default, an encoder sees every photo, its mirror image and every caption once, and what
-it makes of them is kept in a feature store beside the photo store. With --finetune it is a part of
-the model, trained with the rest."""
+`src/encoder_sources.py` loads them by name. By default an encoder is frozen: it encodes every
+photo, its mirror image and every caption once, and its features are kept in a feature store beside
+the photo store. With --finetune it becomes a part of the model and is trained with the rest.
+"""
 import hashlib
 from dataclasses import dataclass, replace
 
@@ -28,88 +28,110 @@ from src.utils.photo_store import (
 )
 
 IMAGE, TEXT = "image", "text"
-PROBE_SIZE = 256  # pixels of the blank photos that tell what a transform does
+EXAMPLE_PIXELS = 256  # side of the plain grey photo that is used to try an encoder
 PHOTO_BATCH, TEXT_BATCH = 64, 128
-TEXT_SHARD = 10_000  # texts in a file of a store
-CPU_PHOTO_BATCH = 4  # with more, each layer's output is fetched from the system anew: half as fast
-SAMPLE, SAMPLE_BATCH = 512, 32  # whose features standardise those of encoders in training
-STORED_SAMPLE = 50_000  # the same, where features are stored
+# On a CPU a larger batch takes twice as long per photo: the outputs of the layers become so large
+# that the allocator returns them to the system and has to get them again each time.
+CPU_PHOTO_BATCH = 4
+TEXT_SHARD = 10_000  # texts in each file of a feature store
+# The number of photos or captions whose features give the mean and the standard deviation by which
+# the model standardises features: those that a training encoder makes, and those that are stored.
+SAMPLE, SAMPLE_BATCH = 512, 32
+STORED_SAMPLE = 50_000
 
 
-def reason(error):
-    """A foreign error's first line."""
+def first_line(error):
+    """Describe an exception of other people's code by its type and its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 class PretrainedEncoder(nn.Module):
-    """An encoder with what it needs before it. `forward` takes photos (B, 3, H, W), or a dict of
-    tensors as `prepare` makes it of texts, to features (B, width).
+    """A pretrained encoder together with its preprocessing.
 
-    name: as given. kind: IMAGE or TEXT. module: what computes, of texts' tensors by name. prepare:
-    a PIL photo -> (3, H, W), or a list of texts -> dict of tensors (B, ...). source: what features
-    follow from beside the weights. logit_scale: of a contrastive model, which has one space for
-    photos and texts, else None. Raises UsageError for an encoder that does not do this."""
+    `forward` takes what `prepare` makes: photos (B, 3, H, W), or a dict of tensors (B, ...) for
+    texts. It returns features (B, width).
 
-    def __init__(self, name, kind, module, prepare, source="", logit_scale=None):
+    name: the name that the user gave. modality: IMAGE or TEXT. module: the network; for texts it
+    takes the tensors as keyword arguments. prepare: a function from a PIL photo to (3, H, W), or
+    from a list of texts to the dict of tensors. preprocessing: a text that differs when `prepare`
+    does, as stored features must not be used then. logit_scale: the logarithm of the scale of a
+    contrastive model like CLIP, which embeds photos and texts in the same space; None for others.
+
+    Raises UsageError if the encoder does not do this.
+    """
+
+    def __init__(self, name, modality, module, prepare, preprocessing="", logit_scale=None):
         super().__init__()
-        self.name, self.kind, self.module, self.prepare = name, kind, module, prepare
+        self.name, self.modality, self.module, self.prepare = name, modality, module, prepare
         self.logit_scale = logit_scale
         self.train()
-        weights = hashlib.sha256()
-        for key, value in sorted(module.state_dict().items()):
-            weights.update(key.encode())
-            weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        self.weights = weights.hexdigest()[:16]
-        self.settle(torch.device("cpu"), None, frozen=True)
-        self.key = store_key(STORE_VERSION, self.weights, source)
+        self.weights_hash = hash_weights(module)
+        self.key = store_key(STORE_VERSION, self.weights_hash, preprocessing)
+        self.configure(torch.device("cpu"), amp_dtype=None, frozen=True)
         try:
             with torch.no_grad():
-                features = self(self.probe())
-        except Exception as error:  # it is other people's code
-            raise UsageError(f"{name} fails as an encoder of {kind}s ({reason(error)})") from None
+                features = self(self.example_input())
+        except Exception as error:  # other people's code may raise anything
+            raise UsageError(f"{name} fails as an encoder of {modality}s ({first_line(error)})"
+                             ) from None
         if not (isinstance(features, torch.Tensor) and features.ndim == 2):
-            raise UsageError(f"{name} does not give features (B, width) of {kind}s, but "
-                             f"{getattr(features, 'shape', type(features).__name__)}")
+            shape = getattr(features, "shape", type(features).__name__)
+            raise UsageError(f"{name} must return features (B, width) of {modality}s, but it "
+                             f"returned {shape}")
         self.width = features.shape[1]
 
-    def settle(self, device, amp_dtype, frozen):
-        """Where and in which precision `encode` computes; frozen: whether it is to be used."""
+    def configure(self, device, amp_dtype, frozen):
+        """Move the encoder to a device and choose the precision of `encode`.
+
+        amp_dtype: the dtype of mixed precision, or None for float32. frozen: whether the encoder
+        keeps its weights, so that its features can be stored.
+        """
         self.device, self.amp_dtype, self.frozen = device, amp_dtype, frozen
         self.to(device, memory_format=torch.channels_last)
 
-    def probe(self, level=0):
-        """The least that the encoder takes: a photo of one grey level, or a short text."""
-        if self.kind == TEXT:
+    def example_input(self, level=0):
+        """Return the smallest input: one photo of a single grey level (0 to 255), or one text.
+
+        For photos this also finds out `pixels`, the height and width of what `prepare` returns.
+        """
+        if self.modality == TEXT:
             return self.prepare(["a dog runs"])
-        photo = self.prepare(Image.new("RGB", (PROBE_SIZE, PROBE_SIZE), (level, level, level)))
+        size = (EXAMPLE_PIXELS, EXAMPLE_PIXELS)
+        photo = self.prepare(Image.new("RGB", size, (level, level, level)))
         self.pixels = tuple(photo.shape[1:])
         return photo[None]
 
     def train(self, mode=True):
-        """In training, too, batch norm keeps the statistics that it came with, and nothing is left
-        to chance: a chunk of a batch is encoded as in the whole."""
+        """Stay in eval mode even when the rest of the model trains.
+
+        Batch norm keeps its pretrained statistics and there is no dropout, so a chunk of a batch
+        gets the same features as it gets within the whole batch.
+        """
         return super().train(False)
 
     def forward(self, inputs):
-        return self.module(**inputs) if self.kind == TEXT else self.module(inputs)
+        return self.module(**inputs) if self.modality == TEXT else self.module(inputs)
 
-    def open(self, path):
-        """A photo file -> what `prepare` takes. Raises DataError as `open_photo` does."""
+    def decode(self, path):
+        """Read a photo file as a PIL image that is large enough for `prepare`. Raises DataError."""
         return open_photo(path, 2 * max(self.pixels))
 
     def load(self, path):
-        """A photo file -> (3, H, W)."""
-        return self.prepare(self.open(path))
+        """Read a photo file as a tensor (3, H, W). Raises DataError."""
+        return self.prepare(self.decode(path))
 
     @torch.no_grad()
     def encode(self, inputs):
-        """-> features float16, an array (B, width)."""
+        """Return the features of a batch as a float16 array (B, width).
+
+        Raises UsageError for features that float16 cannot hold.
+        """
         inputs = map_tensors(lambda tensor: tensor.to(self.device), inputs)
-        if self.kind == IMAGE:
+        if self.modality == IMAGE:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        amp = self.amp_dtype is not None
-        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=amp):
+        use_amp = self.amp_dtype is not None
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=use_amp):
             features = self(inputs).half()
         if not torch.isfinite(features).all():
             raise UsageError(f"{self.name}: its features are NaN or too large for float16")
@@ -117,31 +139,28 @@ class PretrainedEncoder(nn.Module):
 
     @property
     def store_name(self):
-        """Of what `encode` gives."""
-        return f"{self.kind}_{self.key}_{str(self.amp_dtype or torch.float32).split('.')[1]}"
+        """The part of a feature store's file names that says how its features were computed."""
+        precision = str(self.amp_dtype or torch.float32).removeprefix("torch.")
+        return f"{self.modality}_{self.key}_{precision}"
 
     def photo_features(self, views):
+        """Return the row format of a store of this encoder's features. views: 1 or 2."""
         return PhotoFeatures(self, views)
 
     def text_features(self, store, texts, progress=None):
-        """Texts -> features of their first MAX_LENGTH characters, float16 `Rows` (N, width).
+        """Return the features of texts as `Rows` (N, width), float16.
 
-        store: path that the shards' names begin with, see `open_shard`, or None.
-        `progress(done, total, "captions")` is called as texts are encoded."""
-        parts, paths = [], []
+        Only the first MAX_LENGTH characters of a text count. store: the path that the names of the
+        store's files begin with, or None to store nothing. `progress(done, total, "captions")` is
+        called while texts are encoded.
+        """
+        shards, paths = [], []
         for start in range(0, len(texts), TEXT_SHARD):
-            rows = range(start, min(start + TEXT_SHARD, len(texts)))
-            shard = [cut_text(texts[i]) for i in rows]
+            stop = min(start + TEXT_SHARD, len(texts))
+            shard = [cut_text(texts[i]) for i in range(start, stop)]
 
             def write(file, shard=shard, start=start):
-                order = sorted(range(len(shard)), key=lambda i: len(shard[i]))  # little padding
-                features = np.empty((len(shard), self.width), np.float16)
-                for first in range(0, len(shard), TEXT_BATCH):
-                    rows = order[first:first + TEXT_BATCH]
-                    features[rows] = self.encode(self.prepare([shard[i] for i in rows]))
-                    if progress:
-                        progress(start + first + len(rows), len(texts), "captions")
-                file.write(features.tobytes())
+                file.write(self._encode_texts(shard, start, len(texts), progress).tobytes())
                 return {}
 
             path = None
@@ -150,24 +169,48 @@ class PretrainedEncoder(nn.Module):
                 path = store.with_name(f"{store.name}_{self.store_name}_{number:05d}_"
                                        f"{store_key(shard)}.float16")
             content, _ = open_shard(path, len(shard) * self.width * 2, write)
-            parts.append(content.view(np.float16).reshape(-1, self.width))
+            shards.append(content.view(np.float16).reshape(-1, self.width))
             paths.append(path)
         if store is not None:
             delete_others(store.with_name(f"{store.name}_{self.store_name}"), paths)
-        return Rows(parts)
+        return Rows(shards)
+
+    def _encode_texts(self, texts, done_before, total, progress):
+        """Encode the texts of one shard. Texts of similar length share a batch, which saves
+        padding."""
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        features = np.empty((len(texts), self.width), np.float16)
+        for first in range(0, len(texts), TEXT_BATCH):
+            rows = order[first:first + TEXT_BATCH]
+            features[rows] = self.encode(self.prepare([texts[i] for i in rows]))
+            if progress:
+                progress(done_before + first + len(rows), total, "captions")
+        return features
 
     def freeze_unused(self):
-        """No gradients for weights that the features do not depend on."""
+        """Train all weights but those that the features do not depend on."""
         self.requires_grad_(True)
-        self(self.probe()).sum().backward()
+        self(self.example_input()).sum().backward()
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
 
 
+def hash_weights(module):
+    """Return 16 hexadecimal digits that identify a module's weights and buffers."""
+    weights = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        weights.update(key.encode())
+        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return weights.hexdigest()[:16]
+
+
 class PhotoFeatures:
-    """What a feature store keeps of a photo: float16 (views, width), of the photo as it is and,
-    with two views, of its mirror image; see `open_photo_store`."""
+    """The row format of a feature store, see `open_photo_store`.
+
+    A row is float16 (views, width): the features of the photo as it is and, with two views, those
+    of its mirror image.
+    """
 
     dtype = np.float16
 
@@ -176,20 +219,22 @@ class PhotoFeatures:
         self.name, self.key = encoder.store_name, views
 
     def rows(self, paths):
-        """Yields what `read_photo` gives, for each path."""
+        """Yield for each path what `read_photo` returns, with the row in the photo's place."""
         encoder, size, prepare = self.encoder, PHOTO_BATCH, self.encoder.prepare
         on_cpu = encoder.device.type == "cpu"
-        if on_cpu:  # where torch in other threads would take the encoder's cores
+        if on_cpu:
+            # Here the threads only decode. If they prepared photos, too, torch's work in them would
+            # take the cores from the encoder.
             size, prepare = CPU_PHOTO_BATCH, lambda photo: photo
         batches = [paths[i:i + size] for i in range(0, len(paths), size)]
         with decoding_threads() as pool:
-            def read(batch):
-                return [pool.submit(read_photo, path, encoder.open, prepare) for path in batch]
+            def start_reading(batch):
+                return [pool.submit(read_photo, path, encoder.decode, prepare) for path in batch]
 
-            reading = read(batches[0])
-            for ahead in [*batches[1:], []]:
+            reading = start_reading(batches[0])
+            for next_batch in [*batches[1:], []]:
                 batch = [future.result() for future in reading]
-                reading = read(ahead)  # while the encoder computes
+                reading = start_reading(next_batch)  # they are read while the encoder computes
                 photos = [photo for photo, _, fault in batch if not fault]
                 if on_cpu:
                     photos = [encoder.prepare(photo) for photo in photos]
@@ -198,6 +243,7 @@ class PhotoFeatures:
                     yield None if fault else next(rows), known, fault
 
     def encode(self, photos):
+        """Photos (B, 3, H, W) -> rows (B, views, width)."""
         views = [photos, photos.flip(-1)][:self.shape[0]]
         return np.stack([self.encoder.encode(view) for view in views], 1)
 
@@ -207,14 +253,18 @@ class PhotoFeatures:
 
 
 class Renormalize(nn.Module):
-    """Photos as `augment.normalize` leaves them -> as the encoder's own transform does."""
+    """Photos as `augment.normalize` leaves them -> photos as the encoder's transform leaves them.
+
+    Both are linear in the pixels of a channel, so a black and a white photo tell the difference.
+    """
 
     def __init__(self, encoder):
         super().__init__()
-        black, white = (encoder.probe(level).mean((2, 3)) for level in (0, 255))
-        ours = [normalize(torch.full((1, 3, 1, 1), level)).flatten(1) for level in (0.0, 1.0)]
-        scale = (white - black) / (ours[1] - ours[0])
-        shift = black - scale * ours[0]
+        black, white = (encoder.example_input(level).mean((2, 3)) for level in (0, 255))
+        our_black, our_white = (normalize(torch.full((1, 3, 1, 1), level)).flatten(1)
+                                for level in (0.0, 1.0))
+        scale = (white - black) / (our_white - our_black)
+        shift = black - scale * our_black
         self.register_buffer("scale", scale[:, :, None, None], persistent=False)
         self.register_buffer("shift", shift[:, :, None, None], persistent=False)
 
@@ -224,7 +274,7 @@ class Renormalize(nn.Module):
 
 @dataclass
 class Encoders:
-    """The pretrained encoders of a run, each perhaps None."""
+    """The pretrained encoders of a run. Either may be None."""
 
     image: PretrainedEncoder | None = None
     text: PretrainedEncoder | None = None
@@ -233,15 +283,27 @@ class Encoders:
         return iter(encoder for encoder in (self.image, self.text) if encoder is not None)
 
     @property
-    def pair(self):
-        """Whether both are one contrastive model's."""
+    def is_contrastive_pair(self):
+        """Whether the encoders are the two halves of one contrastive model."""
         return (self.image is not None and self.text is not None
                 and self.image.name == self.text.name and self.image.logit_scale is not None)
 
+    @property
+    def feature_widths(self):
+        """Arguments of the model's constructor: {"image_features", "text_features": width}."""
+        return {f"{encoder.modality}_features": encoder.width for encoder in self}
+
+    def describe(self):
+        """Return what a run's config says about its encoders."""
+        return {encoder.modality: {"name": encoder.name, "weights": encoder.weights_hash,
+                                   "width": encoder.width} for encoder in self}
+
     def fit_settings(self, settings):
-        """The settings with the sizes that these encoders dictate. Raises UsageError for
-        fine-tuning on photos that are not square."""
-        if self.pair:
+        """Return the settings with the sizes that these encoders require.
+
+        Raises UsageError if an encoder of photos that are not square is to be fine-tuned.
+        """
+        if self.is_contrastive_pair:
             settings = replace(settings, latent_dim=self.image.width)
         if settings.finetune and self.image is not None:
             height, width = self.image.pixels
@@ -251,57 +313,71 @@ class Encoders:
             settings = replace(settings, image_size=height)
         return settings
 
-    @property
-    def widths(self):
-        """Arguments of the model."""
-        return {f"{encoder.kind}_features": encoder.width for encoder in self}
-
-    def describe(self):
-        return {encoder.kind: {"name": encoder.name, "weights": encoder.weights,
-                               "width": encoder.width} for encoder in self}
-
     def attach(self, model, settings):
-        """Make them a part of the model, which then takes photos and texts, not their features."""
+        """Make the encoders a part of the model, which then takes photos and texts instead of
+        their features."""
         if self.image is not None:
             model.image_backbone = self.image
-            if settings.finetune:  # photos come from the store, as in training from scratch
+            if settings.finetune:
+                # Training photos come from the photo store, normalised as for our own encoder.
                 model.image_backbone = nn.Sequential(Renormalize(self.image), self.image)
         if self.text is not None:
             model.text_backbone = self.text
 
     def initialize(self, model, train, amp_dtype):
-        """Standardise the features by those of a training split; where both are of one contrastive
-        model, the model begins as that."""
-        def stored(rows):
-            chosen = np.linspace(0, len(rows) - 1, min(STORED_SAMPLE, len(rows)))
-            return rows[chosen.round()]
+        """Standardise the features by those of the training split.
 
+        A contrastive pair makes the model start as that pair: it ranks as the pair does alone.
+        """
+        identity = self.is_contrastive_pair
         if self.image is not None:
-            features = stored(train.photos)[:, 0] if self.image.frozen else self._sample(
-                model.image_backbone, len(train.photos), amp_dtype,
-                lambda rows: normalize(resize(train.photos[rows], self.image.pixels[0], "bicubic")))
-            model.image_encoder.standardize(features, identity=self.pair)
+            if self.image.frozen:
+                features = sample_rows(train.photos)[:, 0]
+            else:
+                def images(rows):
+                    side = self.image.pixels[0]
+                    return normalize(resize(train.photos[rows], side, "bicubic"))
+
+                features = encode_sample(model.image_backbone, images, len(train.photos), amp_dtype)
+            model.image_encoder.standardize(features, identity)
         if self.text is not None:
-            features = stored(train.text_features) if self.text.frozen else self._sample(
-                model.text_backbone, len(train), amp_dtype,
-                lambda rows: train.text_inputs(rows.tolist())["text_features"])
-            model.text_head.standardize(features, identity=self.pair)
-        if self.pair:
+            if self.text.frozen:
+                features = sample_rows(train.text_features)
+            else:
+                def texts(rows):
+                    return train.text_inputs(rows.tolist())["text_features"]
+
+                features = encode_sample(model.text_backbone, texts, len(train), amp_dtype)
+            model.text_head.standardize(features, identity)
+        if self.is_contrastive_pair:
             with torch.no_grad():
+                # The latent of a text is the sum of the pair's and of our own text encoder's.
                 model.text_encoder.projection.weight.zero_()
                 model.text_encoder.projection.bias.zero_()
                 model.logit_scale.fill_(self.image.logit_scale)
                 model.clamp_logit_scale_()
 
-    @torch.no_grad()
-    def _sample(self, backbone, total, amp_dtype, inputs):
-        """Features of SAMPLE photos or captions, evenly spread, which `inputs(rows)` gives."""
-        device = next(backbone.parameters()).device
-        rows, parts = torch.linspace(0, total - 1, min(SAMPLE, total)).long(), []
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            for part in rows.split(SAMPLE_BATCH):
-                parts.append(backbone(map_tensors(lambda tensor: tensor.to(device), inputs(part))))
-        return torch.cat(parts)
+
+def sample_rows(features):
+    """Return at most STORED_SAMPLE of the stored features, evenly spread."""
+    rows = np.linspace(0, len(features) - 1, min(STORED_SAMPLE, len(features)))
+    return features[rows.round()]
+
+
+@torch.no_grad()
+def encode_sample(backbone, load_inputs, total, amp_dtype):
+    """Return the features of at most SAMPLE of `total` photos or captions, evenly spread.
+
+    `load_inputs(rows)` returns the backbone's inputs for a tensor of row numbers.
+    """
+    device = next(backbone.parameters()).device
+    rows = torch.linspace(0, total - 1, min(SAMPLE, total)).long()
+    features = []
+    with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        for batch in rows.split(SAMPLE_BATCH):
+            inputs = map_tensors(lambda tensor: tensor.to(device), load_inputs(batch))
+            features.append(backbone(inputs))
+    return torch.cat(features)
 
 
 NO_ENCODERS = Encoders()

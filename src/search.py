@@ -73,7 +73,7 @@ def load_model_and_encoders(run_dir):
                          f"was trained with: {trained_with}")
     try:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
-        model = build_network(tokenizer.vocab_size, settings, encoders.widths)
+        model = build_network(tokenizer.vocab_size, settings, encoders.feature_widths)
         if settings.finetune:  # the checkpoint holds the fine-tuned weights of the encoders
             encoders.attach(model, settings)
         model.load_state_dict(checkpoint["model_state_dict"])

@@ -23,8 +23,8 @@ OUR_DEPRECATIONS = re.compile(
     rf"^{re.escape(str(REPOSITORY))}.*(Deprecation|Future)Warning", re.MULTILINE
 )
 
-# A user's own encoders of photos and of texts, and functions that give none.
-OWN = '''
+# A user's file with encoders of photos and of texts, and with functions that do not return one.
+ENCODER_FILE = '''
 import torch
 from torchvision.transforms import v2
 
@@ -234,8 +234,8 @@ def real_photos():
 
 
 @pytest.fixture(scope="session")
-def own(tmp_path_factory):
-    """FILE.py of encoders."""
-    path = tmp_path_factory.mktemp("own") / "own.py"
-    path.write_text(OWN.replace("SEED", "0"))
+def encoder_file(tmp_path_factory):
+    """A Python file with functions that return encoders, or fail to."""
+    path = tmp_path_factory.mktemp("encoders") / "encoders.py"
+    path.write_text(ENCODER_FILE.replace("SEED", "0"))
     return path

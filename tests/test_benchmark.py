@@ -35,8 +35,8 @@ def test_a_photo_is_encoded_once_for_its_captions(shapes):
     assert five < 0.8 * one
 
 
-def test_a_model_on_features_is_measured_but_not_the_plain_way(shapes, own):
-    encoders = f"--image_encoder {own}:photos --text_encoder {own}:texts"
+def test_a_model_on_features_is_measured_but_not_the_plain_way(shapes, encoder_file):
+    encoders = f"--image_encoder {encoder_file}:photos --text_encoder {encoder_file}:texts"
     assert measure(shapes, f"--steps 1 {encoders}")["ours"]["FLOP per step"] > 1e5
     with pytest.raises(benchmark.UsageError, match="trains from scratch"):
         measure(shapes, f"--baseline {encoders}")

@@ -1,4 +1,4 @@
-"""Other people's encoders, played by tiny ones of random weights: no download, no network."""
+"""Pretrained encoders. Tiny ones with random weights stand in, so that nothing is downloaded."""
 import json
 import shutil
 import sys
@@ -26,29 +26,29 @@ from src.utils.flickr8k_simple import Flickr8kImageTextDataset, load_splits
 from src.utils.photo_store import STORE_FOLDER, open_photo
 from src.utils.ragged import Texts
 from src.utils.tokenizers import CharTokenizer
-from tests.conftest import OWN, arguments, main, run_script, write_dataset
+from tests.conftest import ENCODER_FILE, arguments, main, run_script, write_dataset
 
 
 @pytest.fixture
 def copied(shapes, tmp_path):
-    """A copy of the dataset of shapes, without stores."""
+    """A copy of the small synthetic dataset, without its stores."""
     return shutil.copytree(shapes, tmp_path / "shapes", ignore=shutil.ignore_patterns(STORE_FOLDER))
 
 
-def flags(own):
-    return ["--image_encoder", f"{own}:photos", "--text_encoder", f"{own}:texts"]
+def flags(encoder_file):
+    return ["--image_encoder", f"{encoder_file}:photos", "--text_encoder", f"{encoder_file}:texts"]
 
 
 @pytest.fixture(scope="session")
-def trained(shapes, own, tmp_path_factory):
-    """A run with two frozen encoders. Not to be written into."""
+def trained(shapes, encoder_file, tmp_path_factory):
+    """A finished run with two frozen encoders. Tests must not write into it."""
     output_dir = tmp_path_factory.mktemp("runs") / "pretrained"
-    assert main(*arguments(shapes, output_dir, *flags(own))) == 0
+    assert main(*arguments(shapes, output_dir, *flags(encoder_file))) == 0
     return output_dir
 
 
 def word_tokenizer(folder):
-    """Saves a tokenizer of transformers that knows a few words; each text ends with [EOS]."""
+    """Save a tokenizer of transformers that knows a few words; it ends each text with [EOS]."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     words = "[PAD] [UNK] [EOS] a an the red blue green small large circle square above below"
@@ -65,7 +65,7 @@ def word_tokenizer(folder):
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
-    """Folder of a CLIPModel of a few thousand weights."""
+    """The folder of a saved CLIPModel with a few thousand weights."""
     transformers = pytest.importorskip(
         "transformers", reason="transformers is an extra (requirements-extra.txt)")
     folder = tmp_path_factory.mktemp("clip")
@@ -76,7 +76,7 @@ def clip(tmp_path_factory):
         text_config=small | dict(vocab_size=len(vocabulary), max_position_embeddings=20,
                                  eos_token_id=vocabulary["[EOS]"], pad_token_id=0, bos_token_id=1),
         vision_config=small | dict(image_size=32, patch_size=8), projection_dim=12))
-    for parameter in model.parameters():  # so that no two photos are nearly alike
+    for parameter in model.parameters():  # so that features of two photos differ clearly
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder)
@@ -99,12 +99,12 @@ def bert(tmp_path_factory):
     return folder
 
 
-# What features are.
+# Features and their stores.
 
 
-def test_features_are_those_of_the_photo_and_its_mirror_image(dataset_dir, own):
-    image = load_encoder(f"{own}:photos", "image")
-    text = load_encoder(f"{own}:texts", "text")
+def test_features_are_those_of_the_photo_and_its_mirror_image(dataset_dir, encoder_file):
+    image = load_encoder(f"{encoder_file}:photos", "image")
+    text = load_encoder(f"{encoder_file}:texts", "text")
     settings = dict(image_encoder=image, text_encoder=text)
     data = Flickr8kImageTextDataset(dataset_dir, "train", 16, CharTokenizer(), **settings)
     assert data.photos.shape == (6, 2, 24) and data.photos.dtype == torch.float16
@@ -119,9 +119,9 @@ def test_features_are_those_of_the_photo_and_its_mirror_image(dataset_dir, own):
     assert val.photos.shape == (3, 1, 24)
 
 
-def test_a_stop_while_captions_are_encoded_costs_one_shard(dataset_dir, own, monkeypatch):
+def test_a_stop_while_captions_are_encoded_costs_one_shard(dataset_dir, encoder_file, monkeypatch):
     monkeypatch.setattr(pretrained, "TEXT_SHARD", 8)
-    text = load_encoder(f"{own}:texts", "text")
+    text = load_encoder(f"{encoder_file}:texts", "text")
     texts = Texts.of([f"caption {i} of them".encode() for i in range(20)], "B")
     whole, store, encode = text.text_features(None, texts)[:], dataset_dir / "texts", text.encode
     encoded = []
@@ -139,11 +139,11 @@ def test_a_stop_while_captions_are_encoded_costs_one_shard(dataset_dir, own, mon
     assert torch.equal(text.text_features(store, texts)[:], whole) and len(encoded) == 4
 
 
-def test_held_out_photos_take_their_features_along(dataset_dir, own):
+def test_held_out_photos_take_their_features_along(dataset_dir, encoder_file):
     folder = dataset_dir / "Flicker8k_Dataset"
-    shutil.copy(folder / "1006_abc.jpg", folder / "1001_abc.jpg")  # of val, into train
-    encoders = {"image_encoder": load_encoder(f"{own}:photos", "image"),
-                "text_encoder": load_encoder(f"{own}:texts", "text")}
+    shutil.copy(folder / "1006_abc.jpg", folder / "1001_abc.jpg")  # a photo of val is in train, too
+    encoders = {"image_encoder": load_encoder(f"{encoder_file}:photos", "image"),
+                "text_encoder": load_encoder(f"{encoder_file}:texts", "text")}
     train, val = (Flickr8kImageTextDataset(dataset_dir, split, 16, CharTokenizer(),
                                            allow_incomplete=True, **encoders)
                   for split in ("train", "val"))
@@ -153,9 +153,9 @@ def test_held_out_photos_take_their_features_along(dataset_dir, own):
     assert torch.equal(train.text_features[:], kept[1])
 
 
-def test_a_photo_that_cannot_be_read_is_left_out_and_nothing_is_stored(dataset_dir, own):
+def test_a_photo_that_cannot_be_read_is_skipped_and_nothing_is_stored(dataset_dir, encoder_file):
     (dataset_dir / "Flicker8k_Dataset" / "1002_abc.jpg").write_bytes(b"no photo")
-    image = load_encoder(f"{own}:photos", "image")
+    image = load_encoder(f"{encoder_file}:photos", "image")
     whole = [f"{1000 + i}_abc.jpg" for i in (0, 1, 3, 4, 5)]
     data = Flickr8kImageTextDataset(dataset_dir, "train", 16, CharTokenizer(), image_encoder=image,
                                     allow_incomplete=True)
@@ -163,43 +163,43 @@ def test_a_photo_that_cannot_be_read_is_left_out_and_nothing_is_stored(dataset_d
     assert not list((dataset_dir / STORE_FOLDER).iterdir())
 
 
-def test_stores_follow_encoder_weights_precision_and_files(dataset_dir, own, tmp_path):
-    def store_of(path, amp_dtype=None, kind="image", function="photos"):
-        encoder = load_encoder(f"{path}:{function}", kind)
-        encoder.settle(torch.device("cpu"), amp_dtype, True)
+def test_stores_follow_encoder_weights_precision_and_files(dataset_dir, encoder_file, tmp_path):
+    def store_of(path, amp_dtype=None, modality="image", function="photos"):
+        encoder = load_encoder(f"{path}:{function}", modality)
+        encoder.configure(torch.device("cpu"), amp_dtype, frozen=True)
         Flickr8kImageTextDataset(dataset_dir, "val", 16, CharTokenizer(),
-                                 **{f"{kind}_encoder": encoder})
-        return {path.name for path in (dataset_dir / STORE_FOLDER).glob(f"val_{kind}_*")}
+                                 **{f"{modality}_encoder": encoder})
+        return {path.name for path in (dataset_dir / STORE_FOLDER).glob(f"val_{modality}_*")}
 
-    first = store_of(own)
-    assert len(first) == 1 and store_of(own) == first
+    first = store_of(encoder_file)
+    assert len(first) == 1 and store_of(encoder_file) == first
     other = tmp_path / "other.py"
-    other.write_text(OWN.replace("SEED", "1"))
+    other.write_text(ENCODER_FILE.replace("SEED", "1"))
     second = store_of(other)
-    assert len(second) == 2 and first < second  # encoders do not displace each other's
-    assert len(store_of(own, torch.bfloat16)) == 3
-    texts = store_of(own, kind="text", function="texts")
+    assert len(second) == 2 and first < second  # each encoder keeps its own store
+    assert len(store_of(encoder_file, torch.bfloat16)) == 3
+    texts = store_of(encoder_file, modality="text", function="texts")
     assert len(texts) == 1
     captions = dataset_dir / "Flickr8k.token.txt"
     captions.write_text(captions.read_text().replace("a dog", "a cat"))
-    assert len(store_of(own, kind="text", function="texts") | texts) == 2
+    assert len(store_of(encoder_file, modality="text", function="texts") | texts) == 2
     Image.new("RGB", (9, 9)).save(dataset_dir / "Flicker8k_Dataset" / "1006_abc.jpg")
-    assert len(store_of(own) & first) == 0  # the photo is another: the store of before is gone
+    assert len(store_of(encoder_file) & first) == 0  # its photo has changed
 
 
-def test_a_full_disk_is_one_line(copied, own, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_line(copied, encoder_file, tmp_path, monkeypatch, capsys):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    assert main(*arguments(copied, tmp_path / "run", *flags(own))) == 2
+    assert main(*arguments(copied, tmp_path / "run", *flags(encoder_file))) == 2
     err = capsys.readouterr().err
     assert "No space left on device" in err and err.count("\n") == 1
     assert not list((copied / STORE_FOLDER).iterdir())
 
 
-def test_photos_are_renormalised_for_an_encoder_in_training(own):
-    encoder = load_encoder(f"{own}:photos", "image")
+def test_photos_are_renormalised_for_an_encoder_in_training(encoder_file):
+    encoder = load_encoder(f"{encoder_file}:photos", "image")
     photo = Image.effect_noise((32, 32), 80).convert("RGB")
     pixels = torchvision.transforms.v2.functional.pil_to_tensor(photo)
     ours = Renormalize(encoder)(normalize(pixels[None]))
@@ -209,41 +209,42 @@ def test_photos_are_renormalised_for_an_encoder_in_training(own):
 # A run.
 
 
-def test_a_run_holds_the_head_and_no_weights_of_others(trained, own):
+def test_a_run_saves_no_weights_of_frozen_encoders(trained, encoder_file):
     best = load_checkpoint(trained / BEST, ["config"])
     assert not [name for name in best["model_state_dict"] if "backbone" in name]
     names = best["config"]["encoders"]
-    assert names["image"]["name"] == f"{own}:photos" and names["text"]["width"] == 16
+    assert names["image"]["name"] == f"{encoder_file}:photos" and names["text"]["width"] == 16
     assert load_json(trained / CONFIG)["encoders"] == names
-    assert "image_encoder.mean" in best["model_state_dict"]  # the features' own
+    assert "image_encoder.mean" in best["model_state_dict"]
 
 
-def test_what_a_loaded_model_makes_of_files_is_what_it_was_validated_on(trained, shapes):
+def test_a_loaded_model_scores_files_as_the_run_scored_features(trained, shapes):
     model, tokenizer, transform = load_model(trained)
     photos, captions = photos_of_split(shapes, "val")
-    owners = [i for i, own in enumerate(captions) for _ in own]
+    owners = [i for i, texts in enumerate(captions) for _ in texts]
     images = embed_photos(model, transform, photos)
-    texts = embed_texts(model, tokenizer, [caption for own in captions for caption in own])
+    texts = embed_texts(model, tokenizer, [text for texts in captions for text in texts])
     found = retrieval_metrics(images, texts, owners)
     stored = load_checkpoint(trained / BEST, ["metrics"])["metrics"]
-    # Stored features are rounded to float16, perhaps computed in bfloat16: a rank or two may move.
+    # Stored features are rounded to float16, and may have been computed in bfloat16, so a rank or
+    # two may change.
     assert found["avg_r1"] == pytest.approx(stored["avg_r1"], abs=100 * 2 / len(photos))
     assert found["i2t_r10"] == pytest.approx(stored["i2t_r10"], abs=100 * 2 / len(photos))
 
 
-def test_a_second_run_encodes_nothing_and_gets_the_same(
-        trained, shapes, own, tmp_path, monkeypatch):
+def test_a_second_run_uses_the_stored_features(
+        trained, shapes, encoder_file, tmp_path, monkeypatch):
     def encode(*arguments):
-        raise AssertionError("encoded anew")
+        raise AssertionError("a photo or a text was encoded again")
 
     monkeypatch.setattr(PretrainedEncoder, "encode", encode)
-    assert main(*arguments(shapes, tmp_path / "run", *flags(own))) == 0
+    assert main(*arguments(shapes, tmp_path / "run", *flags(encoder_file))) == 0
     rows, before = ([row | {"seconds": 0} for row in load_json(folder / HISTORY)]
                     for folder in (tmp_path / "run", trained))
     assert rows == before
 
 
-def test_resume_ends_with_the_same_weights(trained, shapes, own, tmp_path, monkeypatch):
+def test_resume_ends_with_the_same_weights(trained, shapes, encoder_file, tmp_path, monkeypatch):
     calls = []
 
     end_epoch = training.end_epoch
@@ -256,14 +257,14 @@ def test_resume_ends_with_the_same_weights(trained, shapes, own, tmp_path, monke
 
     monkeypatch.setattr("train_flickr8k_sgd.end_epoch", stop_at_second)
     folder = tmp_path / "run"
-    assert main(*arguments(shapes, folder, *flags(own))) == 130
+    assert main(*arguments(shapes, folder, *flags(encoder_file))) == 130
     assert main("--resume", "--output_dir", folder) == 0 and calls == [1, 2, 3]
     weights, before = (load_checkpoint(path / BEST, ["epoch"])["model_state_dict"]
                        for path in (folder, trained))
     assert all(torch.equal(weights[name], before[name]) for name in before)
 
 
-def test_search_and_tables_know_the_encoders(trained, shapes, own, capsys):
+def test_search_and_tables_use_the_encoders(trained, shapes, encoder_file, capsys):
     show = show_flickr8k_results.main
     photo = next((shapes / "Flicker8k_Dataset").iterdir())
     assert show(["--output_dir", str(trained), "--query", "a red circle", "--split", "val"]) == 0
@@ -271,13 +272,13 @@ def test_search_and_tables_know_the_encoders(trained, shapes, own, capsys):
     assert test_time_training.main(["--output_dir", str(trained)]) == 0
     assert show(["--output_dir", str(trained)]) == 0
     out = capsys.readouterr().out
-    assert f"image {own}:photos + text {own}:texts" in out and "1    " in out
+    assert f"image {encoder_file}:photos + text {encoder_file}:texts" in out and "1    " in out
     assert show(["--compare", str(trained)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "encoders" in lines[0] and f"image {own}:photos" in lines[2]
+    assert "encoders" in lines[0] and f"image {encoder_file}:photos" in lines[2]
 
 
-def test_other_weights_under_the_name_are_refused(trained, own, tmp_path, capsys):
+def test_other_weights_under_the_same_name_are_refused(trained, encoder_file, tmp_path, capsys):
     folder = shutil.copytree(trained, tmp_path / "run")
     best = load_checkpoint(folder / BEST, ["config"])
     best["config"]["encoders"]["image"]["weights"] = "0" * 16
@@ -287,76 +288,77 @@ def test_other_weights_under_the_name_are_refused(trained, own, tmp_path, capsys
     assert "not those that it was trained with" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["image", "text"])
-def test_one_pretrained_encoder_alone(kind, shapes, own, tmp_path):
+@pytest.mark.parametrize("modality, function", [("image", "photos"), ("text", "texts")])
+def test_one_pretrained_encoder_alone(modality, function, shapes, encoder_file, tmp_path):
     folder = tmp_path / "run"
-    given = [f"--{kind}_encoder", f"{own}:{kind.replace('image', 'photo')}s"]
+    given = [f"--{modality}_encoder", f"{encoder_file}:{function}"]
     assert main(*arguments(shapes, folder, *given, epochs=1)) == 0
     best = load_checkpoint(folder / BEST, ["config"])
-    assert list(best["config"]["encoders"]) == [kind]
+    assert list(best["config"]["encoders"]) == [modality]
     model, tokenizer, _ = load_model(folder)
     width = best["config"]["settings"]["latent_dim"]
     assert embed_texts(model, tokenizer, ["a red circle"]).shape == (1, width)
 
 
-def test_finetuning_trains_the_encoders_and_keeps_them(shapes, own, tmp_path):
-    folder, given = tmp_path / "run", [*flags(own), "--finetune", "0.5", "--lr", "0.1"]
+def test_finetuning_trains_the_encoders_and_keeps_them(shapes, encoder_file, tmp_path):
+    folder, given = tmp_path / "run", [*flags(encoder_file), "--finetune", "0.5", "--lr", "0.1"]
     status, out, err = run_script("train_flickr8k_sgd.py", *arguments(shapes, folder, *given))
     assert (status, err) == (0, "") and "an epoch will take about" in out
     best = load_checkpoint(folder / BEST, ["config"])
     weights, settings = best["model_state_dict"], best["config"]["settings"]
     assert settings["image_size"] == 32
-    image = load_encoder(f"{own}:photos", "image").module
+    image = load_encoder(f"{encoder_file}:photos", "image").module
     name = "image_backbone.1.module."
     assert not torch.equal(weights[f"{name}weight"], image.weight)
     assert torch.equal(weights[f"{name}unused"], image.unused)
     model, tokenizer, transform = load_model(folder)
     photos, captions = photos_of_split(shapes, "val")
-    owners = [i for i, own in enumerate(captions) for _ in own]
+    owners = [i for i, texts in enumerate(captions) for _ in texts]
     found = retrieval_metrics(
         embed_photos(model, transform, photos),
-        embed_texts(model, tokenizer, [text for own in captions for text in own]), owners)
+        embed_texts(model, tokenizer, sum(captions, [])), owners)
     assert found["avg_r1"] == pytest.approx(best["metrics"]["avg_r1"], abs=100 * 2 / len(photos))
     assert main("--resume", "--output_dir", folder, "--epochs", 4) == 0
 
 
-# Names that are none.
+# Encoders that cannot be loaded.
 
 
-def test_what_cannot_be_had_is_said_in_a_line(own, shapes, tmp_path, monkeypatch, capsys):
+def test_an_unavailable_encoder_is_one_line_of_error(
+        encoder_file, shapes, tmp_path, monkeypatch, capsys):
     def no_network(*arguments, **options):
         raise urllib.error.URLError("no network")
 
-    raises = 1 + OWN.splitlines().index('    raise ValueError("no such luck")')
+    raises = 1 + ENCODER_FILE.splitlines().index('    raise ValueError("no such luck")')
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if not installed
-    for kind, name, said in (
-            ("image", "resnet51", "no such model (near: resnet50"),
-            ("image", "resnet50", "cannot be fetched"),
-            ("image", "squeezenet1_0", "cannot be fetched"),
+    for modality, name, message in (
+            ("image", "resnet51", "no such model (did you mean resnet50"),
+            ("image", "resnet50", "cannot be downloaded"),
+            ("image", "squeezenet1_0", "cannot be downloaded"),
             ("text", "resnet50", "encodes images, not texts"),
             ("image", "nobody/nothing", "needs transformers"),
             ("text", "nobody/nothing", "pip install -r requirements-extra.txt"),
             ("image", "no_file.py:build", "there is no file no_file.py"),
-            ("image", f"{own}:raises", f"no such luck, line {raises}"),
-            ("image", f"{own}:absent", "absent"),
-            ("image", f"{own}:wrong", "TypeError"),
-            ("image", f"{own}:maps", "not give features"),
-            ("image", f"{own}:texts", "fails as an encoder of images"),
-            ("text", f"{own}:photos", "fails as an encoder of texts"),
-            ("image", f"{own}:infinite", "too large for float16")):
-        status = main(*arguments(shapes, tmp_path / "run", f"--{kind}_encoder", name))
+            ("image", f"{encoder_file}:raises", f"no such luck, line {raises}"),
+            ("image", f"{encoder_file}:absent", "absent"),
+            ("image", f"{encoder_file}:wrong", "TypeError"),
+            ("image", f"{encoder_file}:maps", "must return features"),
+            ("image", f"{encoder_file}:texts", "fails as an encoder of images"),
+            ("text", f"{encoder_file}:photos", "fails as an encoder of texts"),
+            ("image", f"{encoder_file}:infinite", "too large for float16")):
+        status = main(*arguments(shapes, tmp_path / "run", f"--{modality}_encoder", name))
         err = capsys.readouterr().err
-        assert (status, err.count("\n")) == (2, 1) and said in err, (name, err)
-    given = ["--image_encoder", f"{own}:tall", "--finetune", "1"]
+        assert (status, err.count("\n")) == (2, 1) and message in err, (name, err)
+    given = ["--image_encoder", f"{encoder_file}:tall", "--finetune", "1"]
     assert main(*arguments(shapes, tmp_path / "run", *given)) == 2
     assert main(*arguments(shapes, tmp_path / "run", "--finetune", "1")) == 2
     err = capsys.readouterr().err
     assert "needs a square" in err and "needs an --image_encoder" in err
 
 
-def test_a_model_of_torchvision_gives_what_its_classifier_sees(tmp_path, monkeypatch):
+def test_features_of_a_torchvision_model_are_its_classifiers_input(tmp_path, monkeypatch):
     name = "mobilenet_v3_small"
     weights = torchvision.models.get_model_weights(name).DEFAULT
     folder = tmp_path / "hub" / "checkpoints"
@@ -374,11 +376,12 @@ def test_a_model_of_torchvision_gives_what_its_classifier_sees(tmp_path, monkeyp
     assert torch.allclose(model.classifier[3](features), model(image), atol=1e-5)
 
 
-# transformers.
+# Models of transformers.
 
 
 def clip_features(folder, photos, texts):
-    """By transformers' own functions, of unit length; its version 4 gives tensors, 5 objects."""
+    """The embeddings by the functions of transformers itself, of unit length. Its version 4 returns
+    tensors, version 5 returns objects."""
     import transformers
     model = transformers.CLIPModel.from_pretrained(folder).float().eval()
     processor = transformers.CLIPImageProcessor.from_pretrained(folder)
@@ -391,19 +394,19 @@ def clip_features(folder, photos, texts):
 
 
 @pytest.mark.extra
-def test_a_contrastive_pair_begins_as_itself(clip, shapes, tmp_path, capsys):
+def test_a_contrastive_pair_starts_as_itself(clip, shapes, tmp_path, capsys):
     folder, names = tmp_path / "run", ["--image_encoder", clip, "--text_encoder", clip]
     assert main(*arguments(shapes, folder, *names, "--no-amp", epochs=2)) == 0
     out = capsys.readouterr().out
     history = load_json(folder / HISTORY)
     assert [row["epoch"] for row in history] == [0, 1, 2] and "epoch   0  zero-shot" in out
     photos, captions = photos_of_split(shapes, "val")
-    texts = [text for own in captions for text in own]
-    owners = torch.tensor([i for i, own in enumerate(captions) for _ in own])
+    texts = sum(captions, [])
+    owners = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
     image_rows, text_rows = clip_features(clip, photos, texts)
     cosines = text_rows @ image_rows.T
-    own = cosines.gather(1, owners[:, None])
-    t2i = [int((row >= mine - 1e-6).sum()) for row, mine in zip(cosines, own)]
+    true_cosines = cosines.gather(1, owners[:, None])
+    t2i = [int((row >= mine - 1e-6).sum()) for row, mine in zip(cosines, true_cosines)]
     i2t = []
     for photo in range(len(photos)):
         best = cosines[owners == photo, photo].max()
@@ -412,13 +415,14 @@ def test_a_contrastive_pair_begins_as_itself(clip, shapes, tmp_path, capsys):
     for k in (1, 5, 10):
         assert zero_shot[f"t2i_r{k}"] == pytest.approx(100 * sum(r <= k for r in t2i) / len(t2i))
         assert zero_shot[f"i2t_r{k}"] == pytest.approx(100 * sum(r <= k for r in i2t) / len(i2t))
-    # The model as it is before the first step, in numbers.
+    # Before the first step, the similarities are those of the pair.
     settings = make_settings(**json.loads((folder / CONFIG).read_text())["settings"])
     encoders = load_encoders(settings)
     splits, tokenizer = load_splits(settings, None, encoders.image, encoders.text)
     model = training.build_model(settings, tokenizer, encoders).eval()
     encoders.initialize(model, splits["train"], None)
-    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-3)  # CLIP's own start
+    # CLIP starts training at a temperature of 0.07.
+    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-3)
     with torch.no_grad():
         images = F.normalize(model(images=splits["val"].photos[:][:, 0])["central_latent"], dim=-1)
         inputs = splits["val"].text_inputs(list(range(len(texts))))
@@ -452,7 +456,7 @@ def test_a_contrastive_pair_is_finetuned(clip, shapes, tmp_path):
     photos, captions = photos_of_split(shapes, "val")
     assert embed_photos(model, transform, photos).shape == (len(photos), 12)
     assert embed_texts(model, tokenizer, captions[0]).shape == (len(captions[0]), 12)
-    # Of each copy of the model, the half that is not used has not been trained.
+    # Each encoder holds a copy of the whole model. Its unused half has not been trained.
     name = "module.model.vision_model.encoder.layers.0.mlp.fc1.weight"
     image, text = weights[f"image_backbone.1.{name}"], weights[f"text_backbone.{name}"]
     before = load_encoder(str(clip), "image").state_dict()[name]
@@ -462,17 +466,17 @@ def test_a_contrastive_pair_is_finetuned(clip, shapes, tmp_path):
 
 
 @pytest.mark.extra
-def test_a_text_model_gives_the_mean_of_its_tokens(bert, clip, tmp_path):
+def test_features_of_a_text_model_are_the_mean_over_its_tokens(bert, clip, tmp_path):
     encoder = load_encoder(str(bert), "text")
     tokens = encoder.prepare(["a red circle", "a square"])
     hidden = encoder.module.model(**tokens).last_hidden_state
     assert torch.allclose(encoder(tokens)[1], hidden[1, :3].mean(0), atol=1e-6)
-    assert load_encoder(str(bert), "text").key == encoder.key  # nothing in it is made up
+    assert load_encoder(str(bert), "text").key == encoder.key  # no weight is random
     alone = encoder(encoder.prepare(["a square"]))
-    assert torch.allclose(encoder(tokens)[1], alone[0], atol=1e-5)  # whatever the padding
+    assert torch.allclose(encoder(tokens)[1], alone[0], atol=1e-5)  # padding makes no difference
     long = encoder.prepare(["a red circle above " * 20])
     assert long["input_ids"].shape == (1, 20)
-    with pytest.raises(UsageError, match="no encoder of images: it takes input_ids"):
+    with pytest.raises(UsageError, match="does not encode images; it takes input_ids"):
         load_encoder(str(bert), "image")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="transformers finds no such model"):
@@ -480,13 +484,13 @@ def test_a_text_model_gives_the_mean_of_its_tokens(bert, clip, tmp_path):
 
 
 @pytest.mark.extra
-def test_weights_that_the_file_lacks_are_not_made_up(bert, tmp_path):
+def test_a_model_file_that_lacks_weights_is_refused(bert, tmp_path):
     from safetensors.torch import load_file, save_file
     folder = shutil.copytree(bert, tmp_path / "bert")
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.0.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match="its file lacks weights, such as encoder.layer.0"):
+    with pytest.raises(UsageError, match="file lacks weights, such as encoder.layer.0"):
         load_encoder(str(folder), "text")
 
 
@@ -500,12 +504,12 @@ def test_only_safetensors_are_read(bert, tmp_path):
         load_encoder(str(folder), "text")
 
 
-def test_several_processes_share_a_store(own, tmp_path):
+def test_several_processes_share_a_store(encoder_file, tmp_path):
     root = write_dataset(tmp_path / "data", {"train": 8, "val": 4, "test": 2})
     status, out, err = run_script(
         "-m", "torch.distributed.run", "--nproc_per_node=2", "train_flickr8k_sgd.py", "--data_dir",
         root, "--output_dir", tmp_path / "run", "--epochs", 1, "--batch_size", 8, "--device", "cpu",
-        "--model", "tiny", *flags(own))
+        "--model", "tiny", *flags(encoder_file))
     assert status == 0, err
     stores = [path for path in (root / STORE_FOLDER).iterdir() if path.name.startswith("train_")]
     assert len(stores) == 2 and len(load_json(tmp_path / "run" / HISTORY)) == 1
