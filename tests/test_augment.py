@@ -22,18 +22,17 @@ def test_normalize_is_per_channel():
     assert torch.equal(normalize(photo / 255.0), normalize(photo))
 
 
-def test_whole_photo_or_its_mirror_when_nothing_is_cropped():
+def test_a_crop_holds_nothing_that_the_photo_does_not():
     torch.manual_seed(0)
     photos = torch.rand(40, 3, 8, 8)
-    # At min_scale=1 only the aspect ratio is drawn, and clamped to the photo: one side is whole,
-    # the other 3/4 to 1.
     out = random_resized_crop_and_flip(photos[:, :, :1].expand(-1, -1, 8, -1), 8, min_scale=1.0)
     assert out.shape == (40, 3, 8, 8)
-    assert out.min() >= 0 and out.max() <= 1  # bilinear: nothing beyond what was there
+    # Bilinear interpolation stays within the range of the pixels.
+    assert out.min() >= 0 and out.max() <= 1
 
 
 def gradient_photos(count, size=64):
-    """Channel 0 holds x, channel 1 holds y, from -1 to 1: what a crop shows says where it was
+    """Channel 0 holds x and channel 1 holds y, from -1 to 1, so that a crop shows where it was
     taken.
     """
     line = (torch.arange(size) + 0.5) / size * 2 - 1
@@ -43,16 +42,16 @@ def gradient_photos(count, size=64):
 
 
 @pytest.mark.parametrize("min_scale", [0.1, 0.5, 0.9])
-def test_crops_are_distributed_as_torchvisions(min_scale):
+def test_crops_have_the_same_distribution_as_torchvisions(min_scale):
     torch.manual_seed(0)
     out = random_resized_crop_and_flip(gradient_photos(4000), 64, min_scale)
     left, right = out[:, 0, 32, 8], out[:, 0, 32, -9]
     top, bottom = out[:, 1, 8, 32], out[:, 1, -9, 32]
-    span = 2 * (64 - 17) / 64  # between the columns looked at, in an size_before_crop photo
+    span = 2 * (64 - 17) / 64  # the distance of the two columns in a photo that is not cropped
     width, height = (right - left) / span, (bottom - top) / span
-    # half are mirrored, none upside down
+    # Half of the photos are mirrored, and none is upside down.
     assert (height > 0).all() and 0.46 < (width < 0).float().mean() < 0.54
-    assert ((left + right).abs() / 2 + width.abs()).max() < 1.03  # never beyond the margin
+    assert ((left + right).abs() / 2 + width.abs()).max() < 1.03  # a crop lies within the photo
     ours = {
         "area": width.abs() * height,
         "ratio": (width.abs() / height).log(),
@@ -69,7 +68,8 @@ def test_crops_are_distributed_as_torchvisions(min_scale):
         "x": 2 * left + width - 1,
         "y": 2 * top + height - 1,
     }
-    # two samples of one distribution: Kolmogorov and Smirnov's distance is below 0.044 in 99.9 %
+    # For two samples of the same distribution, the Kolmogorov-Smirnov distance is below 0.044 in
+    # 99.9 % of cases.
     for name in ours:
         both = torch.cat([ours[name], theirs[name]]).sort().values
         share = [
@@ -79,8 +79,8 @@ def test_crops_are_distributed_as_torchvisions(min_scale):
         assert (share[0] - share[1]).abs().max() < 0.05, name
 
 
-def test_colour_jitter_changes_what_torchvisions_functions_change(monkeypatch):
-    """With known factors, torchvision's result in every order, where nothing needs clipping."""
+def test_colour_jitter_is_the_same_as_torchvisions_functions_in_any_order(monkeypatch):
+    """Both have the same factors, and the photos are such that nothing is clipped."""
     photos, factors = (
         torch.rand(3, 3, 8, 8) * 0.2 + 0.3,
         torch.tensor([[1.3, 0.8, 1.0], [0.7, 1.2, 1.4], [1.1, 1.4, 0.6]]),
@@ -95,14 +95,14 @@ def test_colour_jitter_changes_what_torchvisions_functions_change(monkeypatch):
     )
     for order in itertools.permutations(range(3)):
         for i, photo in enumerate(photos):
-            for kind in order:
-                photo = change[kind](photo, factors[kind, i].item())
+            for step in order:
+                photo = change[step](photo, factors[step, i].item())
             assert torch.allclose(out[i], photo, atol=1e-4)
     bright = color_jitter(torch.ones(3, 3, 8, 8) * 0.95, 0.4)
     assert bright.max() == 1 and bright.min() > 0
 
 
-def test_colour_jitter_is_distributed_as_torchvisions():
+def test_colour_jitter_has_the_same_distribution_as_torchvisions():
     torch.manual_seed(0)
     photo = torch.rand(3, 4, 4) * 0.6 + 0.2
     ours = color_jitter(photo.expand(6000, -1, -1, -1), 0.4)
@@ -113,7 +113,7 @@ def test_colour_jitter_is_distributed_as_torchvisions():
     assert torch.equal(color_jitter(photo[None], 0.0), photo[None])
 
 
-def test_each_photo_has_its_own_draw_and_the_seed_decides():
+def test_each_photo_has_a_draw_of_its_own_which_follows_from_the_seed():
     torch.manual_seed(3)
     first = random_resized_crop_and_flip(gradient_photos(8), 32)
     torch.manual_seed(3)
@@ -130,9 +130,9 @@ def test_photos_are_mirrored_at_the_given_rate(flip):
 
 
 @pytest.mark.parametrize("caption, starts, first, others", [
-    # "ab c def" in characters, 1 is the space
+    # The characters of "ab c def", where id 1 is the space.
     ([2, 3, 1, 4, 1, 5, 6, 7, 0, 0], [1], (2, 3), [(1, 4), (1, 5, 6, 7)]),
-    # in pieces that carry the space before them
+    # Byte pairs, where a word starts with a token that includes the space before it.
     ([4, 2, 5, 6, 2, 2, 0, 0], [4, 5, 6], (4, 2), [(5,), (6, 2, 2)]),
 ])
 def test_words_are_dropped_whole_at_the_given_rate(caption, starts, first, others):
@@ -140,13 +140,15 @@ def test_words_are_dropped_whole_at_the_given_rate(caption, starts, first, other
     word_start = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(starts), True)
     out = drop_words(torch.tensor([caption] * 4000), 0.25, word_start)
     (second, third), padding = others, (0,) * caption.count(0)
-    kinds = {tuple(row) for row in out.tolist()}
-    assert kinds == {(*first, *middle, *end, *padding) for middle in (second, (0,) * len(second))
-                     for end in (third, (0,) * len(third))}
-    gone = [out[:, len(first)] == 0, out[:, len(first) + len(second)] == 0]
-    for one in gone:  # each word by its own draw
-        assert 0.22 < one.float().mean() < 0.28
-    assert 0.04 < (gone[0] & gone[1]).float().mean() < 0.085
+    different = {tuple(row) for row in out.tolist()}
+    assert different == {
+        (*first, *middle, *end, *padding)
+        for middle in (second, (0,) * len(second)) for end in (third, (0,) * len(third))}
+    dropped = [out[:, len(first)] == 0, out[:, len(first) + len(second)] == 0]
+    for word in dropped:
+        assert 0.22 < word.float().mean() < 0.28
+    # The words are dropped independently of each other.
+    assert 0.04 < (dropped[0] & dropped[1]).float().mean() < 0.085
 
 
 def test_no_words_are_dropped_at_zero():

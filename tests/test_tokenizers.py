@@ -12,7 +12,7 @@ def test_34_ids_with_padding():
     assert tokenizer.encode("a b") == [2, 1, 3] and PAD_ID == 0
 
 
-@pytest.mark.parametrize("text, seen", [
+@pytest.mark.parametrize("text, expected", [
     ("A black dog .", "a black dog ."),
     ("  two \t spaces\n", "two spaces"),
     ("2 dogs & 10 cats", "two dogs and one zero cats"),
@@ -21,9 +21,9 @@ def test_34_ids_with_padding():
     ("a dog; (brown) #1", "a dog brown one"),
     ("dog \U0001f415 \u72d7", "dog"),
 ])
-def test_rule_for_other_characters(text, seen):
-    assert tokenizer.normalize(text) == seen
-    assert tokenizer.decode(tokenizer.encode(text)) == seen
+def test_other_characters_are_replaced_or_dropped(text, expected):
+    assert tokenizer.normalize(text) == expected
+    assert tokenizer.decode(tokenizer.encode(text)) == expected
 
 
 def test_nothing_is_cut_and_padding_is_not_decoded():
@@ -32,14 +32,14 @@ def test_nothing_is_cut_and_padding_is_not_decoded():
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\u72d7 #*"])
-def test_refuses_a_text_of_which_nothing_is_left(text):
+def test_a_text_without_known_characters_is_refused(text):
     with pytest.raises(ValueError, match="no character"):
         tokenizer.encode(text)
 
 
 def test_state_round_trip():
     assert tokenizer_from_state(tokenizer.state_dict()).encode("a dog") == tokenizer.encode("a dog")
-    with pytest.raises(ValueError, match="not known here"):
+    with pytest.raises(ValueError, match="not one of this version"):
         tokenizer_from_state({"name": "char", "vocabulary": "abc"})
 
 
@@ -52,21 +52,21 @@ def test_word_starts():
 
 
 def slow_bpe(texts, merges):
-    """Every pair of every word counted anew for every merge."""
+    """Learn merges the slow way: count all pairs again before each merge."""
     words = [
         [bytes([byte]) for byte in piece.encode()]
         for text in texts
         for piece in BPETokenizer.split(text)
     ]
     id_of, learned = {bytes([byte]): byte + 1 for byte in range(256)}, []
-    for new in range(257, 257 + merges):
+    for new_id in range(257, 257 + merges):
         counts = {}
         for word in words:
             for pair in zip(word, word[1:]):
                 counts[pair] = counts.get(pair, 0) + 1
         pair = min(counts, key=lambda pair: (-counts[pair], id_of[pair[0]], id_of[pair[1]]))
         learned.append((id_of[pair[0]], id_of[pair[1]]))
-        id_of[b"".join(pair)] = new
+        id_of[b"".join(pair)] = new_id
         for word in words:
             i = 0
             while i < len(word) - 1:
@@ -76,15 +76,15 @@ def slow_bpe(texts, merges):
     return learned
 
 
-def test_bpe_learns_what_the_slow_way_learns():
+def test_bpe_learns_the_same_merges_as_the_slow_way():
     assert BPETokenizer.learn(CAPTIONS, 257 + 20).merges == slow_bpe(CAPTIONS, 20)
 
 
 def test_bpe_makes_tokens_of_frequent_words():
     bpe = BPETokenizer.learn(CAPTIONS, 1000)
-    assert bpe.vocab_size < 1000  # no pair was left that occurs twice
+    assert bpe.vocab_size < 1000  # it stopped because no pair was left that occurs twice
     assert len(bpe.encode("A dog runs .")) == 4 and len(bpe.encode("dog")) == 1
-    # at the start of a caption or in its midst
+    # A word has the same token at the start of a caption and within it.
     assert bpe.encode("dog dog")[0] == bpe.encode("dog dog")[1]
 
 
@@ -121,7 +121,7 @@ def test_bpe_state_round_trip_and_refusals():
     with pytest.raises(ValueError, match="no room"):
         BPETokenizer.learn(CAPTIONS, 256)
     for state in (None, {"name": "bpe"}, {"name": "word", "merges": []}):
-        with pytest.raises(ValueError, match="not known here"):
+        with pytest.raises(ValueError, match="not one of this version"):
             tokenizer_from_state(state)
 
 
@@ -136,5 +136,5 @@ def test_bpe_state_round_trip_and_refusals():
         ),
     ],
 )
-def test_knows(tokenizer, known, unknown):
+def test_texts_that_a_tokenizer_knows(tokenizer, known, unknown):
     assert all(map(tokenizer.knows, known)) and not any(map(tokenizer.knows, unknown))

@@ -1,23 +1,31 @@
-"""Text -> token ids, 0 being padding. `word_start` says for each id whether it begins a word."""
+"""Tokenizers: text -> token ids.
+
+Id 0 is padding. Both tokenizers have `vocab_size`, the number of ids with padding, and
+`word_start`, a list that says for each id whether it begins a word.
+"""
 import collections
 import heapq
 import re
 import unicodedata
 
 PAD_ID = 0
-VOCAB_SIZE = 4000  # ids of the bpe tokenizer, padding and 256 bytes included
+NUM_BYTES = 256
+VOCAB_SIZE = 4000  # ids of the byte-pair tokenizer, with padding and the bytes
 
 
 class CharTokenizer:
-    """One id a character, over 33 characters; with padding, 34 ids. Capitals become small; accents
-    and the typographic forms of quotes and dashes are dropped; a digit is spelled out ("2" ->
-    "two"), "&" becomes "and"; the rest becomes a space. Runs of white space become one."""
+    """One id for each of 33 characters: with padding, 34 ids.
+
+    Text is lowercased. Accents are removed, typographic quotes and dashes become plain ones, a
+    digit is spelled out ("2" -> "two") and "&" becomes "and". Any other character becomes a space,
+    and runs of white space become one space.
+    """
 
     name = "char"
     vocabulary = " abcdefghijklmnopqrstuvwxyz.,!?'-"
     words = "zero one two three four five six seven eight nine and".split()
-    spelled = dict(zip("0123456789&", words))
-    plain = str.maketrans({
+    spelling = dict(zip("0123456789&", words))
+    plain_characters = str.maketrans({
         "\u2018": "'", "\u2019": "'", '"': "'", "\u201c": "'", "\u201d": "'", "\u2013": "-",
         "\u2014": "-", "\u00df": "ss", "\u00e6": "ae", "\u00f8": "o", "\u0153": "oe"})
 
@@ -31,21 +39,22 @@ class CharTokenizer:
         return len(self.vocabulary) + 1
 
     def normalize(self, text):
-        """The text as the model sees it: only characters of the vocabulary."""
-        text = unicodedata.normalize("NFKD", text.lower().translate(self.plain))
-        known = ""
-        for c in text:
-            if c in self.spelled:
-                known += f" {self.spelled[c]} "
-            elif not unicodedata.combining(c):
-                known += c if c in self.id_of else " "
-        return " ".join(known.split())
+        """Return the text as the model sees it, with only characters of the vocabulary."""
+        text = unicodedata.normalize("NFKD", text.lower().translate(self.plain_characters))
+        result = ""
+        for character in text:
+            if character in self.spelling:
+                result += f" {self.spelling[character]} "
+            elif not unicodedata.combining(character):
+                result += character if character in self.id_of else " "
+        return " ".join(result.split())
 
     def knows(self, text):
+        """Return whether the text has a character of the vocabulary."""
         return bool(self.normalize(text))
 
     def encode(self, text):
-        """str -> list of ids. Raises ValueError when nothing of the text is left."""
+        """Return the ids of a text as a list. Raises ValueError if the text has none."""
         ids = [self.id_of[character] for character in self.normalize(text)]
         if not ids:
             raise ValueError(f"the text {text[:80]!r} has no character that the char tokenizer "
@@ -53,109 +62,127 @@ class CharTokenizer:
         return ids
 
     def decode(self, ids):
-        """Ids -> str, the inverse of encode up to `normalize`."""
+        """Return the text of ids. Decoding what was encoded gives `normalize` of the text."""
         return "".join(self.vocabulary[i - 1] for i in ids if i != PAD_ID)
 
     def state_dict(self):
+        """Return what `tokenizer_from_state` makes the same tokenizer of."""
         return {"name": self.name, "vocabulary": self.vocabulary}
 
 
-def merge(ids, pair, new):
-    """Every occurrence of the pair in a list of ids, from the left, replaced by the id `new`."""
-    out, i = [], 0
+def merge(ids, pair, new_id):
+    """Replace each occurrence of a pair of ids in a list, from the left, by a new id."""
+    merged, i = [], 0
     while i < len(ids):
         if tuple(ids[i:i + 2]) == pair:
-            out.append(new)
+            merged.append(new_id)
             i += 2
         else:
-            out.append(ids[i])
+            merged.append(ids[i])
             i += 1
-    return out
+    return merged
 
 
 class BPETokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016). Ids 1 to 256 are the bytes of UTF-8, so that any
-    text has tokens; `merges[i]`, two earlier ids, is id 257 + i. Capitals become small and runs of
-    white space one space; beyond that, decoding gives back what was encoded. A word carries the
-    space before it; nothing is merged across words, or between letters and other signs."""
+    """Byte-pair encoding (Sennrich, Haddow and Birch 2016).
+
+    Ids 1 to 256 are the bytes of UTF-8, so any text has tokens. Id 257 + i is the pair of earlier
+    ids `merges[i]`. Text is lowercased and runs of white space become one space; apart from that,
+    decoding returns what was encoded.
+
+    Text is split into pieces, each a run of letters and digits, or a run of other signs, together
+    with the space before it. Nothing is merged across pieces.
+    """
 
     name = "bpe"
-    pieces = re.compile(r" ?\w+| ?[^\w ]+")
+    first_merged_id = NUM_BYTES + 1
+    piece_pattern = re.compile(r" ?\w+| ?[^\w ]+")
 
     def __init__(self, merges):
         self.merges = [tuple(pair) for pair in merges]
-        self.bytes_of = [b""] + [bytes([byte]) for byte in range(256)]
+        self.bytes_of = [b""] + [bytes([byte]) for byte in range(NUM_BYTES)]  # of each id
         for left, right in self.merges:
             self.bytes_of.append(self.bytes_of[left] + self.bytes_of[right])
         self.rank = {pair: rank for rank, pair in enumerate(self.merges)}
         self.word_start = [token.startswith(b" ") for token in self.bytes_of]
-        merged = {i for pair in self.merges for i in pair} - {ord(" ") + 1}
-        self.learned = merged | set(range(257, self.vocab_size))
-        self.cache = {}  # piece -> ids: captions have few different words
+        # The ids that occurred in the texts that the merges come from, but the space.
+        merged_ids = {i for pair in self.merges for i in pair} - {ord(" ") + 1}
+        self.learned_ids = merged_ids | set(range(self.first_merged_id, self.vocab_size))
+        self.cache = {}  # the ids of each piece that was encoded: captions have few different ones
 
     @classmethod
     def learn(cls, texts, vocab_size):
-        """Merge again and again the most frequent pair of the texts, of equals the one of smaller
-        ids, until no pair occurs twice. Raises ValueError for a vocab_size below 257."""
-        if vocab_size < 257:
+        """Learn a tokenizer: merge the most frequent pair of ids in the texts, again and again.
+
+        Of equally frequent pairs, the one with the smaller ids is merged first. It ends with
+        vocab_size ids, or when no pair occurs twice. Raises ValueError for a vocab_size below 257.
+        """
+        max_merges = vocab_size - cls.first_merged_id
+        if max_merges < 0:
             raise ValueError(f"vocab_size={vocab_size} has no room for padding and the 256 bytes")
         counts = collections.Counter(piece for text in texts for piece in cls.split(text))
-        words = [(cls.byte_ids(piece), count) for piece, count in counts.items()]
-        frequency, where = collections.Counter(), collections.defaultdict(set)
-        for i, (ids, count) in enumerate(words):
+        pieces = [(cls.byte_ids(piece), count) for piece, count in counts.items()]
+        frequency = collections.Counter()  # of each pair
+        pieces_with = collections.defaultdict(set)  # the indices of the pieces that hold a pair
+        for i, (ids, count) in enumerate(pieces):
             for pair in zip(ids, ids[1:]):
                 frequency[pair] += count
-                where[pair].add(i)
-        heap, merges = [(-count, pair) for pair, count in frequency.items()], []
+                pieces_with[pair].add(i)
+        heap = [(-count, pair) for pair, count in frequency.items()]
         heapq.heapify(heap)
-        while heap and len(merges) < vocab_size - 257:
-            count, pair = heapq.heappop(heap)
-            if -count != frequency[pair]:  # an old entry, a newer one is in the heap
-                continue
-            if -count < 2:
+        merges = []
+        while heap and len(merges) < max_merges:
+            negative_count, pair = heapq.heappop(heap)
+            if -negative_count != frequency[pair]:
+                continue  # the frequency has changed since, and the heap has a newer entry
+            if frequency[pair] < 2:
                 break
+            new_id = cls.first_merged_id + len(merges)
             merges.append(pair)
             changed = set()
-            for i in where.pop(pair):
-                ids, count = words[i]
-                merged = merge(ids, pair, 256 + len(merges))
-                for old in zip(ids, ids[1:]):
-                    frequency[old] -= count
-                    changed.add(old)
-                for new in zip(merged, merged[1:]):
-                    frequency[new] += count
-                    where[new].add(i)
-                    changed.add(new)
-                words[i] = merged, count
+            for i in pieces_with.pop(pair):
+                ids, count = pieces[i]
+                merged = merge(ids, pair, new_id)
+                for old_pair in zip(ids, ids[1:]):
+                    frequency[old_pair] -= count
+                    changed.add(old_pair)
+                for new_pair in zip(merged, merged[1:]):
+                    frequency[new_pair] += count
+                    pieces_with[new_pair].add(i)
+                    changed.add(new_pair)
+                pieces[i] = merged, count
             for pair in changed:
                 if frequency[pair] > 0:
                     heapq.heappush(heap, (-frequency[pair], pair))
         return cls(merges)
 
     def knows(self, text):
-        """Whether any of it, spaces aside, was in the texts that the merges come from."""
+        """Return whether any part of the text, apart from spaces, was in the texts that the
+        tokenizer has learned from."""
         ids = (i for piece in self.split(text) for i in self._encode_piece(piece))
-        return not self.learned.isdisjoint(ids)
+        return not self.learned_ids.isdisjoint(ids)
 
     @staticmethod
     def byte_ids(piece):
+        # A lone surrogate, as a damaged file may hold, is encoded too.
         return [byte + 1 for byte in piece.encode("utf-8", "surrogatepass")]
 
     @staticmethod
     def normalize(text):
-        """The text as decoding gives it back."""
+        """Return the text as decoding returns it."""
         return " ".join(text.lower().split())
 
     @classmethod
     def split(cls, text):
-        return cls.pieces.findall(" " + cls.normalize(text))
+        """Return the pieces of a text, within which ids are merged."""
+        return cls.piece_pattern.findall(" " + cls.normalize(text))
 
     @property
     def vocab_size(self):
         return len(self.bytes_of)
 
     def encode(self, text):
-        """str -> list of ids. Raises ValueError for a text of white space only."""
+        """Return the ids of a text as a list. Raises ValueError for a text of white space."""
         ids = []
         for piece in self.split(text):
             if piece not in self.cache:
@@ -166,33 +193,39 @@ class BPETokenizer:
         return ids
 
     def _encode_piece(self, piece):
+        """Merge the pairs of a piece in the order in which they were learned."""
         def rank(pair):
             return self.rank.get(pair, len(self.rank))
 
         ids = self.byte_ids(piece)
         while True:
-            first = min(zip(ids, ids[1:]), key=rank, default=None)
-            if first not in self.rank:
+            pair = min(zip(ids, ids[1:]), key=rank, default=None)
+            if pair not in self.rank:
                 return ids
-            ids = merge(ids, first, 257 + self.rank[first])
+            ids = merge(ids, pair, self.first_merged_id + self.rank[pair])
 
     def decode(self, ids):
+        """Return the text of ids. Decoding what was encoded gives `normalize` of the text."""
         text = b"".join(self.bytes_of[i] for i in ids).decode("utf-8", "surrogatepass")
         return text.removeprefix(" ")
 
     def state_dict(self):
+        """Return what `tokenizer_from_state` makes the same tokenizer of."""
         return {"name": self.name, "merges": self.merges}
 
 
 def tokenizer_from_state(state):
-    """The tokenizer of a checkpoint. Raises ValueError for one that is not known here."""
+    """Return the tokenizer whose state a checkpoint holds. Raises ValueError for another state."""
     if state == CharTokenizer().state_dict():
         return CharTokenizer()
     if isinstance(state, dict) and state.get("name") == BPETokenizer.name and "merges" in state:
         return BPETokenizer(state["merges"])
-    raise ValueError(f"the checkpoint's tokenizer is not known here: {state!r:.200}")
+    raise ValueError("the checkpoint's tokenizer is not one of this version of the project: "
+                     f"{state!r:.200}")
 
 
 def build_tokenizer(name, captions):
-    """"char", or "bpe": byte pairs learned from the captions."""
-    return CharTokenizer() if name == "char" else BPETokenizer.learn(captions, VOCAB_SIZE)
+    """Return the tokenizer "char", or "bpe", which is learned from the captions."""
+    if name == CharTokenizer.name:
+        return CharTokenizer()
+    return BPETokenizer.learn(captions, VOCAB_SIZE)
