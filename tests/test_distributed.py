@@ -1,4 +1,4 @@
-"""Two processes on this machine (gloo), against one."""
+"""Training by two processes of this machine, over gloo, compared with one process."""
 import errno
 import json
 import os
@@ -42,8 +42,8 @@ def model_and_batch():
     return model, batch
 
 
-def results(rank, world, folder):
-    """What each process of the group computes; `folder` gets one file a process."""
+def compute(rank, world, folder):
+    """Compute what the test compares, as one of `world` processes, and save it in the folder."""
     if world > 1:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
         distributed.start()
@@ -58,34 +58,33 @@ def results(rank, world, folder):
     encode = PairEncoder(model, None)
     if world > 1:
         encode = torch.nn.parallel.DistributedDataParallel(encode, broadcast_buffers=False)
-    found = {}
+    results = {}
     for chunk_size in (0, 4):
         model.zero_grad()
-        found[f"loss {chunk_size}"] = contrastive_backward(
-            encode,
-            share,
-            0.1,
-            chunk_size,
-        )
-        found |= {f"{name} {chunk_size}": p.grad.clone() for name, p in model.named_parameters()}
-    # Shares of as many pairs may hold unlike numbers of photos; alone, that of rank 1 is looked at.
-    owners = [[0, 0, 1, 1, 2, 2, 3, 4], [0, 0, 0, 1, 1, 1, 2, 2]][rank if world > 1 else 1]
+        loss = contrastive_backward(encode, share, 0.1, chunk_size)
+        results[f"loss {chunk_size}"] = loss
+        results |= {f"{name} {chunk_size}": p.grad.clone() for name, p in model.named_parameters()}
+    # The shares of two processes have the same number of pairs but may have different numbers of
+    # photos. All processes must split theirs into as many chunks as the one with the fewest photos,
+    # which is here the share of rank 1. The process alone takes that one.
+    photo_of_pair = [[0, 0, 1, 1, 2, 2, 3, 4], [0, 0, 0, 1, 1, 1, 2, 2]][rank if world > 1 else 1]
     uneven = {
-        "images": torch.zeros(owners[-1] + 1),
+        "images": torch.zeros(photo_of_pair[-1] + 1),
         "text": torch.zeros(8),
-        "photo_of_pair": torch.tensor(owners),
+        "photo_of_pair": torch.tensor(photo_of_pair),
     }
-    found["chunks"] = torch.tensor(len(split_in_chunks(uneven, 2)))
+    results["chunks"] = torch.tensor(len(split_in_chunks(uneven, 2)))
     data = Flickr8kImageTextDataset(folder / "synthetic", "val", 32, CharTokenizer())
-    evaluation.BATCH_SIZE = 5  # several batches to share; put back by the test
+    evaluation.BATCH_SIZE = 5  # there are several batches to share
     metrics = evaluate(model, data)
-    found |= {name: torch.tensor(value) for name, value in metrics.items()}
-    found["anyone"] = torch.tensor([distributed.any_process(rank == world - 1, torch.device("cpu")),
-                                    distributed.any_process(False, torch.device("cpu"))])
-    torch.save(found, folder / f"{rank} of {world}")
+    results |= {name: torch.tensor(value) for name, value in metrics.items()}
+    flags = [distributed.any_process(flag, torch.device("cpu"))
+             for flag in (rank == world - 1, False)]
+    results["any process"] = torch.tensor(flags)
+    torch.save(results, folder / f"{rank} of {world}")
     distributed.stop()
     if world > 1:
-        distributed.exit_process(0)  # as the training script's processes do
+        distributed.exit_process(0)  # as the training script does
 
 
 def free_port():
@@ -99,8 +98,8 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", free_port())
     monkeypatch.setattr(evaluation, "BATCH_SIZE", 5)
-    results(0, 1, tmp_path)
-    torch.multiprocessing.spawn(results, (2, tmp_path), nprocs=2)
+    compute(0, 1, tmp_path)
+    torch.multiprocessing.spawn(compute, (2, tmp_path), nprocs=2)
     one, *two = (torch.load(tmp_path / name) for name in ("0 of 1", "0 of 2", "1 of 2"))
     for other in two:
         assert one.keys() == other.keys()
@@ -195,7 +194,7 @@ def wait_for(condition, process, seconds=120):
 
 
 def worker_pids(process):
-    """The processes that torchrun started."""
+    """Return the ids of the processes that torchrun started."""
     pids = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -216,25 +215,28 @@ def test_few_pairs_and_uneven_captions_are_shared_or_refused(tmp_path):
     process = torchrun("--output_dir", tmp_path / "a", *given)
     printed, err = process.communicate(timeout=240)
     assert process.returncode == 0 and "of 1 steps of 4 pairs" in printed, err
-    assert "Warning" not in err  # neither of torch's own
+    assert "Warning" not in err  # not from torch either
     process = torchrun("--output_dir", tmp_path / "b", *given, "--batch_size", 3, nproc=4)
     printed, err = process.communicate(timeout=240)
     assert process.returncode != 0 and not (tmp_path / "b").exists()
-    assert "a batch has fewer pairs than there are processes, 4" in err
-    assert "train_flickr8k_sgd.py\", line" not in err  # a traceback of ours
+    assert "a batch has fewer pairs than there are processes (4)" in err
+    assert "train_flickr8k_sgd.py\", line" not in err  # there is no traceback of the script
 
 
 def two_machines(tmp_path, *given, data=("data0", "data1")):
-    """One process on each of two machines, with folders of their own -> [(status, out, err)]."""
+    """Run one process on each of two machines that have folders of their own.
+
+    Returns (exit status, standard output, standard error) of each machine.
+    """
     port = free_port()
     started = []
     for rank, folder in enumerate(data):
         machine = ["--nnodes=2", f"--node_rank={rank}", "--master_addr=127.0.0.1",
                    f"--master_port={port}"]
-        own = ["--data_dir", tmp_path / folder, "--output_dir", tmp_path / f"run{rank}"]
-        started.append(torchrun(*own, *given, nproc=1, machine=machine))
-    return [(process.returncode, *said) for process, said in
-            [(process, process.communicate(timeout=240)) for process in started]]
+        folders = ["--data_dir", tmp_path / folder, "--output_dir", tmp_path / f"run{rank}"]
+        started.append(torchrun(*folders, *given, nproc=1, machine=machine))
+    printed = [process.communicate(timeout=240) for process in started]
+    return [(process.returncode, *texts) for process, texts in zip(started, printed)]
 
 
 def test_two_machines_that_share_no_disk(tmp_path):
@@ -243,7 +245,8 @@ def test_two_machines_that_share_no_disk(tmp_path):
     given = ["--epochs", 2, "--batch_size", 20]
     (status, out, err), (other_status, other_out, other_err) = two_machines(tmp_path, *given)
     assert (status, other_status) == (0, 0), err + other_err
-    assert "Avg R@1 (%)" in out and "epoch" not in other_out  # the first speaks and writes
+    # Only the first machine prints and writes.
+    assert "Avg R@1 (%)" in out and "epoch" not in other_out
     assert sorted(os.listdir(tmp_path / "run0")) == sorted(RUN_FILES)
     assert not (tmp_path / "run1").exists()
     stores = [sorted(os.listdir(tmp_path / name / STORE_FOLDER)) for name in ("data0", "data1")]
@@ -266,31 +269,31 @@ def test_two_machines_that_share_no_disk(tmp_path):
     write_synthetic(tmp_path / "data2", 1, {"train": 40, "val": 12, "test": 8})
     for status, _, err in two_machines(tmp_path, "--overwrite", data=("data0", "data2")):
         assert status != 0
-        assert "photos, captions or their order are not the same on all machines" in err
+        assert "photos, captions or their order differ between the machines" in err
 
 
-def test_what_the_main_process_finds_wrong_ends_all(tmp_path):
+def test_an_error_of_the_main_process_ends_all_processes(tmp_path):
     for status, _, err in two_machines(tmp_path, "--resume"):
         assert status != 0 and "nothing to resume in" in err and 'sgd.py", line' not in err
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the processes in /proc")
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc to find the processes")
 def test_a_run_under_torchrun_killed_then_resumed(tmp_path):
     data, out = tmp_path / "synthetic", tmp_path / "out"
     write_synthetic(data, num_pictures={"train": 40, "val": 12, "test": 8})
     process = torchrun("--data_dir", data, "--output_dir", out, "--epochs", 500, "--batch_size", 20)
     wait_for((out / HISTORY).exists, process, 240)
     os.kill(worker_pids(process)[-1], signal.SIGKILL)
-    # it ends: no process waits for the one that is gone
+    # It ends, because no process waits for the one that was killed.
     printed, err = process.communicate(timeout=120)
     assert process.returncode != 0 and re.search(
-        r"process \d of 2 lost the others|interrupted; go on with", err
+        r"process \d of 2 lost the others|interrupted; to continue", err
     ), err
-    assert printed.count("parameters") == 1  # only rank 0 speaks
+    assert printed.count("parameters") == 1  # only rank 0 prints
 
     config = json.loads((out / CONFIG).read_text())
     done = len(json.loads((out / HISTORY).read_text()))
-    config["settings"]["epochs"] = done + 1  # the end is near
+    config["settings"]["epochs"] = done + 1  # so that the end is near
     (out / CONFIG).write_text(json.dumps(config))
     process = torchrun("--data_dir", data, "--output_dir", out, "--resume")
     printed, err = process.communicate(timeout=240)
