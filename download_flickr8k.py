@@ -20,7 +20,7 @@ from torchvision.datasets.utils import check_integrity, download_url, extract_ar
 from src.utils.captions import SPLIT_FILES, read_folder
 from src.utils.console import Parser, ProgressLine, prepare_output, text
 from src.utils.errors import DataError, RunError
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.splits import open_split
 
 URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 TEXT, PHOTOS = "Flickr8k_text.zip", "Flickr8k_Dataset.zip"
@@ -46,7 +46,7 @@ def check_photos(data_dir):
     line, folder, photos, captions = ProgressLine(), read_folder(data_dir), 0, 0
     for split in SPLIT_FILES:
         try:
-            data = Flickr8kImageTextDataset(  # without a cache: the files themselves are asked
+            data = open_split(  # without a cache: the files themselves are asked
                 folder, split, image_size=16, cache=False,
                 progress=line.counter(f"verifying {split}"))
         finally:

@@ -1,5 +1,4 @@
 """A model and a split -> embeddings -> metrics."""
-
 import numpy as np
 import torch
 

@@ -20,7 +20,7 @@ from src.utils.photo_store import (
     STORE_VERSION,
     Rows,
     decoding_threads,
-    delete_others,
+    delete_other_shards,
     open_photo,
     open_shard,
     read_photo,
@@ -172,7 +172,7 @@ class PretrainedEncoder(nn.Module):
             shards.append(content.view(np.float16).reshape(-1, self.width))
             paths.append(path)
         if store is not None:
-            delete_others(store.with_name(f"{store.name}_{self.store_name}"), paths)
+            delete_other_shards(store.with_name(f"{store.name}_{self.store_name}"), paths)
         return Rows(shards)
 
     def _encode_texts(self, texts, done_before, total, progress):

@@ -181,7 +181,7 @@ def test_missing_photos_name_the_folder_and_the_users_own_command(dataset_dir):
     with pytest.raises(DataError) as error:
         dataset(moved)
     assert f"in {moved / 'Images'}." in str(error.value)
-    assert f"`python download_flickr8k.py --data_dir '{moved}'` mends it" in str(error.value)
+    assert f"`python download_flickr8k.py --data_dir '{moved}'` repairs it" in str(error.value)
     (moved / "Flickr_8k.testImages.txt").unlink()
     with pytest.raises(DataError) as error:
         read_split(moved, "test")
@@ -415,7 +415,7 @@ def test_a_split_of_its_own_is_kept_and_half_of_it_stands_in_for_one_that_lacks(
 
 
 BAD = {
-    "nothing": ((), "no captions in a layout known here. Looked for Flickr8k.token.txt or"),
+    "nothing": ((), "no captions in a known layout. Looked for Flickr8k.token.txt or"),
     "no such column": (("captions.csv", "image,url", "a.jpg,b"),
                        "line 1: expected the header 'image,caption', found 'image,url"),
     "too many cells": (("captions.csv", "image,caption", "a.jpg,one, two"),
@@ -441,7 +441,7 @@ BAD = {
     "no photos": (("captions.csv", "image,caption", *(f"{i}.jpg,a dog" for i in range(30))),
                   "24 of the 24 photos of train are missing ("),
     "two photos": (("captions.csv", "image,caption", "a.jpg,a dog", "b.jpg,a cat"),
-                   "captions.csv: of 2 photos there are none left for train"),
+                   "captions.csv: there are 2 photos, and none is left for train"),
 }
 
 

@@ -4,7 +4,7 @@ import torch
 from src.experiments import compare_optimizers
 from src.experiments.compare_optimizers import RATES, CombinedOptimizer, make_optimizer, table
 from src.settings import make_settings
-from src.utils.flickr8k_simple import load_splits
+from src.utils.splits import load_splits
 from train_flickr8k_sgd import build_model
 
 

@@ -18,8 +18,8 @@ from src.model import MultiModalMemoryNetwork
 from src.runs import BEST, CONFIG, HISTORY, LAST, RUN_FILES, TEST
 from src.training import PairEncoder, contrastive_backward, split_in_chunks
 from src.utils import distributed
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 from src.utils.photo_store import STORE_FOLDER
+from src.utils.splits import open_split
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import model_arguments, start_script, without_batch_norm, write_dataset
@@ -74,7 +74,7 @@ def compute(rank, world, folder):
         "photo_of_pair": torch.tensor(photo_of_pair),
     }
     results["chunks"] = torch.tensor(len(split_in_chunks(uneven, 2)))
-    data = Flickr8kImageTextDataset(folder / "synthetic", "val", 32, CharTokenizer())
+    data = open_split(folder / "synthetic", "val", 32, CharTokenizer())
     evaluation.BATCH_SIZE = 5  # there are several batches to share
     metrics = evaluate(model, data)
     results |= {name: torch.tensor(value) for name, value in metrics.items()}

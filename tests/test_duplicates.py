@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from src.utils.duplicates import SIGNATURE, flickr_id, near_duplicates, signature
+from src.utils.duplicates import (
+    SIGNATURE,
+    flickr_number,
+    has_flickr_form,
+    near_duplicates,
+    signature,
+)
 
 FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 
@@ -89,4 +95,5 @@ def test_real_photos(real_photos):
     ("123.jpg", None),
 ])
 def test_flickr_numbers_in_names(name, number):
-    assert flickr_id(name) == number
+    assert flickr_number(name) == number
+    assert has_flickr_form(name) == ("_693b08cb0e" in name)

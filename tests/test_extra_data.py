@@ -2,12 +2,15 @@
 import io
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from src import report
 from src.runs import CONFIG, HISTORY, load_run
+from src.settings import make_settings
 from src.utils.captions import SPLIT_FILES
+from src.utils.splits import load_splits, read_pairs
 from tests.conftest import main
 from tests.test_duplicates import FLIP, cropped, scene
 
@@ -141,7 +144,7 @@ def test_extra_data_that_is_not_there_or_of_no_use(folders, tmp_path, capsys):
     assert main(*given, "--extra_all") == 2
     assert "--extra_all needs --extra_data" in capsys.readouterr().err
     assert main(*given, "--extra_data", folders / "half") == 2
-    assert f"{folders / 'half'}: not one photo of train is usable" in capsys.readouterr().err
+    assert f"{folders / 'half'}: no photo of train is usable" in capsys.readouterr().err
 
 
 def test_copies_across_a_split_by_hash_leave_training(tmp_path, capsys):
@@ -160,3 +163,35 @@ def test_copies_across_a_split_by_hash_leave_training(tmp_path, capsys):
     held_out = data["val"]["photos"] + data["test"]["photos"] + data["val"]["skipped"]
     assert held_out == 12 and data["train"]["photos"] + data["train"]["skipped"] == 48
     assert 0 < data["train"]["skipped"] <= 12
+
+
+def noise(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
+    return jpeg(Image.fromarray(pixels))
+
+
+def test_a_bare_number_is_a_flickr_number_only_if_the_pictures_agree(tmp_path):
+    """Names such as a date are equal in the folders of two cameras."""
+    train = {"20210416.jpg": (noise(0), 0), "1000092795.jpg": (jpeg(scene(1)), 1)}
+    val = {"20210416.jpg": (noise(1), 2), "1000092795.jpg": (jpeg(scene(1), 40), 1)}
+    root = write(tmp_path / "a", {"train": train, "val": numbered(3), "test": numbered(4)})
+    other = write(tmp_path / "b", {"train": val, "val": numbered(5), "test": numbered(6)})
+    pairs, others = (read_pairs(folder, "train", 32) for folder in (root, other))
+    # The second pair of files is the same picture, compressed anew.
+    copies = {1: ("1000092795.jpg of train", "the Flickr number")}
+    assert pairs.copies_in([others], near=False) == copies
+
+
+def test_two_cameras_that_name_their_photos_by_date(tmp_path):
+    """Neither does a split column stop the run, nor does --extra_data lose a photo."""
+    for camera, split in (("cam1", "train"), ("cam2", "val"), ("cam3", "test")):
+        (tmp_path / camera).mkdir()
+        for day in range(20210410, 20210414):
+            (tmp_path / camera / f"{day}.jpg").write_bytes(noise(day + 1000 * len(split) ** 2))
+    rows = [f"{camera}/{day}.jpg,photo {day} of {camera},{split}"
+            for camera, split in (("cam1", "train"), ("cam2", "val"), ("cam3", "test"))
+            for day in range(20210410, 20210414)]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption,split", *rows]))
+    settings = make_settings(data_dir=str(tmp_path), model="tiny")
+    splits, _ = load_splits(settings)
+    assert [len(split.names) for split in splits.values()] == [4, 4, 4]

@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,11 +25,12 @@ from src.utils.flickr8k_simple import (
 )
 from src.utils.photo_store import DIGEST_BYTES, STORE_FOLDER, load_photo
 from src.utils.ragged import Ragged
+from src.utils.splits import hold_out, open_split, read_pairs
 from src.utils.tokenizers import CharTokenizer
 
 
 def dataset(root, split="train", **changes):
-    return Flickr8kImageTextDataset(
+    return open_split(
         root, split, **{"image_size": 16, "tokenizer": CharTokenizer()} | changes
     )
 
@@ -316,22 +318,23 @@ def test_a_photo_in_two_splits_is_refused_unless_allowed(dataset_dir):
     train = dataset_dir / "Flickr_8k.trainImages.txt"
     shutil.copy(folder / "1007_abc.jpg", folder / "1002_abc.jpg")  # of val, under another name
     train.write_text(train.read_text() + "1006_abc.jpg\n")  # of val
-    val = dataset(dataset_dir, "val")
+    val = read_pairs(dataset_dir, "val", 16)
     with pytest.raises(DataError) as error:
-        dataset(dataset_dir).hold_out([val])
+        hold_out(read_pairs(dataset_dir, "train", 16), [val], allow_incomplete=False)
     assert ("2 photos of train are in another split as well (1002_abc.jpg is 1007_abc.jpg of val, "
             "1006_abc.jpg is 1006_abc.jpg of val)") in str(error.value)
     for _ in range(2):  # the second time from the store
-        data = dataset(dataset_dir, allow_incomplete=True)
-        data.hold_out([val])
+        pairs = read_pairs(dataset_dir, "train", 16, allow_incomplete=True)
+        data = Flickr8kImageTextDataset(hold_out(pairs, [val], True), CharTokenizer())
         assert data.skipped == ["1002_abc.jpg", "1006_abc.jpg"] and len(data) == 25
         colours = [round(photo[0].float().mean().item() / 20) for photo in data.photos]
         assert colours == [0, 1, 3, 4, 5] and len(data.digests) == len(data.names) == 5
         for caption, text, photo in zip(data.captions, data.texts, data.photo_of_caption):
             assert f"of photo {colours[photo]} ," in caption
             assert CharTokenizer().encode(caption) == text.tolist()
-    with pytest.raises(DataError, match="not one photo of train is usable"):
-        data.hold_out([data])
+        assert len(pairs.names) == 7 and len(pairs) == 35  # they do not change
+    with pytest.raises(DataError, match="no photo of train is usable"):
+        hold_out(pairs, [pairs], True)
 
 
 def test_the_fingerprint_is_of_names_order_captions_and_photos(dataset_dir, tmp_path):
@@ -360,19 +363,20 @@ def test_a_caption_is_read_up_to_its_documented_length(dataset_dir):
     path = dataset_dir / "Flickr8k.token.txt"
     path.write_text(path.read_text() + f"1000_abc.jpg#5\t{'a dog ' * 5000}\n")
     data = dataset(dataset_dir)
-    assert len(data.texts[5]) <= MAX_LENGTH < len(data.captions[5])
+    assert len(data.captions[5]) == MAX_LENGTH and len(data.texts[5]) <= MAX_LENGTH
+    assert data.folders[0].cut_captions == 1
 
 
 def test_nothing_usable_is_refused_even_when_incomplete_is_allowed(dataset_dir):
     for path in (dataset_dir / "Flicker8k_Dataset").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="not one photo of train"):
+    with pytest.raises(DataError, match="no photo of train"):
         dataset(dataset_dir, allow_incomplete=True)
 
 
 def test_missing_parts_are_named(tmp_path, dataset_dir):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no captions in a layout known here"):
+    with pytest.raises(DataError, match="no captions in a known layout"):
         dataset(tmp_path / "empty")
     (dataset_dir / "Flicker8k_Dataset").rename(dataset_dir / "elsewhere")
     with pytest.raises(DataError, match="6 of the 6 photos of train are missing"):
@@ -618,3 +622,23 @@ def test_batches_stop_when_no_longer_wanted(dataset_dir):
     next(batches)
     batches.close()
     assert list(iterate_batches(data, data.photos, [], torch.device("cpu"))) == []
+
+
+def test_a_shard_that_another_process_deletes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    """Between the listing of the folder and the look at a file, the file may be gone."""
+    (tmp_path / "train_old").touch()
+    glob = Path.glob
+
+    def glob_and_lose(folder, pattern):
+        listed = list(glob(folder, pattern))
+        (tmp_path / "train_old").unlink()
+        return listed
+
+    monkeypatch.setattr(Path, "glob", glob_and_lose)
+    photo_stores.delete_other_shards(tmp_path / "train", [])
+
+
+def test_a_shard_of_the_wrong_size_is_refused(tmp_path):
+    """Nothing can be read from a file that the system has cut short without an error."""
+    with pytest.raises(DataError, match="has 3 bytes instead of 5"):
+        photo_stores.open_shard(tmp_path / "shard", 5, lambda file: file.write(b"abc") and {})

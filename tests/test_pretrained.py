@@ -22,9 +22,9 @@ from src.search import embed_photos, embed_texts, load_model, photos_of_split
 from src.settings import make_settings
 from src.utils.augment import normalize
 from src.utils.errors import UsageError
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset, load_splits
 from src.utils.photo_store import STORE_FOLDER, open_photo
 from src.utils.ragged import Texts
+from src.utils.splits import hold_out, load_splits, open_split, read_pairs
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import ENCODER_FILE, arguments, main, run_script, write_dataset
 
@@ -106,7 +106,7 @@ def test_features_are_those_of_the_photo_and_its_mirror_image(dataset_dir, encod
     image = load_encoder(f"{encoder_file}:photos", "image")
     text = load_encoder(f"{encoder_file}:texts", "text")
     settings = dict(image_encoder=image, text_encoder=text)
-    data = Flickr8kImageTextDataset(dataset_dir, "train", 16, CharTokenizer(), **settings)
+    data = open_split(dataset_dir, "train", 16, CharTokenizer(), **settings)
     assert data.photos.shape == (6, 2, 24) and data.photos.dtype == torch.float16
     assert data.counts()["features"] == 24
     for name, row in zip(data.names, data.photos[:].float()):
@@ -115,7 +115,7 @@ def test_features_are_those_of_the_photo_and_its_mirror_image(dataset_dir, encod
         assert torch.allclose(row[1], image(photo.flip(-1)[None])[0], rtol=1e-3, atol=2e-3)
     for caption, row in zip(data.captions, data.text_features[:].float()):
         assert torch.allclose(row, text(text.prepare([caption]))[0], rtol=1e-3, atol=2e-3)
-    val = Flickr8kImageTextDataset(dataset_dir, "val", 16, CharTokenizer(), **settings)
+    val = open_split(dataset_dir, "val", 16, CharTokenizer(), **settings)
     assert val.photos.shape == (3, 1, 24)
 
 
@@ -144,11 +144,10 @@ def test_held_out_photos_take_their_features_along(dataset_dir, encoder_file):
     shutil.copy(folder / "1006_abc.jpg", folder / "1001_abc.jpg")  # a photo of val is in train, too
     encoders = {"image_encoder": load_encoder(f"{encoder_file}:photos", "image"),
                 "text_encoder": load_encoder(f"{encoder_file}:texts", "text")}
-    train, val = (Flickr8kImageTextDataset(dataset_dir, split, 16, CharTokenizer(),
-                                           allow_incomplete=True, **encoders)
+    train, val = (read_pairs(dataset_dir, split, 16, allow_incomplete=True, **encoders)
                   for split in ("train", "val"))
     kept = train.photos[[0, 2, 3, 4, 5]], train.text_features[[*range(5), *range(10, 30)]]
-    train.hold_out([val])
+    train = hold_out(train, [val], allow_incomplete=True)
     assert torch.equal(train.photos[:], kept[0])
     assert torch.equal(train.text_features[:], kept[1])
 
@@ -157,7 +156,7 @@ def test_a_photo_that_cannot_be_read_is_skipped_and_nothing_is_stored(dataset_di
     (dataset_dir / "Flicker8k_Dataset" / "1002_abc.jpg").write_bytes(b"no photo")
     image = load_encoder(f"{encoder_file}:photos", "image")
     whole = [f"{1000 + i}_abc.jpg" for i in (0, 1, 3, 4, 5)]
-    data = Flickr8kImageTextDataset(dataset_dir, "train", 16, CharTokenizer(), image_encoder=image,
+    data = open_split(dataset_dir, "train", 16, CharTokenizer(), image_encoder=image,
                                     allow_incomplete=True)
     assert data.names == whole and data.skipped == ["1002_abc.jpg"] and len(data.photos) == 5
     assert not list((dataset_dir / STORE_FOLDER).iterdir())
@@ -167,7 +166,7 @@ def test_stores_follow_encoder_weights_precision_and_files(dataset_dir, encoder_
     def store_of(path, amp_dtype=None, modality="image", function="photos"):
         encoder = load_encoder(f"{path}:{function}", modality)
         encoder.configure(torch.device("cpu"), amp_dtype, frozen=True)
-        Flickr8kImageTextDataset(dataset_dir, "val", 16, CharTokenizer(),
+        open_split(dataset_dir, "val", 16, CharTokenizer(),
                                  **{f"{modality}_encoder": encoder})
         return {path.name for path in (dataset_dir / STORE_FOLDER).glob(f"val_{modality}_*")}
 

@@ -5,7 +5,7 @@ import pytest
 from src.experiments import scale
 from src.settings import make_settings
 from src.utils import photo_store
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.splits import open_split
 from src.utils.tokenizers import CharTokenizer
 
 
@@ -13,7 +13,7 @@ def test_a_large_dataset_has_its_store_and_flickr8ks_words(tmp_path, monkeypatch
     sizes = {"train": 9, "val": 10, "test": 10}
     scale.write_large(tmp_path, 12_000, sizes)
     monkeypatch.setattr(photo_store, "open_photo", None)  # no photo file is opened
-    train, val = (Flickr8kImageTextDataset(tmp_path, split, sizes[split], CharTokenizer())
+    train, val = (open_split(tmp_path, split, sizes[split], CharTokenizer())
                   for split in ("train", "val"))
     assert len(train) == 12_000 and train.photos.shape == (2400, 3, 9, 9) and len(val) == 5000
     assert len({digest.tobytes() for digest in train.digests}) == 2400

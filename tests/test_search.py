@@ -28,7 +28,7 @@ from src.search import (
 )
 from src.settings import PRESETS
 from src.utils.errors import DataError, UsageError
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.splits import open_split
 from tests.conftest import arguments, main
 
 
@@ -47,7 +47,7 @@ def test_embeddings_give_the_same_metrics_as_the_evaluation(finished, shapes):
     texts = embed_texts(model, tokenizer, all_captions, batch_size=7)
     photo_of_text = [i for i, photo_captions in enumerate(captions) for _ in photo_captions]
     metrics = retrieval_metrics(images, texts, photo_of_text)
-    data = Flickr8kImageTextDataset(
+    data = open_split(
         shapes, "val", transform(photos[0]).shape[-1], tokenizer, cache=False
     )
     assert metrics == pytest.approx(evaluate(model.cpu(), data))

@@ -5,7 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from src.utils.errors import DataError
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.splits import open_split
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import read_captions
@@ -66,7 +66,7 @@ def test_foreign_files_are_refused(tmp_path):
 def test_the_same_loader_reads_it(tmp_path):
     write_synthetic(tmp_path / "a", num_pictures=SMALL)
     for split, count in SMALL.items():
-        data = Flickr8kImageTextDataset(tmp_path / "a", split, 16, CharTokenizer())
+        data = open_split(tmp_path / "a", split, 16, CharTokenizer())
         assert len(data.names) == count and len(data) == 5 * count
 
 

@@ -7,7 +7,7 @@ from src.evaluation import evaluate
 from src.experiments.test_time_training import adaptation_table, main
 from src.runs import load_run
 from src.search import load_model
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.splits import open_split
 
 
 def test_what_test_time_training_adds(finished, shapes, capsys, tmp_path, monkeypatch):
@@ -30,7 +30,7 @@ def test_what_test_time_training_adds(finished, shapes, capsys, tmp_path, monkey
 
     model, tokenizer, _ = load_model(runs[0])
     pixels = load_run(runs[0]).settings.stored_pixels("val")
-    data = Flickr8kImageTextDataset(shapes, "val", pixels, tokenizer)
+    data = open_split(shapes, "val", pixels, tokenizer)
     off = evaluate(model, data)["avg_r1"]
     model.memory.enable_test_time_updates()
     on = evaluate(model, data)["avg_r1"]

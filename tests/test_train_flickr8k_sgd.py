@@ -33,13 +33,8 @@ from src.search import embed_photos, embed_texts, load_bank, load_model
 from src.settings import make_settings, size_before_crop
 from src.training import CudaGraphs, MovingAverage, RunState, cosine_schedule
 from src.utils import augment
-from src.utils.flickr8k_simple import (
-    Flickr8kImageTextDataset,
-    epoch_batches,
-    iterate_batches,
-    load_splits,
-    place_photos,
-)
+from src.utils.flickr8k_simple import epoch_batches, iterate_batches, place_photos
+from src.utils.splits import load_splits, open_split
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import REPOSITORY, arguments, main, run_script, start_script
@@ -131,7 +126,7 @@ def test_the_bank_of_a_run(finished, shapes):
     assert results["val"]["off"] == best["metrics"]
     assert results["test"]["off"] == json.loads((output_dir / TEST).read_text())
     model, tokenizer, _ = load_model(output_dir)
-    data = Flickr8kImageTextDataset(shapes, "val", 32, tokenizer)
+    data = open_split(shapes, "val", 32, tokenizer)
     again = compare_bank(model, data, load_bank(output_dir))  # in full precision
     assert again["on"]["avg_r1"] == pytest.approx(results["val"]["on"]["avg_r1"], abs=10)
     assert re.search(r"bank: 40 training photos with 200 captions, ", out)

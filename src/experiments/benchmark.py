@@ -34,7 +34,8 @@ from src.training import RunState, augment, forward_backward, training_step, upd
 from src.utils.augment import MEAN, STD
 from src.utils.console import Parser, number, prepare_output
 from src.utils.errors import UsageError
-from src.utils.flickr8k_simple import iterate_batches, load_splits, place_photos
+from src.utils.flickr8k_simple import iterate_batches, place_photos
+from src.utils.splits import load_splits
 from train_flickr8k_sgd import build_model
 
 # FLOP/s of dense bfloat16 or float16 matrix products with float32 accumulation, from NVIDIA's data

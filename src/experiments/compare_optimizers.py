@@ -20,7 +20,8 @@ from src.report import markdown_table
 from src.settings import make_settings
 from src.training import RunState, training_step
 from src.utils.console import Parser, prepare_output
-from src.utils.flickr8k_simple import iterate_batches, load_splits, place_photos
+from src.utils.flickr8k_simple import iterate_batches, place_photos
+from src.utils.splits import load_splits
 from train_flickr8k_sgd import SEED_STRIDE, build_model
 
 # Four rates for each optimizer, a factor of about three apart, around its usual rate.

@@ -15,7 +15,7 @@ from src.search import load_model_and_encoders
 from src.utils.captions import SPLIT_FILES
 from src.utils.console import Parser, prepare_output, text
 from src.utils.errors import UsageError
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.splits import open_split
 
 
 def compare_test_time_training(model, dataset):
@@ -48,7 +48,7 @@ def measure(run_dir, split, data_dir=None):
     if data_dir is None:
         data_dir = settings.data_dir
         check_data_dir(data_dir)
-    dataset = Flickr8kImageTextDataset(
+    dataset = open_split(
         data_dir, split, settings.stored_pixels("val"), tokenizer, settings.allow_incomplete,
         image_encoder=encoders.image, text_encoder=encoders.text)
     return compare_test_time_training(model, dataset), len(dataset.names)

@@ -1,5 +1,5 @@
-"""A folder of photos and captions, of whichever layout -> `Folder`. `read_folder` takes the first
-of these that it finds:
+"""A folder of photos and captions, in whichever layout -> its photos, captions and splits, as a
+`Folder`. `read_folder` takes the first of these layouts that it finds:
 
     Flickr8k     Flickr8k.token.txt, or Kaggle's captions.txt (CSV: image,caption), with
                  Flickr_8k.{train,dev,test}Images.txt; all at the root or in Flickr8k_text/
@@ -8,11 +8,11 @@ of these that it finds:
     Karpathy's   dataset_flickr8k.json, dataset_flickr30k.json or dataset_coco.json
     COCO         annotations/captions_train2014.json, captions_val2014.json, or those of 2017
     a table      captions.csv, .tsv, .txt or .jsonl with columns image and caption, perhaps split
-    texts        NAME.jpg with NAME.txt beside it, a caption a line, in the folder or below it
+    texts        NAME.jpg with NAME.txt beside it, one caption per line, in the folder or below it
     shards       .tar files of NAME.jpg and NAME.txt, as img2dataset writes them
 
-Photos lie where their names say, below the folder or below one of PHOTO_FOLDERS in it, in any
-capitals, or in one such folder within another."""
+The photos are looked for below the folder, below one of PHOTO_FOLDERS in it (upper or lower case),
+or below one such folder in another. The files themselves are read by `caption_files.py`."""
 import collections
 import hashlib
 import shlex
@@ -47,9 +47,9 @@ TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.txt")
 PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images", "flickr30k_images",
                  "Images")
 TEXT_FOLDERS = ("", "Flickr8k_text", "flickr30k_images")
-MAX_LENGTH = 1000  # characters of a text that are read; Flickr8k's longest caption has 199
-HELD_OUT = 1000  # photos at most that a hash takes for val, and for test
-SAMPLE = 1000  # photos that are looked for to find their folder
+MAX_LENGTH = 1000  # characters of a text that are read; the longest of Flickr8k has 199
+MAX_HELD_OUT = 1000  # the most photos that a hash takes for val, and as many for test
+SAMPLE = 1000  # photos that are looked for in order to find their folder
 
 
 def cut_text(text):
@@ -58,21 +58,26 @@ def cut_text(text):
 
 
 def download_command(root_dir, *flags):
+    """The command that fetches Flickr8k into a folder, as the user may paste it."""
     return shlex.join(["python", "download_flickr8k.py", *flags, "--data_dir", str(root_dir)])
 
 
 class Folder:
-    """What a folder holds.
+    """The photos, captions and splits of a folder.
 
-    root: Path. layout: its name. source: the file of the captions. splits: {"train", "val" and
-    "test": [names of photos]}. by_hash: whether a hash of the names made them, all or some."""
+    root: Path. layout: its name. source: the file that the captions came from. splits: {"train",
+    "val", "test": [names of photos]}. by_hash: whether a hash of the names made some of the splits.
+    cut_captions: how many captions were longer than MAX_LENGTH and have been cut."""
 
     def __init__(self, root, layout, source, rows, splits=None, photos=None):
-        """rows: iterable of (photo's name, caption, split), caption None for a photo without, split
-        None where the layout has none. splits: of a layout that lists them apart. photos: {name:
-        path}, else they are looked for."""
+        """rows: an iterable of (name of a photo, caption, split). The caption is None in a row that
+        only names a photo, the split if the layout has none. splits: given if the layout lists
+        them in files of their own. photos: {name: path}; by default they are looked for. Raises
+        DataError for a photo in two splits, and for splits that would be empty."""
         self.root, self.layout, self.source = root, layout, source
-        self.row_of, split_of, owners = {}, [], array("i")
+        self.row_of, split_of = {}, []
+        owners = array("i")  # the row of each caption's photo
+        self.cut_captions = 0
         texts, lengths = bytearray(), array("i")
         for name, caption, split in rows:
             row = self.row_of.setdefault(name, len(split_of))
@@ -82,10 +87,11 @@ class Folder:
                 raise DataError(f"{source}: {name} is in two splits, {split_of[row]} and {split}")
             if caption is not None:
                 owners.append(row)
-                caption = caption.encode("utf-8", "surrogatepass")
+                self.cut_captions += len(caption) > MAX_LENGTH
+                caption = cut_text(caption).encode("utf-8", "surrogatepass")
                 texts += caption
                 lengths.append(len(caption))
-        # By photo, those of each in the file's order.
+        # The captions are kept photo by photo, those of each photo in the file's order.
         owners, lengths = np.array(owners, np.int32), np.array(lengths, np.int32)
         captions = Texts(np.frombuffer(texts, np.uint8), np.cumsum(lengths) - lengths, lengths)
         self.captions = captions.take(np.argsort(owners, kind="stable"))
@@ -108,11 +114,13 @@ class Folder:
         elif rest:
             raise DataError(f"{self.source}: {len(rest)} photos are in no split, such as {rest[0]}")
         held_out = sorted({"val", "test"} - {split for split in names if names[split]})
-        if held_out:  # a tenth for each that there is not, or half of the other of the two
+        # Without val and test, each gets a tenth of the training photos. If one of them is missing,
+        # it gets half of the other.
+        if held_out:
             self.by_hash, share, source = True, 10, "train"
             if len(held_out) == 1:
                 share, source = 2, "test" if held_out == ["val"] else "val"
-            most = HELD_OUT if source == "train" else len(split_of)
+            most = MAX_HELD_OUT if source == "train" else len(split_of)
             order = sorted(names[source], key=lambda name: hashlib.sha256(name.encode()).digest())
             number = min(len(order) // share or 1, most)
             for split in held_out:
@@ -121,22 +129,23 @@ class Folder:
                 names[source] = [name for name in names[source] if name not in taken]
         for split in names:
             if not names[split]:
-                raise DataError(f"{self.source}: of {len(split_of)} photos there are none left for "
-                                f"{split}")
+                raise DataError(f"{self.source}: there are {len(split_of)} photos, and none is "
+                                f"left for {split}")
         return names
 
     def names(self, split):
-        """Of the split's photos, or of "all"."""
+        """The names of the photos of a split, or of "all" splits."""
         if split != "all":
             return self.splits[split]
         return [name for names in self.splits.values() for name in names]
 
     def path(self, name):
+        """Where a photo lies: a Path, or a TarMember of a shard."""
         return self.photo_folder / name if self.photos is None else self.photos[name]
 
     def captions_of(self, names):
-        """-> (Texts of those photos, one photo's after another's, their numbers (N,)). A photo that
-        is not known has none."""
+        """-> (the captions of these photos as Texts, photo by photo; the number of captions of each
+        photo (N,)). A photo that the folder does not know has none."""
         rows = np.array([self.row_of.get(name, -1) for name in names], np.int64)
         counts = np.where(rows < 0, 0, self.counts[rows] if len(self.counts) else 0)
         ends = np.cumsum(counts)
@@ -144,12 +153,12 @@ class Folder:
         return self.captions.take(np.arange(len(shift)) + shift), counts
 
     def texts_of(self, name):
-        """A photo's captions, a list of strings."""
+        """The captions of a photo, a list of strings."""
         return list(self.captions_of([name])[0])
 
     def place_of(self, name, caption):
-        """"captions.txt, line 12, photo.jpg" for a message; without the line for a caption of
-        several lines, or in a file of another kind."""
+        """Where a caption stands, for a message, as in "captions.txt, line 12, photo.jpg". The line
+        is left out for a caption of several lines, and for files that do not consist of lines."""
         if self.source.is_file() and self.source.suffix in (".txt", ".token", ".csv", ".tsv"):
             for number, line in enumerate(read_lines(self.source), start=1):
                 if name in line and caption in line:
@@ -157,7 +166,7 @@ class Folder:
         return f"{self.source}, {name}"
 
     def describe(self):
-        """What a run says first, two lines."""
+        """The two lines that a run begins with."""
         counts = {split: int(self.captions_of(names)[1].sum())
                   for split, names in self.splits.items()}
         parts = [f"{split} {len(names):,} photos, {counts[split]:,} captions"
@@ -168,8 +177,7 @@ class Folder:
 
 
 def find_photo_folder(root, names):
-    """Path of the folder that holds most of the photos of these names: the root, or one of
-    PHOTO_FOLDERS."""
+    """The folder, root or one of PHOTO_FOLDERS, that holds most of the photos of these names."""
     order = [name.lower() for name in PHOTO_FOLDERS]
 
     def folders_in(folder):
@@ -178,13 +186,13 @@ def find_photo_folder(root, names):
 
     folders = folders_in(root)
     folders += [inner for folder in folders for inner in folders_in(folder)]
-    # Of equals the first; where no photo is found, the messages name a folder of photos.
+    # If no photo is found, this is the first of PHOTO_FOLDERS, which is what a message should name.
     return max([*folders, root],
                key=lambda folder: sum((folder / name).is_file() for name in names))
 
 
 def find_text_file(root, names):
-    """Path of the first of these files, in one of TEXT_FOLDERS; None where there is none."""
+    """The path of the first of these files that is in one of TEXT_FOLDERS, or None."""
     for name in names:
         for folder in TEXT_FOLDERS:
             if (root / folder / name).is_file():
@@ -193,13 +201,13 @@ def find_text_file(root, names):
 
 
 def read_split(root_dir, split):
-    """The photos' file names of Flickr8k's "train", "val" or "test", in the split file's order; one
-    may begin with a folder of its own, as in sub/photo.jpg. Raises DataError where that file is
-    missing, empty or lists a photo twice."""
+    """The names of the photos of Flickr8k's "train", "val" or "test", in the order of its file. A
+    name may contain a folder, as in sub/photo.jpg. Raises DataError if the file is missing, empty
+    or lists a photo twice."""
     path = find_text_file(Path(root_dir), [SPLIT_FILES[split]])
     if path is None:
         raise DataError(f"{root_dir}: {SPLIT_FILES[split]} is missing. "
-                        f"`{download_command(root_dir, '--text_only')}` (2 MB) brings it.")
+                        f"`{download_command(root_dir, '--text_only')}` (2 MB) fetches it.")
     names = [line.strip() for line in read_lines(path) if line.strip()]
     if not names:
         raise DataError(f"{path}: lists no photos")
@@ -216,7 +224,7 @@ def read_flickr8k(root):
     rows = token_rows(source)
     if source.name == CAPTION_FILES[1]:
         first = next(read_lines(source), "").strip().lower().replace(" ", "")
-        if first != "image,caption":  # another's table
+        if first != "image,caption":  # a table of something else
             return None
         rows = table_rows(source)
     splits = {split: read_split(root, split) for split in SPLIT_FILES}
@@ -279,8 +287,8 @@ READERS = (read_flickr8k, read_flickr30k, read_karpathy, read_coco, read_table, 
 
 
 def read_folder(root_dir):
-    """-> Folder. Raises DataError for a folder that is not there or of no layout known here, and
-    for one whose files do not fit their layout."""
+    """Read a folder in whichever layout -> `Folder`. Raises DataError for a folder that does not
+    exist, that has no known layout, or whose files do not fit their layout."""
     root = Path(root_dir)
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder. To fetch Flickr8k: "
@@ -291,7 +299,7 @@ def read_folder(root_dir):
         if folder is not None:
             return folder
     raise DataError(
-        f"{root}: no captions in a layout known here. Looked for {' or '.join(CAPTION_FILES)} "
+        f"{root}: holds no captions in a known layout. Looked for {' or '.join(CAPTION_FILES)} "
         f"(Flickr8k), {' or '.join(FLICKR30K_FILES)} (Flickr30k), {', '.join(KARPATHY_FILES)} "
         "(Karpathy's), annotations/captions_train2014.json (COCO; 2017 alike), captions.csv, .tsv "
         "or .jsonl, NAME.jpg with NAME.txt beside it, and .tar files of these")

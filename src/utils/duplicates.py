@@ -1,9 +1,10 @@
-"""Photos that are the same, or nearly so: what training must not have seen of the others.
+"""Copies of photos: how to tell that two files show the same picture, or nearly so.
 
-A photo's signature is two thumbnails, of the whole and of what is left without a margin. Compared
-are the differences from cell to cell, as in the difference hash (dHash), but in colour, and how
-large they are instead of their sign alone: flat areas count for nothing."""
+The signature of a photo is two thumbnails, one of the whole photo and one without its margin. What
+is compared are the differences between neighbouring cells, as in the difference hash (dHash), but
+in colour, and with their size instead of their sign alone, so that flat areas do not count."""
 import re
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
@@ -13,15 +14,16 @@ from PIL import Image
 GRID = 8  # rows and columns of a thumbnail
 MARGINS = (0.0, 0.05)
 SIGNATURE = (len(MARGINS), GRID, GRID, 3)  # uint8
-ALIKE = 0.85  # cosine from which on two are copies: of seven thousand Flickr photos, two pairs are
-REDUCED = 64  # pixels, to which a photo is reduced first
-COMPARED = 2000  # photos compared at a time
-# Flickr's own file names: the photo's number, and in some a secret and a size.
+SAME = 0.85  # the cosine of copies; among seven thousand Flickr photos, two pairs reach it
+REDUCED = 64  # pixels of the side to which a photo is reduced first
+CHUNK_SIZE = 2000  # photos compared at a time
+# The names of Flickr's files: the number of the photo, a secret, and perhaps a size. Flickr30k has
+# kept the number alone.
 FLICKR_NAME = re.compile(r"([1-9]\d{6,11})(_[0-9a-f]{10}(_[a-z])?)?")
 
 
 def signature(photo):
-    """A PIL image, RGB -> uint8 array of the shape SIGNATURE."""
+    """The signature of a PIL image in RGB, a uint8 array of shape SIGNATURE."""
     small = photo.resize((REDUCED, REDUCED), Image.Resampling.BILINEAR)
     thumbnails = []
     for margin in MARGINS:
@@ -32,31 +34,39 @@ def signature(photo):
 
 
 def differences(thumbnails):
-    """(N, GRID, GRID, 3) -> (N, D) of unit length, whose dot products are compared. The root keeps
-    a strong edge from counting for all."""
+    """Thumbnails (N, GRID, GRID, 3) -> the differences of their cells (N, D), of unit length, whose
+    dot products are compared. The square root keeps one strong edge from dominating."""
     across, down = thumbnails.diff(dim=2), thumbnails.diff(dim=1)
     both = torch.cat([across.flatten(1), down.flatten(1)], 1)
     return F.normalize(both.sign() * both.abs().sqrt(), dim=1)
 
 
 def near_duplicates(signatures, others):
-    """For each photo, by signatures (N, *SIGNATURE), the row of the one among others, alike, that
-    it is a copy of -> (N,), -1 for none. A copy may be compressed, resized, brighter or darker,
-    mirrored, and cropped at the margins, as may be the other."""
-    whole, inner = (differences(torch.cat([part, part.flip(2)])).T
-                    for part in torch.as_tensor(others).float().unbind(1))
+    """For each photo, given by signatures (N, *SIGNATURE), the row of the photo among the others
+    (M, *SIGNATURE) of which it is a copy -> (N,), -1 for none. Either photo may be compressed,
+    resized, brighter or darker, mirrored, and cropped at the margins."""
+    others = torch.as_tensor(others).float()
+    with_mirrored = [differences(torch.cat([part, part.flip(2)])).T for part in others.unbind(1)]
+    other_whole, other_inner = with_mirrored
     copy_of = []
-    for start in range(0, len(signatures), COMPARED):
-        own = torch.as_tensor(signatures[start:start + COMPARED]).float()
-        own_whole, own_inner = map(differences, own.unbind(1))
-        cosine = torch.maximum(own_whole @ whole, own_whole @ inner)
-        cosine = torch.maximum(cosine, own_inner @ whole)
-        most, row = cosine.max(1)
-        copy_of.append(torch.where(most >= ALIKE, row % len(others), -1))
+    for start in range(0, len(signatures), CHUNK_SIZE):
+        chunk = torch.as_tensor(signatures[start:start + CHUNK_SIZE]).float()
+        whole, inner = map(differences, chunk.unbind(1))
+        cosine = torch.maximum(whole @ other_whole, whole @ other_inner)
+        cosine = torch.maximum(cosine, inner @ other_whole)
+        highest, row = cosine.max(1)
+        copy_of.append(torch.where(highest >= SAME, row % len(others), -1))
     return torch.cat(copy_of).numpy()
 
 
-def flickr_id(name):
-    """The number of a photo on Flickr by its file's name, None for other names."""
-    found = FLICKR_NAME.fullmatch(name.rpartition("/")[2].rpartition(".")[0])
-    return found and found[1]
+def flickr_number(name):
+    """The number in the name of a photo's file if it may be that of the photo on Flickr, else None.
+    Whether it really is one shows in `has_flickr_form`, or in the picture."""
+    match = FLICKR_NAME.fullmatch(PurePosixPath(name).stem)
+    return match and match[1]
+
+
+def has_flickr_form(name):
+    """Whether a file's name has Flickr's own form, a number and a secret, not the number alone."""
+    match = FLICKR_NAME.fullmatch(PurePosixPath(name).stem)
+    return match is not None and match[2] is not None

@@ -1,5 +1,8 @@
-"""What a file is made of once and kept: photos decoded, or encoded, into a store of shards that are
-read by memory map."""
+"""Cache of decoded photos, memory-mapped, and how a photo file is decoded.
+
+A store keeps one row for each photo of a split: its pixels, or the features of a frozen encoder. It
+consists of shards, files of SHARD_SIZE photos whose names change with the photos' files, so that a
+changed photo is read anew."""
 import contextlib
 import hashlib
 import io
@@ -19,18 +22,20 @@ from src.utils.duplicates import SIGNATURE, signature
 from src.utils.errors import DataError
 
 STORE_FOLDER = "photo_store"
-STORE_VERSION = 5  # to be raised with any change to what `load_photo` gives
-SHARD_SIZE = 1000  # photos in a file of a store: what a kill costs
+STORE_VERSION = 5  # to be raised whenever `load_photo` gives other pixels
+SHARD_SIZE = 1000  # photos in a shard, and at most so many are lost when the program is killed
 DIGEST_BYTES = 32  # of SHA-256
-SECONDS_TO_BUILD = 3600  # a half-written shard that old is nobody's any more
-# Pillow warns of odd tags and of pictures of over 89 megapixels, which are read all the same.
+SECONDS_TO_BUILD = 3600  # an unfinished shard that is older has been abandoned
+# Pillow warns of odd tags and of pictures above 89 megapixels, but it reads them.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def to_8_bits(photo):
-    """A grey PIL image of more than 8 bits, or of floats -> of 8. Integers are scaled by as many
-    bits as the brightest needs of 8, 10, 12, 14 and 16, for cameras store fewer in 16; floats, and
-    integers beyond 16 bits, by their range. Raises ValueError where no pixel is finite."""
+    """A grey PIL image of more than 8 bits, or of floats -> one of 8 bits.
+
+    Cameras store 10, 12 or 14 bits in 16, so integers are scaled by the fewest bits, of 8, 10, 12,
+    14 and 16, that the brightest pixel needs. Floats, and integers beyond 16 bits, are scaled by
+    their range. Raises ValueError if no pixel is finite."""
     values = np.asarray(photo, np.float64)
     finite = values[np.isfinite(values)]
     if not finite.size:
@@ -44,9 +49,10 @@ def to_8_bits(photo):
 
 
 def open_photo(path, size):
-    """A photo file of any mode Pillow reads -> PIL image, RGB, upright by EXIF, what is transparent
-    on white. JPEG is decoded to a smaller scale, no less than size, which is faster. Raises
-    DataError with the file's name for one that is missing, empty, truncated or no image."""
+    """Open a photo file of any mode that Pillow reads -> PIL image in RGB, upright according to
+    EXIF, transparent parts white. A JPEG is decoded at a smaller scale, but not below size, which
+    is faster. Raises DataError, with the name of the file, if it is missing, empty, truncated or
+    not an image."""
     path = Path(path) if isinstance(path, str) else path
     try:
         with path.open("rb") as file, Image.open(file) as photo:
@@ -63,13 +69,14 @@ def open_photo(path, size):
     except UnidentifiedImageError:
         fault = "not an image" if path.stat().st_size else "the file is empty"
         raise DataError(f"{path}: {fault}") from None
-    except Exception as error:  # Pillow's decoders raise anything for a damaged file
+    except Exception as error:  # for a damaged file, Pillow's decoders raise any exception
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{path}: {' '.join(reason.split())}") from None
 
 
 def to_square(photo, size):
-    """A PIL image, RGB -> uint8 array (size, size, 3), squeezed, so that no margin is lost."""
+    """A PIL image in RGB -> uint8 array (size, size, 3). The photo is squeezed rather than cropped,
+    so that nothing at the margins is lost."""
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
     # Within one level of 255 of Pillow's bicubic filter, in a sixth of its time.
     square = resize(pixels, size, "bicubic")
@@ -77,15 +84,15 @@ def to_square(photo, size):
 
 
 def load_photo(path, size):
-    """A photo file -> uint8 array (3, size, size). Raises DataError as `open_photo` does: no photo
-    becomes a blank one."""
+    """A photo file -> uint8 array (3, size, size). Raises DataError as `open_photo` does; a photo
+    that cannot be read never becomes a blank one."""
     return to_square(open_photo(path, size), size).transpose(2, 0, 1)
 
 
 @contextlib.contextmanager
 def decoding_threads():
-    """A pool of one thread for each core; Pillow decodes outside Python's lock. What is not begun
-    when the block is left, by Ctrl-C for one, is not done."""
+    """A pool of one thread per core. Pillow releases Python's lock while it decodes. If the block
+    is left early, for instance by Ctrl-C, work that has not begun is dropped."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         yield pool
@@ -94,60 +101,80 @@ def decoding_threads():
 
 
 def store_key(*parts):
-    """A short name for what JSON can say, which changes with any of it."""
+    """A short hash of anything that JSON can represent."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def open_shard(path, num_bytes, write):
-    """A file that is made once -> its bytes, an array, and what `write(file)`, which makes them,
-    gives back: {name: fault}.
+    """Open a shard, and make it first if it is not there -> (its bytes as an array, errors).
 
-    path: None for one that is not kept. It is moved into place when it is whole and opened by
-    memory map; nothing is kept where there are faults or the folder cannot be written. Raises
-    DataError for a full disk."""
-    partial = None
-    if path is not None:
-        if path.is_file() and path.stat().st_size == num_bytes:
-            return np.memmap(path, np.uint8, "r"), {}
-        try:
-            path.parent.mkdir(exist_ok=True)
-            partial = path.with_suffix(f".partial{os.getpid()}")
-            partial.touch()
-        except OSError:
-            partial = None
+    `write(file)` writes its num_bytes bytes and returns {name: error message} of the photos that it
+    had to leave out. The file is renamed into place when it is complete, and is memory-mapped. path
+    is None for a shard that is not kept. A shard with errors is not kept either, nor one whose
+    folder cannot be written. Raises DataError for a full disk."""
+    if path is not None and path.is_file() and path.stat().st_size == num_bytes:
+        return np.memmap(path, np.uint8, "r"), {}
+    partial = partial_file(path)
     try:
         with io.BytesIO() if partial is None else open(partial, "w+b") as file:
-            faults = write(file)
-            if partial is None or faults:
+            errors = write(file)
+            if partial is None or errors:
                 file.seek(0)
-                return np.frombuffer(file.read(), np.uint8), faults
+                return np.frombuffer(file.read(), np.uint8), errors
             file.flush()
-            os.fsync(file.fileno())  # before the name points to the bytes
+            os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
         os.replace(partial, path)
+        content = np.memmap(path, np.uint8, "r")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; the shard takes {num_bytes / 1e6:.0f} MB"
                         ) from None
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
-    return open_shard(path, num_bytes, write)
+    if len(content) != num_bytes:
+        raise DataError(f"{path}: has {len(content):,} bytes instead of {num_bytes:,}; is the disk "
+                        "full?")
+    return content, {}
 
 
-def delete_others(store, shards):
-    """Delete the files of a store that are not among its shards: of other photos, or a kill's."""
+def partial_file(path):
+    """An empty file of this process's own beside a shard, for writing it, or None if that is not
+    possible."""
+    if path is None:
+        return None
+    partial = path.with_suffix(f".partial{os.getpid()}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        partial.touch()
+    except OSError:
+        return None
+    return partial
+
+
+def delete_other_shards(store, shards):
+    """Delete the files of a store that are not among its shards: those of other photos, and those
+    that a killed process has left unfinished. Another process may be doing the same."""
     if store is None or not store.parent.is_dir():
         return
     current = {path.name for path in shards}
     for old in store.parent.glob(f"{store.name}_*"):
-        age = time.time() - old.stat().st_mtime
-        if old.name not in current and (".partial" not in old.name or age > SECONDS_TO_BUILD):
+        if old.name in current:
+            continue
+        try:
+            age = time.time() - old.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        if ".partial" not in old.name or age > SECONDS_TO_BUILD:
             old.unlink(missing_ok=True)
 
 
 class Rows:
-    """Arrays (n, ...), one after another, that are read as one tensor: `rows[some]`, by numbers, a
-    slice or one number, copies some. They may lie in memory maps and be larger than memory. view:
-    what is done to the tensor. chosen: (N,) the rows that there are, None for all."""
+    """Arrays (n, ...), one after the other, that are read like one tensor. They may be memory maps
+    and larger than memory together.
+
+    `rows[selection]`, with row numbers, a slice or one number, copies the selected rows into a
+    tensor. view: a function applied to that tensor. chosen: (N,) the rows that exist; None for
+    all."""
 
     device = torch.device("cpu")
 
@@ -155,8 +182,8 @@ class Rows:
         self.parts, self.view = [np.asarray(part) for part in parts], view
         self.starts = np.cumsum([0, *map(len, parts)])
         self.chosen = np.arange(self.starts[-1]) if chosen is None else chosen
-        none = self[[]]
-        self.shape, self.dtype = (len(self), *none.shape[1:]), none.dtype
+        empty = self[[]]
+        self.shape, self.dtype = (len(self), *empty.shape[1:]), empty.dtype
 
     def __len__(self):
         return len(self.chosen)
@@ -166,7 +193,7 @@ class Rows:
         return len(self) * self.parts[0][:1].nbytes
 
     def part_of(self, rows):
-        """The number of the part in which each of the rows lies."""
+        """The number of the part in which each of these rows lies."""
         return np.searchsorted(self.starts, self.chosen[rows], side="right") - 1
 
     def __getitem__(self, rows):
@@ -177,34 +204,35 @@ class Rows:
         rows = np.asarray(rows, np.int64)
         out = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
         parts = self.part_of(rows)
-        for i, part, row in zip(range(len(rows)), parts, self.chosen[rows] - self.starts[parts]):
+        rows_in_parts = self.chosen[rows] - self.starts[parts]
+        for i, (part, row) in enumerate(zip(parts, rows_in_parts)):
             out[i] = self.parts[part][row]
         return self.view(torch.from_numpy(out))
 
     def choose(self, rows):
-        """-> those rows alone."""
+        """These rows alone, as `Rows`."""
         return Rows(self.parts, self.view, self.chosen[rows])
 
     def __add__(self, other):
-        """These rows, then those of another of the same kind."""
+        """These rows followed by those of another store of the same row format."""
         chosen = np.concatenate([self.chosen, other.chosen + self.starts[-1]])
         return Rows(self.parts + other.parts, self.view, chosen)
 
 
 def read_photo(path, open_file, prepare):
-    """-> (prepare(open_file(path)), (the file's SHA-256, the photo's signature), None), or (None,
-    None, what is wrong)."""
+    """Read one photo -> (prepare(open_file(path)), (SHA-256 of the file, signature), None), or
+    (None, None, error message)."""
     try:
         photo = open_file(path)
-        known = hashlib.sha256(path.read_bytes()).digest(), signature(photo).tobytes()
-        return prepare(photo), known, None
+        identity = hashlib.sha256(path.read_bytes()).digest(), signature(photo).tobytes()
+        return prepare(photo), identity, None
     except DataError as error:
         return None, None, str(error).removeprefix(f"{path.parent}{os.sep}")
 
 
 class Pixels:
-    """What a store keeps of a photo: its pixels, as `load_photo` gives them. Pretrained encoders
-    have their own of this kind, for features; see `open_photo_store`."""
+    """The row format of a store of decoded photos: pixels, as `load_photo` gives them. That of
+    features is `PhotoFeatures` in `src/pretrained.py`."""
 
     dtype = np.uint8
 
@@ -212,7 +240,7 @@ class Pixels:
         self.shape, self.name, self.key = (size, size, 3), size, STORE_VERSION
 
     def rows(self, paths):
-        """Yields what `read_photo` gives, for each path."""
+        """Yield what `read_photo` returns for each path."""
         size = self.shape[0]
 
         def read(path):
@@ -223,58 +251,60 @@ class Pixels:
             yield from pool.map(read, paths)
 
     @staticmethod
-    def view(rows):  # channels last
+    def view(rows):  # the rows are stored with channels last
         return rows.permute(0, 3, 1, 2)
 
 
-def shard_path(store, kind, number, names, path_of):
-    """The file of a store's shard, whose name changes with any change to its photos' files or to
-    the kind."""
+def shard_path(store, row_format, number, names, path_of):
+    """The file of a store's shard. Its name changes with the photos' files and the row format."""
     stats = [(name, path_of(name).stat()) for name in names]
-    key = store_key(kind.key, [(name, s.st_size, s.st_mtime_ns) for name, s in stats])
-    suffix = np.dtype(kind.dtype).name
-    return store.with_name(f"{store.name}_{kind.name}_{number:05d}_{key}.{suffix}")
+    key = store_key(row_format.key, [(name, s.st_size, s.st_mtime_ns) for name, s in stats])
+    suffix = np.dtype(row_format.dtype).name
+    return store.with_name(f"{store.name}_{row_format.name}_{number:05d}_{key}.{suffix}")
 
 
-def open_photo_store(store, names, path_of, kind, progress=None):
-    """Photos, read once -> what `kind` makes of them, such as uint8 (N, 3, size, size) by `Pixels`,
-    as `Rows`; the SHA-256 of their files, an array (N, DIGEST_BYTES); their signatures, `Rows`; and
-    {name: fault} of those that cannot be read, which are left out.
+def open_photo_store(store, names, path_of, row_format, progress=None):
+    """Open the store of these photos, and make it first where it is not there.
 
-    store: path that the shards' names begin with, see `open_shard`, or None. path_of(name): where a
-    photo lies. `progress(done, total)` is
-    called as photos are read."""
-    row_bytes = int(np.prod(kind.shape)) * np.dtype(kind.dtype).itemsize
+    store: the path that the names of its shards begin with, or None for one that is not kept.
+    path_of(name): where a photo lies. row_format: `Pixels` or `PhotoFeatures`.
+    `progress(done, total)` is called while photos are read.
+
+    Returns the rows as `Rows`, such as uint8 (N, 3, size, size); the SHA-256 of the photos' files,
+    an array (N, DIGEST_BYTES); their signatures as `Rows`; and {name: error message} of photos that
+    cannot be read and have no row."""
+    row_bytes = int(np.prod(row_format.shape)) * np.dtype(row_format.dtype).itemsize
     sizes = np.array([row_bytes, DIGEST_BYTES, np.prod(SIGNATURE)])
-    paths, all_rows, digests, signatures, faults = [], [], [], [], {}
+    paths, all_rows, digests, signatures, errors = [], [], [], [], {}
     for start in range(0, len(names), SHARD_SIZE):
         shard = names[start:start + SHARD_SIZE]
 
         def write(file, shard=shard, start=start):
-            known, faults = [], {}
-            rows = kind.rows([path_of(name) for name in shard])
-            for done, (name, (row, of_file, fault)) in enumerate(zip(shard, rows), start=1):
-                if fault:
-                    faults[name] = fault
+            identities, shard_errors = [], {}
+            rows = row_format.rows([path_of(name) for name in shard])
+            for done, (name, (row, identity, error)) in enumerate(zip(shard, rows), start=1):
+                if error:
+                    shard_errors[name] = error
                 else:
                     file.write(row.tobytes())
-                    known.append(of_file)
+                    identities.append(identity)
                 if progress:
                     progress(start + done, len(names))
-            for part in zip(*known):
+            for part in zip(*identities):  # all digests, then all signatures
                 file.write(b"".join(part))
-            return faults
+            return shard_errors
 
         path = None
         if store is not None:
-            path = shard_path(store, kind, start // SHARD_SIZE, shard, path_of)
-        content, found = open_shard(path, int(len(shard) * sizes.sum()), write)
+            path = shard_path(store, row_format, start // SHARD_SIZE, shard, path_of)
+        content, shard_errors = open_shard(path, int(len(shard) * sizes.sum()), write)
         ends = np.cumsum(len(content) // sizes.sum() * sizes)
-        all_rows.append(content[:ends[0]].view(kind.dtype).reshape(-1, *kind.shape))
+        rows = content[:ends[0]].view(row_format.dtype)
+        all_rows.append(rows.reshape(-1, *row_format.shape))
         digests.append(content[ends[0]:ends[1]].reshape(-1, DIGEST_BYTES))
         signatures.append(content[ends[1]:].reshape(-1, *SIGNATURE))
         paths.append(path)
-        faults |= found
+        errors |= shard_errors
     if store is not None:
-        delete_others(store.with_name(f"{store.name}_{kind.name}"), paths)
-    return Rows(all_rows, kind.view), np.concatenate(digests), Rows(signatures), faults
+        delete_other_shards(store.with_name(f"{store.name}_{row_format.name}"), paths)
+    return Rows(all_rows, row_format.view), np.concatenate(digests), Rows(signatures), errors

@@ -1,0 +1,273 @@
+"""The folders that a run names -> its splits, with no photo in two of them.
+
+A split is first a `PairsOfSplit`: its decoded photos and its captions. Photos that are in another
+split as well are left out and extra data is added; then the captions are tokenized, which makes it
+a `Flickr8kImageTextDataset`."""
+import collections
+import logging
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from src.utils.captions import MAX_LENGTH, SPLIT_FILES, Folder, download_command, read_folder
+from src.utils.console import ProgressLine, first_three
+from src.utils.duplicates import flickr_number, has_flickr_form, near_duplicates
+from src.utils.errors import DataError
+from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.photo_store import STORE_FOLDER, Pixels, Rows, open_photo_store
+from src.utils.ragged import Texts
+from src.utils.synthetic import write_synthetic
+from src.utils.tokenizers import build_tokenizer
+
+log = logging.getLogger("flickr8k_sgd")
+
+
+@dataclass(frozen=True)
+class PairsOfSplit:
+    """The photos of a split and their captions, before the captions are tokenized.
+
+    names: of the N photos, in the split's order. photos: `Rows`, pixels or features. digests: the
+    SHA-256 of each photo's file. signatures: `Rows`, see `duplicates.py`. captions: M texts, photo
+    by photo, and photo_of_caption (M,). text_features: `Rows` (M, width), or None. skipped: names
+    of photos that were left out. extra_data: what config.json says about datasets that were
+    added."""
+
+    split: str
+    folders: list
+    names: list
+    photos: Rows
+    digests: np.ndarray
+    signatures: Rows
+    captions: Texts
+    photo_of_caption: torch.Tensor
+    text_features: Rows | None = None
+    skipped: list = field(default_factory=list)
+    extra_data: list = field(default_factory=list)
+
+    def __len__(self):
+        return len(self.captions)
+
+    def without(self, rows):
+        """These pairs without those of some photos, given by their rows. Raises DataError if none
+        is left."""
+        if not rows:
+            return self
+        kept = torch.tensor([i for i in range(len(self.names)) if i not in rows])
+        if not len(kept):
+            raise DataError(f"{self.folders[0].root}: no photo of {self.split} is usable, as all "
+                            "of them are in other splits")
+        pairs = torch.isin(self.photo_of_caption, kept).nonzero().flatten()
+        text_features = self.text_features
+        return replace(
+            self, names=[self.names[i] for i in kept], photos=self.photos.choose(kept),
+            digests=self.digests[kept], signatures=self.signatures.choose(kept),
+            captions=self.captions.take(pairs.numpy()),
+            photo_of_caption=torch.searchsorted(kept, self.photo_of_caption[pairs]),
+            text_features=None if text_features is None else text_features.choose(pairs),
+            skipped=self.skipped + [self.names[i] for i in sorted(rows)])
+
+    def joined_with(self, other):
+        """These pairs followed by those of another dataset."""
+        text_features = self.text_features
+        return replace(
+            self, folders=self.folders + other.folders, names=self.names + other.names,
+            photos=self.photos + other.photos,
+            digests=np.concatenate([self.digests, other.digests]),
+            signatures=self.signatures + other.signatures, captions=self.captions + other.captions,
+            photo_of_caption=torch.cat(
+                [self.photo_of_caption, other.photo_of_caption + len(self.names)]),
+            text_features=None if text_features is None else text_features + other.text_features)
+
+    def copies_in(self, others, near=True):
+        """The photos that are in one of the other PairsOfSplit as well, as {row: (which photo it
+        is there, how that is known)}. near: whether near-duplicates count."""
+        by_digest, by_number = {}, {}
+        for other in others:
+            for row, (name, digest) in enumerate(zip(other.names, other.digests)):
+                by_digest[digest.tobytes()] = other, row
+                by_number.setdefault(flickr_number(name), (other, row))
+        copies = {}
+        for row, (name, digest) in enumerate(zip(self.names, self.digests)):
+            number = flickr_number(name)
+            if digest.tobytes() in by_digest:
+                other, other_row = by_digest[digest.tobytes()]
+                copies[row] = f"{other.names[other_row]} of {other.split}", "equal content"
+            elif number is not None and number in by_number:
+                other, other_row = by_number[number]
+                if self.is_same_flickr_photo(row, other, other_row):
+                    copies[row] = f"{other.names[other_row]} of {other.split}", "the Flickr number"
+        for other in others if near else ():
+            rows = near_duplicates(self.signatures, other.signatures[:])
+            for row in np.nonzero(rows >= 0)[0].tolist():
+                copies.setdefault(
+                    row, (f"{other.names[rows[row]]} of {other.split}", "near-duplicates"))
+        return copies
+
+    def is_same_flickr_photo(self, row, other, other_row):
+        """Whether two photos whose names have the same number are the same photo on Flickr. A bare
+        number can be anything, such as a date, so the pictures of two must look alike."""
+        if has_flickr_form(self.names[row]) or has_flickr_form(other.names[other_row]):
+            return True
+        return near_duplicates(self.signatures[[row]], other.signatures[[other_row]])[0] == 0
+
+
+def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, progress=None,
+               image_encoder=None, text_encoder=None):
+    """The `PairsOfSplit` of a dataset folder, each photo decoded (or encoded) once.
+
+    folder: a `Folder`, or the path of one. split: "train", "val" or "test", or "all" of them.
+    image_size: side of the decoded photos in pixels. cache: whether to keep them in files below the
+    folder. image_encoder, text_encoder: PretrainedEncoder or None. With frozen ones, `photos` are
+    features, float16 (N, views, width), of the photo and, in training, of its mirror image, and
+    `text_features` are (M, width).
+
+    Raises DataError if a photo is missing, unreadable or without captions. With allow_incomplete
+    such photos are skipped."""
+    folder = folder if isinstance(folder, Folder) else read_folder(folder)
+    skipped = []
+
+    def without(names, fault, faulty, place):
+        """The names without the faulty ones, {name} or {name: what is wrong}."""
+        if not faulty:
+            return names
+        found = [name for name in names if name in faulty]
+        if not allow_incomplete:
+            details = [faulty[name] if isinstance(faulty, dict) else name for name in found]
+            repair = ""
+            if folder.layout == "Flickr8k":
+                repair = f"`{download_command(folder.root)}` repairs it; "
+            raise DataError(
+                f"{folder.root} is incomplete: {len(found)} of the {len(names)} photos of {split} "
+                f"are {fault} ({first_three(details)}) in {place}.\n"
+                f"{repair}--allow_incomplete trains without them.")
+        if len(found) == len(names):
+            raise DataError(f"{folder.root}: no photo of {split} is usable")
+        skipped.extend(found)
+        return [name for name in names if name not in faulty]
+
+    names = folder.names(split)
+    missing = {name for name in names if not folder.path(name).is_file()}
+    names = without(names, "missing", missing, folder.photo_folder)
+    counts = folder.captions_of(names)[1].tolist()
+    without_captions = {name for name, count in zip(names, counts) if not count}
+    names = without(names, "without captions", without_captions, folder.source)
+    row_format = Pixels(image_size)
+    if image_encoder is not None and image_encoder.frozen:
+        row_format = image_encoder.photo_features(1 if split in ("val", "test") else 2)
+    store = folder.root / STORE_FOLDER / split if cache else None
+    photos, digests, signatures, unreadable = open_photo_store(
+        store, names, folder.path, row_format, progress)
+    names = without(names, "unreadable", unreadable, folder.photo_folder)
+
+    captions, counts = folder.captions_of(names)
+    photo_of_caption = torch.arange(len(names)).repeat_interleave(torch.from_numpy(counts))
+    text_features = None
+    if text_encoder is not None and text_encoder.frozen:
+        text_features = text_encoder.text_features(store, captions, progress)
+    return PairsOfSplit(split, [folder], names, photos, digests, signatures, captions,
+                        photo_of_caption, text_features, skipped)
+
+
+def open_split(folder, split, image_size, tokenizer, allow_incomplete=False, **options):
+    """One split of a folder as a `Flickr8kImageTextDataset`; for the options see `read_pairs`."""
+    pairs = read_pairs(folder, split, image_size, allow_incomplete, **options)
+    return Flickr8kImageTextDataset(pairs, tokenizer, options.get("text_encoder"))
+
+
+def read_folders(settings):
+    """Read --data_dir, after making it if it is the built-in dataset, and each --extra_data ->
+    [Folder]."""
+    if settings.synthetic and write_synthetic(settings.data_dir):
+        log.info(f"made the built-in dataset in {settings.data_dir}")
+    folders = []
+    for root in [settings.data_dir, *settings.extra_data]:
+        folders.append(read_folder(root))
+        for line in folders[-1].describe():
+            log.info(line)
+    return folders
+
+
+def check_folders(settings):
+    """--check: log what the folders hold, and how many photos are missing."""
+    for folder in read_folders(settings):
+        names = folder.names("all")
+        missing = [name for name in names if not folder.path(name).is_file()]
+        if missing:
+            log.info(f"{len(missing):,} of the {len(names):,} photos are missing in "
+                     f"{folder.photo_folder}, such as {missing[0]}")
+
+
+def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None):
+    """-> ({split: Flickr8kImageTextDataset}, tokenizer). No photo is in two splits. Without a
+    tokenizer, one is made from the training captions."""
+    folder, *extra_folders = read_folders(settings)
+    line = ProgressLine()
+
+    def load(folder, split, image_size):
+        pairs = read_pairs(folder, split, image_size, settings.allow_incomplete,
+                           progress=line.counter(f"reading {split}"), image_encoder=image_encoder,
+                           text_encoder=text_encoder)
+        line.clear()
+        return pairs
+
+    splits = {split: load(folder, split, settings.stored_pixels(split)) for split in SPLIT_FILES}
+    train, val, test = splits["train"], splits["val"], splits["test"]
+    before = len(train.names) + len(val.names)
+    val = hold_out(val, [test], settings.allow_incomplete)
+    train = hold_out(train, [val, test], settings.allow_incomplete)
+    copies = before - len(train.names) - len(val.names)
+    if copies:
+        log.info(f"{copies:,} photos are left out, as they are copies, or nearly so, of photos in "
+                 "a later split (train, val, test)")
+    for extra_folder in extra_folders:
+        split = "all" if settings.extra_all else "train"
+        extra = load(extra_folder, split, settings.stored_pixels("train"))
+        train = join_extra(train, extra, [val, test])
+    if len(train.names) < 2:
+        raise DataError(f"{settings.data_dir}: training needs at least two photos")
+
+    tokenizer = tokenizer or build_tokenizer(settings.tokenizer, train.captions)
+    datasets = {}
+    for split, pairs in {"train": train, "val": val, "test": test}.items():
+        datasets[split] = Flickr8kImageTextDataset(pairs, tokenizer, text_encoder)
+        if pairs.skipped:
+            log.info(f"{split}: {len(pairs.skipped)} photos left out, such as {pairs.skipped[0]}")
+    cut = sum(one.cut_captions for one in train.folders)
+    if cut:
+        log.info(f"{cut:,} captions were cut to {MAX_LENGTH:,} characters")
+    return datasets, tokenizer
+
+
+def hold_out(pairs, others, allow_incomplete):
+    """The pairs without the photos whose files are also in one of the other splits. If a hash made
+    the splits, near-duplicates are left out too. Raises DataError if the folder's own lists put
+    photos into two splits, unless allow_incomplete."""
+    folder = pairs.folders[0]
+    copies = pairs.copies_in(others, near=folder.by_hash)
+    if copies and not (allow_incomplete or folder.by_hash):
+        examples = [f"{pairs.names[row]} is {copy}" for row, (copy, _) in copies.items()]
+        raise DataError(f"{folder.root}: {len(examples)} photos of {pairs.split} are in another "
+                        f"split as well ({first_three(examples)}).\nTake them out of one list; "
+                        f"--allow_incomplete leaves them out of {pairs.split}.")
+    return pairs.without(copies)
+
+
+def join_extra(train, extra, held_out):
+    """Add the pairs of another dataset to the training split, except for photos that are in val or
+    test, in whichever form, or in the training split already."""
+    skipped = collections.Counter()
+    if extra.skipped:
+        skipped["missing, unreadable or without captions"] = len(extra.skipped)
+    for others, place, near in ((held_out, "val or test", True), ([train], "training", False)):
+        copies = extra.copies_in(others, near)
+        skipped.update(f"{how} of a photo in {place}" for _, how in copies.values())
+        extra = extra.without(copies)
+    folder = extra.folders[0]
+    reasons = "".join(f"; {number:,} left out: {reason}" for reason, number in skipped.items())
+    log.info(f"{folder.root}: {len(extra.names):,} photos with {len(extra):,} captions join the "
+             f"training split{reasons}")
+    description = {"folder": str(folder.root), "layout": folder.layout, "split": extra.split,
+                   "photos": len(extra.names), "captions": len(extra), "skipped": dict(skipped)}
+    train = train.joined_with(extra)
+    return replace(train, extra_data=[*train.extra_data, description])
