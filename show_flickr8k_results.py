@@ -19,9 +19,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from src.retrieval import retrieval_ranks
-from src.runs import HISTORY, TRAIN_FIRST, check_data_dir, load_run
-from src.search import EmbeddingCache, Search, list_skipped, photos_of_folder, photos_of_split
 from src.utils.captions import MAX_LENGTH, SPLIT_FILES, cut_text
 from src.utils.console import (
     Parser,
@@ -32,7 +29,6 @@ from src.utils.console import (
     printable,
     text,
 )
-from src.utils.errors import DataError, UsageError
 
 EXAMPLES = 4  # hits, and as many misses, on the page of a run
 OUTPUTS = Path("outputs")  # where the training script writes its runs, unless told otherwise
@@ -98,6 +94,10 @@ if __name__ == "__main__":
     parse_args()
 
 from src import page, report, server
+from src.retrieval import retrieval_ranks
+from src.runs import HISTORY, TRAIN_FIRST, check_data_dir, load_run
+from src.search import EmbeddingCache, Search, list_skipped, photos_of_folder, photos_of_split
+from src.utils.errors import DataError, UsageError
 
 
 def newest_run():

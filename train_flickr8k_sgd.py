@@ -17,13 +17,21 @@ import shlex
 import sys
 import time
 
+from src.settings import FISHER_EPOCHS, FISHER_PHOTOS, for_contrastive_pair, parse_args
+
+if __name__ == "__main__":
+    # --help and wrong arguments are answered before torch is imported, which takes seconds.
+    parse_args(__doc__.split("\n")[0])
+
+import torch
+
+from src import report, runs
 from src.bank import BETA
 from src.device import allow_fast_kernels, autocast_dtype, describe, find_device
 from src.encoder_sources import load_encoders
 from src.evaluation import compare_bank, evaluate, make_bank
 from src.fisher import build_network, make_fisher_vectors, with_fisher_vectors
 from src.pretrained import NO_ENCODERS
-from src.settings import FISHER_EPOCHS, FISHER_PHOTOS, for_contrastive_pair, parse_args
 from src.training import (
     ADVICE,
     MEMORY_LOSS_WEIGHT,
@@ -33,21 +41,13 @@ from src.training import (
     frozen_statistics,
     training_step,
 )
+from src.utils import distributed
 from src.utils.augment import normalize, resize
 from src.utils.console import ProgressLine, duration, log_to_console
 from src.utils.errors import RunError, UsageError
 from src.utils.flickr8k_simple import iterate_batches, place_photos
 from src.utils.splits import check_folders, load_splits
 from src.utils.tokenizers import tokenizer_from_state
-
-if __name__ == "__main__":
-    # --help and wrong arguments are answered before torch is imported, which takes seconds.
-    parse_args(__doc__.split("\n")[0])
-
-import torch
-
-from src import report, runs
-from src.utils import distributed
 
 log = logging.getLogger("flickr8k_sgd")
 LOG_INTERVAL = 10  # steps between two looks at the loss, each of which waits for the device
@@ -356,7 +356,7 @@ def evaluate_best(run, splits):
     if run.is_main:
         runs.save_checkpoint(best | {"bank": bank.state_dict()}, run.dir / runs.BEST)
         runs.save_json(results | {"beta": BETA}, run.dir / runs.BANK)
-        runs.save_json(results["test"]["off"], run.dir / runs.TEST)
+        runs.save_json(results["test"]["without_bank"], run.dir / runs.TEST)
 
 
 # -------------------------------------------------------------------------------------- the main

@@ -1,39 +1,41 @@
-"""Training pairs that are remembered while ranking."""
+"""The bank: training photos and captions that help to rank other photos and captions."""
 import torch
 import torch.nn.functional as F
 
 from src.device import full_float32
 from src.retrieval import CHUNK_SIZE
 
-BANK_SIZE = 5000  # photos in a bank
-BETA = 20.0  # of the bank: how much more the nearest count
-NEIGHBOURS = 10  # in the bank, which complete a latent
-NEIGHBOUR_WEIGHT = 0.2  # of their partners, beside the latent itself
+BANK_SIZE = 5000  # the largest number of photos in a bank
+BETA = 20.0  # inverse temperature of the two softmaxes below
+NEIGHBOURS = 10  # nearest items of the bank by which a latent is expanded
+NEIGHBOUR_WEIGHT = 0.2  # weight of their partners, relative to the latent itself
 
 
 class Bank:
-    """Training photos with their captions, remembered while ranking, in two ways.
+    """Latents of training photos and of their captions, which improve a ranking in two ways.
 
-    A latent is completed by the partners of its nearest in the bank: a photo by the captions of
-    photos like it, a text by the photos of captions like it (query expansion and database-side
-    augmentation, Arandjelovic and Zisserman 2012, across the modalities). And the hubs of the
-    space, the photos that stand near to any text and the texts that stand near to any photo, are
-    taken back: the inverted softmax (Smith et al. 2017) with a bank of training queries (Bogolin et
-    al. 2022).
+    1. A latent is expanded by the partners of its nearest neighbours in the bank: a photo by the
+       captions of similar photos, a text by the photos of similar captions. This is query expansion
+       and database-side augmentation (Arandjelovic and Zisserman 2012), across the modalities.
+    2. Hubs are corrected for. These are photos that are near to almost any text, or texts that are
+       near to almost any photo. How near an item is to the bank in general is subtracted from its
+       similarities: the inverted softmax (Smith et al. 2017) with training queries (Bogolin et al.
+       2022).
 
-    photos: (P, D), texts: (T, D). photo_of_text: (T,) the row of each text's photo, by default its
-    own. Of unit length, as precise as float16, in which `state_dict` has them. All methods take
-    latents (N, D) of unit length, and raise ValueError for another D. The dot product of a query
-    and an item of the gallery is what to rank by: the cosine of the completed, less hubness."""
+    The dot product of a query and of an item of the gallery, as the methods return them, is the
+    cosine of the expanded latents minus the hubness of the item. All methods take latents (N, D) of
+    unit length, return (N, D + 1), and raise ValueError if D is not that of the bank."""
 
-    def __init__(self, photos, texts, photo_of_text=None):
-        self.photos, self.texts = (F.normalize(rows.float(), dim=-1).half().float()
-                                   for rows in (photos, texts))
+    def __init__(self, photos, texts, photo_of_text):
+        """photos: (P, D). texts: (T, D). photo_of_text: (T,), the row of each text's photo.
+
+        The latents get unit length. They are rounded to float16, in which `state_dict` returns
+        them, so that a bank ranks the same before and after it is saved."""
+        self.photos = F.normalize(photos.float(), dim=-1).half().float()
+        self.texts = F.normalize(texts.float(), dim=-1).half().float()
         self.photo_of_text = photo_of_text
-        if photo_of_text is None:
-            self.photo_of_text = torch.arange(len(texts))
-        sums = torch.zeros_like(self.photos).index_add_(0, self.photo_of_text, self.texts)
-        self.captions = F.normalize(sums, dim=-1)  # the mean of each photo's
+        sums = torch.zeros_like(self.photos).index_add_(0, photo_of_text, self.texts)
+        self.mean_texts = F.normalize(sums, dim=-1)  # of the texts of each photo
 
     @property
     def nbytes(self):
@@ -44,53 +46,63 @@ class Bank:
                 "photo_of_text": self.photo_of_text}
 
     def text_queries(self, texts):
-        """-> (N, D + 1), for a gallery of photos."""
-        return self._queries(*self._complete_texts(texts))
+        """Texts as queries, for a gallery of photos."""
+        return self._queries(*self._expand_texts(texts))
 
     def photo_queries(self, photos):
-        """-> (N, D + 1), for a gallery of texts."""
-        return self._queries(*self._complete_photos(photos))
+        """Photos as queries, for a gallery of texts."""
+        return self._queries(*self._expand_photos(photos))
 
     def photo_gallery(self, photos):
-        """-> (N, D + 1), for texts that look for photos."""
-        return self._gallery(*self._complete_photos(photos))
+        """Photos as a gallery, for queries that are texts."""
+        return self._gallery(*self._expand_photos(photos))
 
     def text_gallery(self, texts):
-        """-> (N, D + 1), for photos that look for texts."""
-        return self._gallery(*self._complete_texts(texts))
+        """Texts as a gallery, for queries that are photos."""
+        return self._gallery(*self._expand_texts(texts))
 
     @staticmethod
-    def _queries(completed, hubness):
-        return torch.cat([completed, torch.ones_like(hubness)[:, None]], 1)
+    def _queries(expanded, hubness):
+        return torch.cat([expanded, torch.ones_like(hubness)[:, None]], 1)
 
     @staticmethod
-    def _gallery(completed, hubness):
-        return torch.cat([completed, -hubness[:, None]], 1)
+    def _gallery(expanded, hubness):
+        return torch.cat([expanded, -hubness[:, None]], 1)
 
-    def _complete_photos(self, photos):
-        partner_of = torch.arange(len(self.photos))
-        return self._complete(photos, self.photos, self.captions, partner_of, self.texts)
+    def _expand_photos(self, photos):
+        partner_of_photo = torch.arange(len(self.photos))
+        return self._expand(photos, self.photos, self.mean_texts, partner_of_photo, self.texts)
 
-    def _complete_texts(self, texts):
-        return self._complete(texts, self.texts, self.photos, self.photo_of_text, self.photos)
+    def _expand_texts(self, texts):
+        return self._expand(texts, self.texts, self.photos, self.photo_of_text, self.photos)
 
     @staticmethod
-    def _complete(latents, alike, partners, partner_of, others):
-        """-> the completed (N, D), of unit length, and their hubness (N,): how near each stands to
-        the others in general. partner_of: the row among the partners of each of `alike`."""
-        if latents.shape[1] != alike.shape[1]:
-            raise ValueError(f"the bank's latents have a width of {alike.shape[1]}, these of "
-                             f"{latents.shape[1]}")
-        alike, partners, partner_of, others = (
-            bank.to(latents.device) for bank in (alike, partners, partner_of, others))
-        completed, hubness = [], []
+    def _expand(latents, neighbours, partners, partner_of_neighbour, queries):
+        """Expand latents by the partners of their nearest neighbours, as attention does with
+        queries, keys and values.
+
+        latents: (N, D). neighbours: (K, D), the bank's latents of the same modality. partners:
+        (P, D), latents of the other modality. partner_of_neighbour: (K,), rows of `partners`.
+        queries: (Q, D), the bank's latents of the other modality.
+
+        Returns the expanded latents (N, D), of unit length, and their hubness (N,): a smooth
+        maximum (log-sum-exp) of their cosines with the bank's queries."""
+        if latents.shape[1] != neighbours.shape[1]:
+            raise ValueError(f"the latents have a width of {latents.shape[1]}, but those of the "
+                             f"bank have a width of {neighbours.shape[1]}")
+        device = latents.device
+        neighbours, partners = neighbours.to(device), partners.to(device)
+        partner_of_neighbour, queries = partner_of_neighbour.to(device), queries.to(device)
+        expanded = torch.empty_like(latents)
+        hubness = torch.empty(len(latents), device=device)
         with full_float32():
-            for chunk in latents.split(CHUNK_SIZE):
-                nearest, rows = (chunk @ alike.T).topk(min(NEIGHBOURS, len(alike)), 1)
+            for start in range(0, len(latents), CHUNK_SIZE):
+                rows = slice(start, start + CHUNK_SIZE)
+                cosines = latents[rows] @ neighbours.T
+                nearest, nearest_rows = cosines.topk(min(NEIGHBOURS, len(neighbours)), 1)
                 weights = NEIGHBOUR_WEIGHT * (BETA * nearest).softmax(1)
-                chunk = chunk + (weights[:, :, None] * partners[partner_of[rows]]).sum(1)
-                completed.append(F.normalize(chunk, dim=-1))
-                hubness.append((BETA * (completed[-1] @ others.T)).logsumexp(1) / BETA)
-        return torch.cat(completed), torch.cat(hubness)
-
-
+                values = partners[partner_of_neighbour[nearest_rows]]
+                sums = latents[rows] + (weights[:, :, None] * values).sum(1)
+                expanded[rows] = F.normalize(sums, dim=-1)
+                hubness[rows] = (BETA * (expanded[rows] @ queries.T)).logsumexp(1) / BETA
+        return expanded, hubness

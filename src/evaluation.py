@@ -4,103 +4,130 @@ import torch
 
 from src.bank import BANK_SIZE, Bank
 from src.model import combine_photo_and_text
-from src.retrieval import KS, hub_share, ranks_of_others, retrieval_metrics
+from src.retrieval import KS, hub_share, other_caption_ranks, retrieval_metrics
 from src.utils.augment import normalize, resize
 from src.utils.distributed import gather_objects, rank_and_world
 from src.utils.flickr8k_simple import map_tensors
 
-BATCH_SIZE = 256  # embedded at a time
+BATCH_SIZE = 256  # photos or captions that are embedded at a time
 
 
 @torch.no_grad()
 def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
-    """Rows of a dataset's photos and captions -> latents (N, D) and (M, D), on the model's device,
-    the same in all processes, among which the batches are shared out. amp_dtype: the autocast type,
-    None for full precision. pixels: side to which photos are resized, None for as they are stored.
-    The model is left in the mode it was in."""
-    device, was_training = next(model.parameters()).device, model.training
-    rank, world = rank_and_world()
+    """Embed photos and captions of a dataset.
 
-    def in_batches(total, inputs):
-        parts = []
-        for start in range(rank * BATCH_SIZE, total, world * BATCH_SIZE):
-            latents = model(**inputs(slice(start, start + BATCH_SIZE)))["central_latent"]
-            parts.append((start, latents.float().cpu()))
-        parts = sorted(gather_objects(parts), key=lambda part: part[0])
-        return torch.cat([latents for _, latents in parts]).to(device)
+    photos: (N,) and captions: (M,), rows of the dataset. amp_dtype: the data type of autocast, None
+    for float32. pixels: the side to which photos are resized, None to take them as they are stored.
 
-    def photo_inputs(part):
-        images = dataset.photos[photos[part]]
-        if images.dtype != torch.uint8:
-            return {"images": images[:, 0].to(device)}  # not the mirror image's features
+    Returns the latents of the photos (N, D) and of the captions (M, D), on the model's device. The
+    batches are shared among all processes, and every process gets all latents. The model stays in
+    the mode, training or evaluation, in which it was."""
+    device = next(model.parameters()).device
+
+    def photo_inputs(rows):
+        images = dataset.photos[rows]
+        if images.dtype != torch.uint8:  # features of a pretrained encoder, for two views
+            return {"images": images[:, 0].to(device)}  # the second view is the mirror image
         if pixels is not None:
             images = resize(images, pixels, "bicubic")
         inputs = {"images": normalize(images.to(device))}
         if dataset.fisher_vectors is not None:
-            inputs["fisher_vectors"] = dataset.fisher_vectors[photos[part]].to(device)
+            inputs["fisher_vectors"] = dataset.fisher_vectors[rows].to(device)
         return inputs
 
-    def text_inputs(part):
-        return map_tensors(lambda tensor: tensor.to(device), dataset.text_inputs(captions[part]))
+    def text_inputs(rows):
+        return map_tensors(lambda tensor: tensor.to(device), dataset.text_inputs(rows))
 
+    was_training = model.training
     model.eval()
     with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        latents = in_batches(len(photos), photo_inputs), in_batches(len(captions), text_inputs)
+        photo_latents = embed_in_batches(model, photos, photo_inputs)
+        caption_latents = embed_in_batches(model, captions, text_inputs)
     model.train(was_training)
-    return latents
+    return photo_latents.to(device), caption_latents.to(device)
+
+
+def embed_in_batches(model, rows, inputs_of_rows):
+    """Embed rows of a dataset, BATCH_SIZE at a time; each process takes every world-th batch.
+    Returns the latents of all processes (N, D), in order, in float32, on the CPU."""
+    rank, world = rank_and_world()
+    batches = []  # (number of the first row, latents)
+    for start in range(rank * BATCH_SIZE, len(rows), world * BATCH_SIZE):
+        inputs = inputs_of_rows(rows[start:start + BATCH_SIZE])
+        latents = model(**inputs)["central_latent"]
+        batches.append((start, latents.float().cpu()))
+    batches = sorted(gather_objects(batches), key=lambda batch: batch[0])
+    return torch.cat([latents for _, latents in batches])
 
 
 def embed_dataset(model, dataset, amp_dtype=None):
-    """-> photo latents, caption latents, and the row of each caption's photo, see `embed`."""
-    by_length = np.argsort(dataset.texts.lengths, kind="stable")  # little padding
-    photos, texts = embed(model, dataset, torch.arange(len(dataset.photos)), by_length, amp_dtype)
-    return photos, texts[torch.from_numpy(by_length).argsort()], dataset.photo_of_caption
+    """Embed all photos and captions of a dataset. Returns the latents of the photos (N, D) and of
+    the captions (M, D), and the row of each caption's photo (M,)."""
+    by_length = np.argsort(dataset.texts.lengths, kind="stable")  # little padding in a batch
+    photos, sorted_texts = embed(
+        model, dataset, torch.arange(len(dataset.photos)), by_length, amp_dtype)
+    texts = sorted_texts[torch.from_numpy(by_length).argsort()]
+    return photos, texts, dataset.photo_of_caption
 
 
 def evaluate(model, dataset, amp_dtype=None):
-    """`retrieval_metrics` of a model on a Flickr8kImageTextDataset."""
+    """The `retrieval_metrics` of a model on a Flickr8kImageTextDataset."""
     return retrieval_metrics(*embed_dataset(model, dataset, amp_dtype))
 
 
 def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
-    """The Bank of a training split: BANK_SIZE photos at most, drawn by the seed, and all captions
-    of these. pixels: side of the photos that the model is used with."""
-    photos, owners = dataset.photo_of_caption.unique(), dataset.photo_of_caption
+    """Make the Bank of a training split. It holds at most BANK_SIZE photos, drawn at random from
+    those with captions, and all of their captions. pixels: the side of the photos in validation."""
+    photo_of_caption = dataset.photo_of_caption
+    photos = photo_of_caption.unique()
     order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed))
     photos = photos[order[:BANK_SIZE].sort().values]
-    captions = torch.isin(owners, photos).nonzero().flatten().numpy()
-    lengths = dataset.texts.lengths[captions]
-    captions = captions[np.argsort(lengths, kind="stable")]  # little padding
-    latents = embed(model, dataset, photos, captions, amp_dtype, pixels)
-    return Bank(*(rows.cpu() for rows in latents), torch.searchsorted(photos, owners[captions]))
+    captions = torch.isin(photo_of_caption, photos).nonzero().flatten().numpy()
+    by_length = np.argsort(dataset.texts.lengths[captions], kind="stable")
+    captions = captions[by_length]
+    photo_latents, caption_latents = embed(model, dataset, photos, captions, amp_dtype, pixels)
+    photo_of_text = torch.searchsorted(photos, photo_of_caption[captions])
+    return Bank(photo_latents.cpu(), caption_latents.cpu(), photo_of_text)
 
 
 def compare_bank(model, dataset, bank, amp_dtype=None):
-    """`evaluate` without and with a bank -> {"off": metrics, "on": metrics, "hub_share": alike,
-    "photo_and_text": `compare_photo_and_text`}."""
+    """Evaluate a model without and with a bank.
+
+    Returns a dict of
+    - "without_bank", "with_bank": `retrieval_metrics`
+    - "hub_share": {"without_bank": percent, "with_bank": percent}, see `hub_share`
+    - "photo_and_text": see `compare_photo_and_text`; without a bank"""
     photos, texts, photo_of_caption = embed_dataset(model, dataset, amp_dtype)
-    results = {"hub_share": {}}
-    for mode, used in (("off", None), ("on", bank)):
-        results[mode] = retrieval_metrics(photos, texts, photo_of_caption, used)
-        results["hub_share"][mode] = hub_share(photos, texts, used)
-    results["photo_and_text"] = compare_photo_and_text(photos, texts, photo_of_caption)
-    return results
+    return {
+        "without_bank": retrieval_metrics(photos, texts, photo_of_caption),
+        "with_bank": retrieval_metrics(photos, texts, photo_of_caption, bank),
+        "hub_share": {"without_bank": hub_share(photos, texts),
+                      "with_bank": hub_share(photos, texts, bank)},
+        "photo_and_text": compare_photo_and_text(photos, texts, photo_of_caption)}
 
 
 def compare_photo_and_text(photos, texts, photo_of_caption):
-    """How well a photo's other captions are found by its first one, by the photo, and by both
-    together -> {"caption": {"r1", "r5", "r10"}, "photo": alike, "both": alike}, in percent. The
-    first caption is no candidate. Photos with one caption are left out; None where all are. The
-    latents are those of `embed_dataset`."""
-    owners = photo_of_caption.to(texts.device)
-    asked = (torch.bincount(owners) > 1).nonzero().flatten()
-    if not len(asked):
+    """How well three queries find the other captions of a photo: the photo's first caption, the
+    photo itself, and both combined. The first caption is not ranked.
+
+    photos: (N, D), texts: (M, D), photo_of_caption: (M,), as `embed_dataset` returns them. Photos
+    with fewer than two captions are not used as queries.
+
+    Returns {"caption": recalls, "photo": recalls, "both": recalls}, the recalls in percent as
+    {"r1", "r5", "r10"}, or None if no photo has two captions."""
+    photo_of_caption = photo_of_caption.to(texts.device)
+    query_photos = (torch.bincount(photo_of_caption) > 1).nonzero().flatten()
+    if not len(query_photos):
         return None
-    own = torch.searchsorted(owners, asked)
-    queries_of = {"caption": texts[own], "photo": photos[asked],
-                  "both": combine_photo_and_text(photos[asked], texts[own])}
+    # photo_of_caption is sorted, so this is the row of the first caption of each photo.
+    first_captions = torch.searchsorted(photo_of_caption, query_photos)
+    queries = {
+        "caption": texts[first_captions],
+        "photo": photos[query_photos],
+        "both": combine_photo_and_text(photos[query_photos], texts[first_captions])}
     results = {}
-    for name, queries in queries_of.items():
-        ranks = ranks_of_others(queries, texts, owners, asked, own)
+    for name, latents in queries.items():
+        ranks = other_caption_ranks(
+            latents, texts, photo_of_caption, query_photos, first_captions)
         results[name] = {f"r{k}": 100 * (ranks <= k).double().mean().item() for k in KS}
     return results

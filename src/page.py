@@ -132,7 +132,7 @@ def run_section(run, more_html):
     with report.reading(run):
         config, history = run.config, run.history
         facts = {
-            "training": report.training(run),
+            "training": report.training_time(run),
             "trained on": report.trained_on(run),
             "model": f"{run.settings.model}, {config['parameters']:,} parameters",
             "pretrained encoders": report.encoders(run),
@@ -142,8 +142,9 @@ def run_section(run, more_html):
             "command": config["command"],
         }
         html = f"<h1>{escape(str(run.dir))}</h1>" + table([], facts.items(), "facts")
-        for title, columns in report.recalls(run).items():
-            html += f"<h2>{escape(title)}</h2>" + table(["", *columns], report.recall_rows(columns))
+        for title, columns, rows in report.recall_tables(run):
+            html += f"<h2>{escape(title)}</h2>" + table(["", *columns], rows)
+        html += "".join(paragraph(note) for note in report.recall_notes(run))
         epochs = [row["epoch"] for row in history]
         recalls = {}
         for name, direction in (("I->T", "i2t"), ("T->I", "t2i")):

@@ -1,4 +1,10 @@
-"""What the scripts print: the progress line of a running epoch, and the tables of runs."""
+"""The tables that the scripts print: the line of an epoch, the summary of a run, and the comparison
+of several runs.
+
+All figures are those of the standard protocol (see `retrieval.py`), except for one row of the
+results. It shows R@1 by the measure of the run that this project started from: each photo was there
+as often as it has captions, and only the caption of the very same pair was correct. If every photo
+has n captions, that R@1 is the standard one divided by n."""
 import contextlib
 import math
 from pathlib import Path
@@ -7,15 +13,46 @@ from src.retrieval import KS, chance_metrics
 from src.utils.errors import UsageError
 
 WIDTH = 80
+PROGRESS_ROWS = 12  # about as many epochs are shown of a long run
+METRICS = {"I->T R@1 (%)": "i2t_r1", "I->T R@5 (%)": "i2t_r5", "I->T R@10 (%)": "i2t_r10",
+           "T->I R@1 (%)": "t2i_r1", "T->I R@5 (%)": "t2i_r5", "T->I R@10 (%)": "t2i_r10",
+           "I->T median rank": "i2t_medr", "T->I median rank": "t2i_medr",
+           "rsum": "rsum", "Avg R@1 (%)": "avg_r1"}
+ORIGINAL_AVG_R1 = "original Avg R@1 (%)"
+MARKDOWN_ONLY = ("hardware, date", "command")  # columns that are too wide for a terminal
+
+
+@contextlib.contextmanager
+def reading(run):
+    """Inside, an entry that is missing in the files of a Run raises UsageError."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UsageError(f"{run.dir}: a file of the run lacks an entry or is damaged "
+                         f"({type(error).__name__}: {error}); please retrain") from None
 
 
 def epoch_line(row):
+    """One epoch of the history as a line of the log."""
     val, loss = row["val"], row["train"]["loss"]
-    loss = "zero-shot" if loss is None else f"loss {loss:.4f}"  # the encoders' own, before training
-    return (f"epoch {row['epoch']:3d}  {loss}  "
+    loss_text = "zero-shot" if loss is None else f"loss {loss:.4f}"  # epoch 0 has no training
+    return (f"epoch {row['epoch']:3d}  {loss_text}  "
             f"val R@1 {val['avg_r1']:5.2f} (i2t {val['i2t_r1']:.2f}, t2i {val['t2i_r1']:.2f})  "
             f"R@10 {val['i2t_r10']:.1f}/{val['t2i_r10']:.1f}  "
             f"MedR {val['i2t_medr']:g}/{val['t2i_medr']:g}  {row['seconds']:.1f} s")
+
+
+# ------------------------------------------------------------------------- the summary of a run
+
+
+def summary(run):
+    """All tables of a Run as one string. Raises UsageError if its files lack something."""
+    with reading(run):
+        lines = _title(run) + _results(run)
+        if run.bank:
+            lines += _hubs(run) + _photo_and_text(run)
+        lines += _progress(run) + _dataset(run) + _model(run) + _training(run)
+    return "\n".join(lines)
 
 
 def _heading(title):
@@ -26,211 +63,257 @@ def _facts(facts):
     return [f"  {name:<24}{value}" for name, value in facts.items()]
 
 
-def recall_rows(columns):
-    """{heading: metrics} -> [[name, cells]]: one row a measure, one cell a set of metrics, and a
-    row without cells before those of each protocol."""
-    rows = []
-    for protocol, prefix in (("standard", ""), ("pair", "pair_")):
-        rows.append([f"{protocol} protocol"])
-        keys = {}
-        for arrow, direction in (("I->T", "i2t"), ("T->I", "t2i")):
-            keys |= {f"{arrow} R@{k} (%)": f"{prefix}{direction}_r{k}" for k in KS}
-        if not prefix:
-            keys |= {"I->T median rank": "i2t_medr", "T->I median rank": "t2i_medr"}
-        keys["Avg R@1 (%)"] = f"{prefix}avg_r1"
-        for name, key in keys.items():
-            values = [metrics.get(key) for metrics in columns.values()]
-            rows.append([name, *("-" if value is None else f"{value:.2f}" for value in values)])
-    return rows
-
-
-def _recall_lines(columns):
-    widths = [max(9, len(name) + 2) for name in columns]
-    lines = [" " * 24 + "".join(f"{name:>{width}}" for name, width in zip(columns, widths))]
-    for name, *cells in recall_rows(columns):
-        row = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
-        lines.append(f"    {name:<20}{row}" if cells else f"  {name}")
-    return lines
-
-
-def _counts(data):
-    size = f" of {data['pixels']} px" if "pixels" in data else ""  # else they are features
-    text = f"{data['photos']:,} photos{size}, {data['captions']:,} captions"
-    return text + (f", {data['skipped']:,} photos left out" if data["skipped"] else "")
-
-
-def _chance(data):
-    counts = []
-    for captions, photos in data["captions_per_photo"].items():
-        counts += [int(captions)] * photos
-    return chance_metrics(counts)
-
-
-@contextlib.contextmanager
-def reading(run):
-    """Inside, what a file of a Run lacks is a UsageError."""
-    try:
-        yield
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UsageError(f"{run.dir}: a file of the run lacks what it should hold "
-                              f"({type(error).__name__}: {error})") from None
-
-
-def summary(run):
-    """The tables of a Run, as one string. Raises UsageError for files that do not fit."""
-    with reading(run):
-        return "\n".join(_results(run) + _progress(run) + _description(run))
+def _title(run):
+    title = f"{data_name(run).upper()}, RETRIEVAL WITH SGD"
+    if run.settings.synthetic:
+        title = f"{data_name(run).upper()} (NOT FLICKR8K), RETRIEVAL WITH SGD"
+    facts = {"run": run.dir, "training": training_time(run), "trained on": trained_on(run)}
+    return ["=" * WIDTH, title, "=" * WIDTH, *_facts(facts)]
 
 
 def _results(run):
-    title = data_name(run).upper() + (" (NOT FLICKR8K)" if run.settings.synthetic else "")
-    lines = ["=" * WIDTH, f"{title}, RETRIEVAL WITH SGD", "=" * WIDTH]
-    lines += _facts({"run": run.dir, "training": training(run), "trained on": trained_on(run)})
-    for title, columns in recalls(run).items():
-        lines += _heading(title) + _recall_lines(columns)
-    if run.bank:
-        share = run.bank["val"]["hub_share"]
-        lines += ["", f"  {share['off']:.1f} % of val's captions find one of the ten commonest "
-                      f"photos first, {share['on']:.1f} % with the bank"]
-    found = run.bank and run.bank["val"].get("photo_and_text")
-    if found:
-        lines += _heading("Validation: a photo's other captions, found by")
-        names = {"caption": "one caption", "photo": "the photo", "both": "both"}
-        lines.append(" " * 24 + "".join(f"{name:>14}" for name in names.values()))
-        for k in KS:
-            cells = "".join(f"{found[name][f'r{k}']:>14.2f}" for name in names)
-            lines.append(f"    {f'R@{k} (%)':<20}{cells}")
+    lines = []
+    for i, (title, columns, rows) in enumerate(recall_tables(run)):
+        lines += _heading(title)
+        widths = [max(9, len(name) + 2) for name in columns]
+        for name, *cells in [["", *columns], *rows]:
+            aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths)]
+            lines.append(f"  {name:<22}{''.join(aligned)}")
+        if i == 0:
+            lines += [f"  {note}" for note in recall_notes(run)]
     return lines
 
 
-def training(run):
-    """How far a Run is, in a few words."""
-    epochs = f"{run.history[-1]['epoch']} of {run.settings.epochs} epochs"
-    return f"{epochs} in {run.minutes:.1f} minutes" + ("" if run.finished else ": not finished")
-
-
-def recalls(run):
-    """{title: {heading: metrics}} of a Run, on val and, when it is done, on test."""
+def recall_tables(run):
+    """The results of a Run: validation and, once it is finished, test. Returns a list of (title,
+    columns, rows). The first cell of a row is the name of its metric."""
     data, best, last = run.config["data"], run.best, run.history[-1]
-    tables = {f"Validation: {_counts(data['val'])}": {
-        f"best (epoch {best['epoch']})": best["val"], **_with_bank(run, "val"),
-        f"final (epoch {last['epoch']})": last["val"], "chance": _chance(data["val"])}}
+    val = {f"best (epoch {best['epoch']})": best["val"]}
+    if run.bank:
+        val["with the bank"] = run.bank["val"]["with_bank"]
+    val[f"final (epoch {last['epoch']})"] = last["val"]
+    tables = [_recall_table("Validation", data["val"], val)]
     if run.test:
-        tables[f"Test, best model: {_counts(data['test'])}"] = {
-            "test": run.test, **_with_bank(run, "test"), "chance": _chance(data["test"])}
+        test = {"test": run.test}
+        if run.bank:
+            test["with the bank"] = run.bank["test"]["with_bank"]
+        tables.append(_recall_table("Test, best model", data["test"], test))
     return tables
 
 
-def _with_bank(run, split):
-    """The best model's metrics with its bank, where it has one."""
-    return {"with the bank": run.bank[split]["on"]} if run.bank else {}
+def _recall_table(title, split, metrics_of_column):
+    """split: what config.json says about the split. metrics_of_column: {heading: metrics}."""
+    columns = metrics_of_column | {"chance": _chance(split)}
+    rows = []
+    for name, key in METRICS.items():
+        values = [metrics.get(key) for metrics in columns.values()]
+        rows.append([name, *("-" if value is None else f"{value:.2f}" for value in values)])
+    n = _captions_of_each_photo(split)
+    if n is not None:
+        values = [metrics["avg_r1"] / n for metrics in columns.values()]
+        rows.append([ORIGINAL_AVG_R1, *(f"{value:.2f}" for value in values)])
+    return f"{title}: {_counts(split)}", list(columns), rows
 
 
-def _progress(run):
-    history = run.history
-    lines = _heading("Training progress (validation, standard protocol)")
-    lines.append(f"  {'epoch':>5} {'loss':>9} {'Avg R@1':>9} {'I->T R@1':>9} {'T->I R@1':>9} "
-                 f"{'lr':>9} {'seconds':>9}")
-    step = math.ceil(len(history) / 12)  # a screenful
-    for row in history:
-        if row["epoch"] % step == 0 or row in (history[0], history[-1], run.best):
-            val, loss = row["val"], row["train"]["loss"]
-            lines.append(f"  {row['epoch']:>5} {'-' if loss is None else f'{loss:.4f}':>9} "
-                         f"{val['avg_r1']:>9.2f} {val['i2t_r1']:>9.2f} {val['t2i_r1']:>9.2f} "
-                         f"{row['lr']:>9.2g} {row['seconds']:>9.1f}")
+def recall_notes(run):
+    """What has to be explained in the first of the `recall_tables`, a list of lines."""
+    notes = []
+    n = _captions_of_each_photo(run.config["data"]["val"])
+    if n is not None:
+        notes.append(f"original: by the measure of the original run, 1/{n} of the standard one")
+    if run.bank:
+        notes.append("with the bank: ranked with help from training pairs")
+    return notes
+
+
+def _captions_of_each_photo(split):
+    """The number of captions of every photo, or None if it is not the same for all photos."""
+    numbers = list(split["captions_per_photo"])
+    return int(numbers[0]) if len(numbers) == 1 else None
+
+
+def _chance(split):
+    captions_of_photo = []
+    for captions, photos in split["captions_per_photo"].items():
+        captions_of_photo += [int(captions)] * photos
+    return chance_metrics(captions_of_photo)
+
+
+def _counts(split):
+    text = f"{split['photos']:,} photos"
+    if "pixels" in split:  # otherwise they are features of a pretrained encoder
+        text += f" of {split['pixels']} px"
+    text += f", {split['captions']:,} captions"
+    if split["skipped"]:
+        text += f", {split['skipped']:,} photos left out"
+    return text
+
+
+def _hubs(run):
+    share = run.bank["val"]["hub_share"]
+    return ["", f"  {share['without_bank']:.1f} % of val's captions find one of the ten commonest "
+                f"photos first, {share['with_bank']:.1f} % with the bank"]
+
+
+def _photo_and_text(run):
+    recalls = run.bank["val"]["photo_and_text"]
+    if recalls is None:
+        return []
+    columns = {"caption": "one caption", "photo": "the photo", "both": "both"}
+    lines = _heading("Validation: a photo's other captions, found by")
+    lines.append(" " * 24 + "".join(f"{name:>14}" for name in columns.values()))
+    for k in KS:
+        cells = [f"{recalls[query][f'r{k}']:>14.2f}" for query in columns]
+        lines.append(f"  {f'R@{k} (%)':<22}{''.join(cells)}")
     return lines
 
 
-def _description(run):
-    config, settings = run.config, run.settings
-    lines = _heading("Dataset")
-    lines += _facts({"folder": settings.data_dir, "layout": config["layout"]}
-                    | {split: _counts(data) for split, data in config["data"].items()})
-    lines += _heading("Model")
-    lines += _facts({"preset": settings.model, "parameters": f"{config['parameters']:,}",
-                     "pretrained encoders": encoders(run)} | settings.model_arguments())
-    lines += _heading("Training: SGD with Nesterov momentum, warm-up, cosine")
-    said = {"data_dir", "model", "image_encoder", "text_encoder", *settings.model_arguments()}
-    lines += _facts({name: value for name, value in config["settings"].items() if name not in said})
-    return lines + _facts({
-        "precision": config["precision"], "hardware": config["device"], "date": config["date"],
-        "PyTorch": config["versions"]["torch"], "Python": config["versions"]["python"]})
+def _progress(run):
+    lines = _heading("Training progress (validation, standard protocol)")
+    lines.append(f"  {'epoch':>5} {'loss':>9} {'Avg R@1':>9} {'I->T R@1':>9} {'T->I R@1':>9} "
+                 f"{'lr':>9} {'seconds':>9}")
+    step = math.ceil(len(run.history) / PROGRESS_ROWS)
+    always_shown = (run.history[0], run.best, run.history[-1])
+    for row in run.history:
+        if row["epoch"] % step == 0 or row in always_shown:
+            val, loss = row["val"], row["train"]["loss"]
+            loss_text = "-" if loss is None else f"{loss:.4f}"
+            lines.append(f"  {row['epoch']:>5} {loss_text:>9} {val['avg_r1']:>9.2f} "
+                         f"{val['i2t_r1']:>9.2f} {val['t2i_r1']:>9.2f} {row['lr']:>9.2g} "
+                         f"{row['seconds']:>9.1f}")
+    return lines
+
+
+def _dataset(run):
+    facts = {"folder": run.settings.data_dir, "layout": run.config["layout"]}
+    for name, split in run.config["data"].items():
+        facts[name] = _counts(split)
+    return _heading("Dataset") + _facts(facts)
+
+
+def _model(run):
+    facts = {"preset": run.settings.model, "parameters": f"{run.config['parameters']:,}",
+             "pretrained encoders": encoders(run)}
+    return _heading("Model") + _facts(facts | run.settings.model_arguments())
+
+
+def _training(run):
+    config = run.config
+    shown_above = {"data_dir", "model", "image_encoder", "text_encoder",
+                   *run.settings.model_arguments()}
+    facts = {name: value for name, value in config["settings"].items() if name not in shown_above}
+    facts |= {"precision": config["precision"], "hardware": config["device"],
+              "date": config["date"], "PyTorch": config["versions"]["torch"],
+              "Python": config["versions"]["python"]}
+    return _heading("Training: SGD with Nesterov momentum, warm-up, cosine") + _facts(facts)
+
+
+# ------------------------------------------------------------------ facts about a run, in words
+
+
+def training_time(run):
+    """How long a Run has been trained, such as "3 of 30 epochs in 1.2 minutes: not finished"."""
+    text = (f"{run.history[-1]['epoch']} of {run.settings.epochs} epochs in {run.minutes:.1f} "
+            "minutes")
+    return text if run.finished else f"{text}: not finished"
 
 
 def data_name(run):
-    """What was validated on: a known data set, else the folder's name."""
+    """The name of the data that a Run was validated on: that of a known dataset, or else that of
+    its folder."""
     if run.settings.synthetic:
         return "built-in shapes"
     layout = run.config["layout"]
-    known = layout.startswith(("Flickr8k", "Flickr30k", "COCO"))
-    return layout if known else Path(run.settings.data_dir).resolve().name
+    if layout.startswith(("Flickr8k", "Flickr30k", "COCO")):
+        return layout
+    return Path(run.settings.data_dir).resolve().name
 
 
 def trained_on(run):
-    """The training split of a Run in a few words, extra data named apart."""
+    """The training split of a Run in words. Each folder of extra data is named by itself."""
     total, extra = run.config["data"]["train"], run.config["extra_data"]
-    photos = total["photos"] - sum(joined["photos"] for joined in extra)
-    captions = total["captions"] - sum(joined["captions"] for joined in extra)
+    photos = total["photos"] - sum(folder["photos"] for folder in extra)
+    captions = total["captions"] - sum(folder["captions"] for folder in extra)
     parts = [f"{photos:,} photos, {captions:,} captions of {data_name(run)}"]
-    for joined in extra:
-        skipped = sum(joined["skipped"].values())
-        parts.append(f"{joined['photos']:,} photos, {joined['captions']:,} captions of "
-                     f"{joined['folder']}" + (f" ({skipped:,} left out)" if skipped else ""))
+    for folder in extra:
+        part = (f"{folder['photos']:,} photos, {folder['captions']:,} captions of "
+                f"{folder['folder']}")
+        skipped = sum(folder["skipped"].values())
+        parts.append(f"{part} ({skipped:,} left out)" if skipped else part)
     return " + ".join(parts)
 
 
 def encoders(run):
-    """The pretrained encoders of a Run in a few words."""
-    settings = run.settings
-    names = [f"{kind} {name}" for kind, name in
-             (("image", settings.image_encoder), ("text", settings.text_encoder)) if name]
+    """The pretrained encoders of a Run in words."""
+    settings, names = run.settings, []
+    if settings.image_encoder:
+        names.append(f"image {settings.image_encoder}")
+    if settings.text_encoder:
+        names.append(f"text {settings.text_encoder}")
     if not names:
         return "none, from scratch"
-    return " + ".join(names) + (", fine-tuned" if settings.finetune else "")
+    text = " + ".join(names)
+    return f"{text}, fine-tuned" if settings.finetune else text
 
 
-def _cells(run):
-    """-> {column: cell}; the last two where there is room."""
-    settings, config, best = run.settings, run.config, run.best
-    val = best["val"]
-    cells = {
+# ---------------------------------------------------------------------- a comparison of runs
+
+
+def comparison(runs, table_format="terminal"):
+    """A table with one row for each Run, the best on validation first. table_format: "terminal", or
+    "markdown" for all columns. Raises UsageError if the files of a run lack something."""
+    rows = []
+    for run in runs:
+        with reading(run):
+            rows.append((run.best["val"]["avg_r1"], _comparison_row(run)))
+    rows.sort(key=lambda row: row[0], reverse=True)
+    rows = [cells for _, cells in rows]
+    columns = list(rows[0])
+    if table_format == "markdown":
+        return markdown_table(columns, [list(cells.values()) for cells in rows])
+    columns = [column for column in columns if column not in MARKDOWN_ONLY]
+    table = [columns] + [[cells[column] for column in columns] for cells in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = []
+    for row in table:
+        padded = [f"{cell:<{width}}" for cell, width in zip(row, widths)]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    lines.append("R@K in percent on validation, photo to text / text to photo, of the best epoch; "
+                 "+: not finished")
+    lines.append("with the bank: avg R@1 when ranked with help from training pairs")
+    return "\n".join(lines)
+
+
+def _comparison_row(run):
+    """{column: cell} of a Run."""
+    settings, config, best, val = run.settings, run.config, run.best, run.best["val"]
+    trained_pairs = f"{config['data']['train']['captions']:,} pairs"
+    for folder in config["extra_data"]:
+        trained_pairs += f", {folder['captions']:,} of {folder['folder']}"
+    epochs = f"{best['epoch']} of {run.history[-1]['epoch']}"
+    with_bank = f"{run.bank['val']['with_bank']['avg_r1']:.2f}" if run.bank else "-"
+    return {
         "run": run.dir.name,
         "data": f"{data_name(run)}, {config['data']['val']['photos']:,} val",
-        "trained on": f"{config['data']['train']['captions']:,} pairs" + "".join(
-            f", {joined['captions']:,} of {joined['folder']}" for joined in config["extra_data"]),
+        "trained on": trained_pairs,
         "model": f"{settings.model}, {config['parameters'] / 1e6:.1f} M",
-        "encoders": encoders(run), "tokens": settings.tokenizer,
-        "epochs": f"{best['epoch']} of {run.history[-1]['epoch']}" + ("" if run.finished else "+"),
-        "minutes": f"{run.minutes:.1f}", "avg R@1": f"{val['avg_r1']:.2f}",
-        "with the bank": f"{run.bank['val']['on']['avg_r1']:.2f}" if run.bank else "-"}
-    cells |= {f"R@{k}": f"{val[f'i2t_r{k}']:.1f} / {val[f't2i_r{k}']:.1f}" for k in KS}
-    return cells | {
+        "encoders": encoders(run),
+        "tokens": settings.tokenizer,
+        "epochs": epochs if run.finished else f"{epochs}+",
+        "minutes": f"{run.minutes:.1f}",
+        "avg R@1": f"{val['avg_r1']:.2f}",
+        "with the bank": with_bank,
+        "R@1": f"{val['i2t_r1']:.1f} / {val['t2i_r1']:.1f}",
+        "R@5": f"{val['i2t_r5']:.1f} / {val['t2i_r5']:.1f}",
+        "R@10": f"{val['i2t_r10']:.1f} / {val['t2i_r10']:.1f}",
+        "rsum": f"{val['rsum']:.1f}",
         "MedR": f"{val['i2t_medr']:g} / {val['t2i_medr']:g}",
-        "pair R@1": f"{val['pair_avg_r1']:.2f}",
         "hardware, date": f"{config['device']}, {config['date']}",
         "command": f"`{config['command']}`"}
 
 
-def comparison(runs, form="terminal"):
-    """One row a Run, best on validation first, as "terminal" or "markdown" table. Raises
-    UsageError for files that do not fit."""
-    rows = []
-    for run in runs:
-        with reading(run):
-            rows.append((-run.best["val"]["avg_r1"], _cells(run)))
-    rows = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
-    if form == "markdown":
-        return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
-    columns = list(rows[0])[:-2]
-    table = [columns] + [[row[column] for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip()
-             for row in table]
-    note = ("R@K in percent on validation, photo to text / text to photo, of the best epoch; "
-            "+: not finished")
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], note])
-
-
 def markdown_table(columns, rows):
+    """columns: names. rows: lists of as many cells."""
     table = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in table)

@@ -42,7 +42,7 @@ def test_comparison(tmp_path):
     assert set(rule) == {"---"} and len(heads) == len(rule) == len(better) == len(worse)
     cells = dict(zip(heads, better))
     assert cells["epochs"] == "1 of 3+" and cells["avg R@1"] == "31.67"
-    assert cells["pair R@1"] == "37.67" and cells["R@1"] == "30.2 / 33.2"
+    assert cells["rsum"] == f"{6 * 30.17 + 15:.1f}" and cells["R@1"] == "30.2 / 33.2"
     assert cells["R@10"] == "32.2 / 35.2" and cells["MedR"] == "90 / 120"
     assert cells["model"] == "small, 7.7 M" and "Some GPU" in cells["hardware, date"]
     assert cells["command"] == "`python train_flickr8k_sgd.py --seed 77`"

@@ -14,7 +14,7 @@ from PIL import Image
 
 import show_flickr8k_results
 from src import search
-from src.retrieval import chance_metrics
+from src.retrieval import chance_metrics, with_summaries
 from src.runs import BANK, BEST, CONFIG, HISTORY, TEST
 from src.search import load_model
 from src.settings import make_settings
@@ -24,21 +24,10 @@ from tests.conftest import arguments, main, read_captions, run_script
 
 def metrics(seed):
     """Made-up figures, all different, so that a test notices one in the place of another."""
-    values = {
-        f"{protocol}{way}_r{k}": seed + i + 0.17
-        for i, (protocol, way, k) in enumerate(
-            (protocol, way, k)
-            for protocol in ("", "pair_")
-            for way in ("i2t", "t2i")
-            for k in (1, 5, 10)
-        )
-    }
+    recalls = [f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in (1, 5, 10)]
+    values = {key: seed + i + 0.17 for i, key in enumerate(recalls)}
     values |= {"i2t_medr": seed * 3.0, "t2i_medr": seed * 4.0}
-    for protocol in ("", "pair_"):
-        values[f"{protocol}avg_r1"] = (
-            values[f"{protocol}i2t_r1"] + values[f"{protocol}t2i_r1"]
-        ) / 2
-    return values
+    return with_summaries(values)
 
 
 def write_run(folder, avg_r1=(11, 31, 21), epochs=3, **changes):
@@ -114,7 +103,7 @@ def test_every_figure_comes_from_the_files_of_the_run(tmp_path, capsys):
         "mixed, bfloat16",
         "some/where",
         "standard protocol",
-        "pair protocol",
+        "original: by the measure of the original run, 1/5 of the standard one",
         "chance",
     ):
         assert expected in out, expected
@@ -131,14 +120,14 @@ def test_every_figure_comes_from_the_files_of_the_run(tmp_path, capsys):
         ["date", "2026-02-03"],
     ):
         assert row in rows, row
-    for arrow, way in (("I->T", "i2t"), ("T->I", "t2i")):
-        for k in (1, 5, 10):
-            for protocol in ("", "pair_"):
-                key = f"{protocol}{way}_r{k}"
-                val = [f"{m[key]:.2f}" for m in (metrics(31), metrics(21), chance)]
-                test = [f"{m[key]:.2f}" for m in (metrics(70), test_chance)]
-                assert [arrow, f"R@{k}", "(%)", *val] in rows
-                assert [arrow, f"R@{k}", "(%)", *test] in rows
+    names = {f"{arrow} R@{k} (%)": f"{direction}_r{k}" for k in (1, 5, 10)
+             for arrow, direction in (("I->T", "i2t"), ("T->I", "t2i"))}
+    for name, key in (names | {"Avg R@1 (%)": "avg_r1", "rsum": "rsum"}).items():
+        val = [f"{m[key]:.2f}" for m in (metrics(31), metrics(21), chance)]
+        test = [f"{m[key]:.2f}" for m in (metrics(70), test_chance)]
+        assert [*name.split(), *val] in rows and [*name.split(), *test] in rows
+    original = [f"{m['avg_r1'] / 5:.2f}" for m in (metrics(31), metrics(21), chance)]
+    assert ["original", "Avg", "R@1", "(%)", *original] in rows
     assert ["1", "4.3571", "12.67", "11.17", "14.17", "0.01", "62.3"] in rows
     assert ["2", "4.2143", "32.67", "31.17", "34.17", "0.005", "63.3"] in rows
 
@@ -146,14 +135,14 @@ def test_every_figure_comes_from_the_files_of_the_run(tmp_path, capsys):
 def test_the_figures_with_the_bank_stand_beside_the_plain_ones(tmp_path, capsys):
     folder = write_run(tmp_path / "run")
     (folder / TEST).write_text(json.dumps(metrics(70)))
-    bank = {split: {"off": metrics(seed), "on": metrics(seed + 1),
-                    "hub_share": {"off": seed + 0.4, "on": seed + 0.3},
+    bank = {split: {"without_bank": metrics(seed), "with_bank": metrics(seed + 1),
+                    "hub_share": {"without_bank": seed + 0.4, "with_bank": seed + 0.3},
                     "photo_and_text": {name: {f"r{k}": seed + i + k / 100 for k in (1, 5, 10)}
                                  for i, name in enumerate(("caption", "photo", "both"))}}
             for split, seed in (("val", 80), ("test", 90))}
     (folder / BANK).write_text(json.dumps(bank))
     status, out, err = show(folder, capsys)
-    assert (status, err) == (0, "") and out.count("with the bank") == 3
+    assert (status, err) == (0, "") and out.count("with the bank") == 4
     assert "80.4 % of val's captions find one of the ten commonest photos first, 80.3 % with" in out
     for i, seed in enumerate((81, 91)):
         part = out.split("Test, best model")[i]
@@ -203,8 +192,8 @@ def break_file(name, content):
         (lambda folder: (folder / CONFIG).unlink(), f"{CONFIG}: there is no such file"),
         (break_file(HISTORY, '[{"epoch": 1'), f"{HISTORY}: damaged"),
         (break_file(HISTORY, "[]"), f"{HISTORY}: holds no epochs"),
-        (break_file(HISTORY, '[{"epoch": 1}]'), "lacks what it should hold"),
-        (break_file(HISTORY, "[3]"), "lacks what it should hold"),
+        (break_file(HISTORY, '[{"epoch": 1}]'), "lacks an entry"),
+        (break_file(HISTORY, "[3]"), "lacks an entry"),
         (break_file(CONFIG, "{}"), "the run is of another version"),
         (break_file(CONFIG, '{"arguments": {}}'), "the run is of another version"),
         (break_file(CONFIG, "[]"), "the run is of another version"),
@@ -549,7 +538,7 @@ def test_other_files_are_skipped_in_the_comparison_with_a_message(tmp_path, caps
     (["--query", "a dog", "--photos", "none"], "there is no such folder"),
     (["--query", "a dog", "--photos", "empty"], "holds no photos"),
     (["--query", "a dog", "--photos", "broken"], "broken/b.jpg: the file is empty"),
-    (["--query", "a dog", "--data_dir", "empty"], "no captions in a layout known here"),
+    (["--query", "a dog", "--data_dir", "empty"], "no captions in a known layout"),
     (["--query", "a dog", "--page", "notes.txt/a.html"], "a.html: cannot be written"),
     (["--compare", "empty"], "holds no run"),
     (["--page", "a.html", "--output_dir", "empty"], "holds no run"),
