@@ -1,11 +1,13 @@
-"""Fetch, check and unpack Flickr8k (Hodosh et al. 2013), then verify it photo by photo.
+"""Download Flickr8k (Hodosh et al. 2013), unpack it, and check every photo and caption.
 
-    python download_flickr8k.py                      1.1 GB into data/flickr8k
-    python download_flickr8k.py --text_only          2 MB: captions, splits, for Kaggle's copy
-    python download_flickr8k.py --archive_dir DIR    from zips on the disk, without the network
+    python download_flickr8k.py                      1.1 GB, into data/flickr8k
+    python download_flickr8k.py --text_only          2 MB: the captions and splits, which complete
+                                                     Kaggle's copy of the photos
+    python download_flickr8k.py --archive_dir DIR    from the two zips in a folder, without network
 
-Run it again when in doubt: it verifies what is there and mends what is not whole. The dataset is
-for non-commercial research; the photos belong to their owners on Flickr."""
+The script can be run again at any time: it checks what is there, and downloads only what is missing
+or damaged. The dataset is for non-commercial research, and the photos belong to their owners on
+Flickr."""
 import errno
 import http.client
 import shutil
@@ -15,83 +17,118 @@ import urllib.error
 import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
-
 from src.utils.captions import SPLIT_FILES, read_folder
 from src.utils.console import Parser, ProgressLine, prepare_output, text
 from src.utils.errors import DataError, RunError
-from src.utils.splits import open_split
 
 URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 TEXT, PHOTOS = "Flickr8k_text.zip", "Flickr8k_Dataset.zip"
 MD5 = {TEXT: "bf6c1abcb8e4a833b7f922104de18627", PHOTOS: "f18a1e2920de5bd84dae7cf08ec78978"}
-TIMEOUT = 60  # seconds without a byte
+TIMEOUT = 60  # seconds without a byte from the server
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data_dir", type=text, default="data/flickr8k",
+        help="folder for the dataset (default: %(default)s)")
+    add("--archive_dir", type=text,
+        help="folder that holds the two zips (default: they are downloaded)")
+    add("--url", type=text, default=URL,
+        help="address of the folder that the two zips are downloaded from (default: %(default)s)")
+    add("--text_only", action="store_true",
+        help="get the captions and splits only, 2 MB (default: the photos as well)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    # --help and wrong arguments are answered before torch is imported, which takes seconds.
+    prepare_output(end_with_reader=True)
+    parse_args()
+
+from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+
+from src.utils.splits import read_pairs
 
 
 def check_text(data_dir):
-    """-> what is there. Raises DataError unless every photo of a split has captions."""
+    """Check that every photo of a split has captions, and describe what is there.
+
+    Raises DataError if the captions or the splits are missing or incomplete."""
     folder = read_folder(data_dir)
     if folder.layout != "Flickr8k":
-        raise DataError(f"{data_dir} holds {folder.layout}, not Flickr8k")
+        raise DataError(f"{data_dir}: this folder holds {folder.layout}, not Flickr8k; name "
+                        "another one with --data_dir")
     for split, names in folder.splits.items():
-        without = [name for name in names if name not in folder.row_of]
-        if without:
-            raise DataError(f"{folder.source}: {len(without)} photos of {split} have no captions, "
-                            f"among them {without[0]}")
+        without_captions = [name for name in names if name not in folder.row_of]
+        if without_captions:
+            raise DataError(f"{folder.source}: {len(without_captions)} photos of {split} have no "
+                            f"captions, such as {without_captions[0]}")
     return "captions and splits"
 
 
 def check_photos(data_dir):
-    """-> what is there. Raises DataError unless every photo opens, by training's loader."""
-    line, folder, photos, captions = ProgressLine(), read_folder(data_dir), 0, 0
+    """Check that every photo can be decoded, just as training decodes it, and count what is there.
+
+    Raises DataError if a photo is missing or unreadable."""
+    folder = read_folder(data_dir)
+    line = ProgressLine()
+    photos = captions = 0
     for split in SPLIT_FILES:
         try:
-            data = open_split(  # without a cache: the files themselves are asked
-                folder, split, image_size=16, cache=False,
-                progress=line.counter(f"verifying {split}"))
+            # The cache of decoded photos is not used, as the files themselves are to be checked.
+            pairs = read_pairs(folder, split, image_size=16, cache=False,
+                               progress=line.counter(f"checking {split}"))
         finally:
             line.clear()
-        photos, captions = photos + len(data.names), captions + len(data)
+        photos += len(pairs.names)
+        captions += len(pairs)
     return f"{photos:,} photos, {captions:,} captions"
 
 
 def fetch(name, data_dir, archive_dir, url):
-    """Path of the archive, its MD5 checked. Raises DataError or RunError."""
+    """Return the path of an archive whose MD5 is correct.
+
+    The archive is taken from archive_dir; if that is None, it is downloaded into data_dir. Raises
+    DataError if archive_dir lacks it or holds a damaged one, and RunError if the download fails."""
     if archive_dir is not None:
         path = Path(archive_dir) / name
         if not path.is_file():
             raise DataError(f"{path}: there is no such archive")
         if not check_integrity(path, MD5[name]):
-            raise DataError(f"{path}: damaged or another file, the MD5 is not {MD5[name]}")
+            raise DataError(f"{path}: the archive is damaged, or it is another file: its MD5 is "
+                            f"not {MD5[name]}")
         return path
-    path, address = data_dir / name, f"{url.rstrip('/')}/{name}"
-    print(f"fetching {address}")
+    path = data_dir / name
+    address = f"{url.rstrip('/')}/{name}"
+    print(f"downloading {address}")
     try:
         download_url(address, data_dir, name, MD5[name])
         return path
     except RuntimeError:
-        reason = f"what arrived is damaged or another file (its MD5 is not {MD5[name]})"
+        reason = f"the file that arrived is damaged, or another one: its MD5 is not {MD5[name]}"
     except urllib.error.HTTPError as error:
-        reason = f"the server answers {error.code} {error.reason}"
+        reason = f"the server answered {error.code} {error.reason}"
     except urllib.error.URLError as error:
-        reason = f"no connection ({error.reason})"
+        reason = f"there is no connection ({error.reason})"
     except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        reason = f"the connection broke off ({type(error).__name__})"
-    except ValueError as error:
+        reason = f"the connection was lost ({type(error).__name__})"
+    except ValueError as error:  # the address is not a URL
         reason = str(error)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    path.unlink(missing_ok=True)  # a partial file is of no use: the next run starts afresh
-    raise RunError(f"{address}: {reason}.\nRun again, or name a mirror with --url, or a "
-                        "folder that holds the two zips with --archive_dir.")
+    path.unlink(missing_ok=True)  # a download cannot be continued: the next run starts again
+    raise RunError(f"{address}: {reason}.\nRun the script again, or name a mirror with --url, or a "
+                   "folder that holds the two zips with --archive_dir.")
 
 
 def unpack(archive, data_dir):
-    """Unpack beside the dataset, then move file by file into it: no file there is half-written.
+    """Unpack an archive into the dataset's folder.
 
-    Raises DataError for an archive that is no zip, is damaged, or leads out of its folder.
-    """
+    The files are unpacked into a folder beside the dataset and then moved one by one, so that no
+    half-written file is ever part of the dataset. Raises DataError if the archive is not a zip, is
+    damaged, or has an entry that leads out of the folder."""
     print(f"unpacking {archive}")
     staging = data_dir / ".unpacking"
     shutil.rmtree(staging, ignore_errors=True)
@@ -100,62 +137,60 @@ def unpack(archive, data_dir):
             for name in content.namelist():
                 if (".." in PurePosixPath(name).parts or name.startswith("/") or "\\" in name
                         or PureWindowsPath(name).drive):
-                    raise DataError(f"{archive}: refused, its entry {name!r} leads out of the "
-                                    "folder")
+                    raise DataError(f"{archive}: the archive was refused, as its entry {name!r} "
+                                    "leads out of the folder")
         extract_archive(archive, staging)
         for path in sorted(staging.rglob("*")):
             inside = path.relative_to(staging)
             if path.is_file() and inside.parts[0] != "__MACOSX":
                 (data_dir / inside).parent.mkdir(parents=True, exist_ok=True)
                 path.replace(data_dir / inside)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:  # zipfile's own
-        raise DataError(f"{archive}: not a zip that can be unpacked ({error})") from None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:  # raised by zipfile
+        raise DataError(f"{archive}: this is not a zip that can be unpacked ({error})") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def main(argv=None):
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--data_dir", type=text, default="data/flickr8k", help="where to (default: %(default)s)")
-    add("--archive_dir", type=text, help="folder that holds the two zips (default: fetch them)")
-    add("--url", type=text, default=URL, help="where the two zips lie (default: %(default)s)")
-    add("--text_only", action="store_true", help="captions and splits, 2 MB (default: photos too)")
-    args = parser.parse_args(argv)
-    args.data_dir = Path(args.data_dir)
-    socket.setdefaulttimeout(TIMEOUT)
+def ensure(name, check, args):
+    """Download and unpack an archive, unless its files are there already and pass the check.
 
-    def ensure(name, check):
-        """Fetch and unpack the archive unless what it brings is there and whole."""
-        try:
-            return f"{args.data_dir}: {check(args.data_dir)}, complete; nothing to do"
-        except DataError as fault:
-            if args.data_dir.exists():
-                print(f"not complete yet: {str(fault).splitlines()[0]}")
-        args.data_dir.mkdir(parents=True, exist_ok=True)
-        unpack(fetch(name, args.data_dir, args.archive_dir, args.url), args.data_dir)
-        return f"{args.data_dir}: {check(args.data_dir)}, complete"
-
+    check: `check_text` or `check_photos`. Returns the line to print at the end."""
+    data_dir = Path(args.data_dir)
     try:
-        done = ensure(TEXT, check_text)
+        return f"{data_dir}: {check(data_dir)}, complete; nothing to do"
+    except DataError as error:
+        if data_dir.exists():
+            print(f"not complete yet: {str(error).splitlines()[0]}")
+    data_dir.mkdir(parents=True, exist_ok=True)
+    unpack(fetch(name, data_dir, args.archive_dir, args.url), data_dir)
+    return f"{data_dir}: {check(data_dir)}, complete"
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    socket.setdefaulttimeout(TIMEOUT)  # otherwise a silent server would be waited for for ever
+    try:
+        result = ensure(TEXT, check_text, args)
         if not args.text_only:
-            done = ensure(PHOTOS, check_photos)
-        print(done)
-        return 0
-    except (DataError, RunError) as error:
+            result = ensure(PHOTOS, check_photos, args)
+    except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, DataError) else 1
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         reason = error.strerror or error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason = "the disk is full; free 2.5 GB and run again"
+            reason = "the disk is full; free 2.5 GB and run the script again"
         print(f"error: {args.data_dir}: {reason}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; run again to go on", file=sys.stderr)
+        print("\ninterrupted; run the script again to continue", file=sys.stderr)
         return 130
+    print(result)
+    return 0
 
 
 if __name__ == "__main__":
-    prepare_output(end_with_reader=True)
     sys.exit(main())
