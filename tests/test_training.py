@@ -30,7 +30,8 @@ from src.training import (
     training_step,
 )
 from src.utils import augment
-from src.utils.flickr8k_simple import epoch_batches, iterate_batches, load_splits, place_photos
+from src.utils.flickr8k_simple import epoch_batches, iterate_batches, place_photos
+from src.utils.splits import load_splits
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import model_arguments, without_batch_norm
 
