@@ -34,7 +34,6 @@ from src.fisher import build_network, make_fisher_vectors, with_fisher_vectors
 from src.pretrained import NO_ENCODERS
 from src.training import (
     ADVICE,
-    MEMORY_LOSS_WEIGHT,
     RunState,
     augment,
     contrastive_backward,
@@ -216,7 +215,7 @@ def estimate_epoch_seconds(run, splits):
         batch = next(iterate_batches(data, data.photos, [pairs], run.device))
         augment(run, batch)
         with frozen_statistics(run.encode):
-            contrastive_backward(run.encode, batch, MEMORY_LOSS_WEIGHT, settings.chunk_size)
+            contrastive_backward(run.encode, batch, settings.memory_loss, settings.chunk_size)
         seconds = time.time() - began
     return seconds * len(data) / len(pairs)
 

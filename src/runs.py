@@ -1,6 +1,7 @@
-"""The files of a run: their names, and how they are read and written. A crash, a kill or a full
-disk leaves either the old file or the new one, whole; a file that cannot be
-written is a RunError, one that cannot be read a UsageError."""
+"""The files of a run: their names, and how they are written, read, resumed and locked.
+
+Files are replaced atomically, so that a crash, a kill or a full disk leaves either the old file or
+the new one. A file that cannot be written raises RunError, one that cannot be read UsageError."""
 import dataclasses
 import json
 import logging
@@ -16,7 +17,7 @@ from src.utils.errors import RunError, UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows: there no lock keeps a second run out of a folder
+except ImportError:  # on Windows no lock keeps a second run out of a folder
     fcntl = None
 
 
@@ -24,15 +25,22 @@ HISTORY, BEST, LAST, TEST, BANK, LOG, CONFIG = RUN_FILES = (
     "history_flickr8k.json", "best_model_flickr8k.pt", "last_checkpoint_flickr8k.pt",
     "test_results_flickr8k.json", "bank_results_flickr8k.json", "flickr8k_sgd_training.log",
     "config.json")
-BEST_KEYS = ("epoch", "model_state_dict", "metrics", "config", "tokenizer")  # "bank", too
+BEST_KEYS = ("epoch", "model_state_dict", "metrics", "config", "tokenizer")  # and "bank" at the end
 LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "history", "config", "tokenizer",
              "model_state_dict", "optimizer_state_dict", "scaler_state_dict",
              "scheduler_state_dict")
-MACHINES_OWN = ("data_dir", "extra_data", "device", "amp")
+# Settings that belong to the machine rather than to the run. --resume may change them, and under
+# torchrun they may differ between machines.
+MACHINE_SETTINGS = ("data_dir", "extra_data", "device", "amp")
 TRAIN_FIRST = "train first: python train_flickr8k_sgd.py"
 
 
-def _write_atomically(path, write):
+# ------------------------------------------------------------------------ writing and reading
+
+
+def write_atomically(path, write):
+    """Call `write(file)` with a partial file, and rename that to path when it is complete. Raises
+    RunError if that fails; the old file is then still there."""
     partial = Path(f"{path}.partial")
     try:
         with open(partial, "wb") as file:
@@ -43,21 +51,21 @@ def _write_atomically(path, write):
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
-        raise RunError(f"{path}: could not be written ({reason}); the old one is kept"
-                              ) from None
+        raise RunError(f"{path}: could not be written ({reason}); the old file is kept") from None
 
 
 def save_checkpoint(state, path):
-    _write_atomically(path, lambda file: torch.save(state, file))
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def save_json(value, path):
     text = json.dumps(value, indent=1) + "\n"
-    _write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def load_checkpoint(path, keys):
-    """A checkpoint that must hold `keys`, its tensors on the CPU."""
+    """Load a checkpoint, with its tensors on the CPU. Raises UsageError if the file is missing or
+    damaged, or if one of the keys is missing in it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -66,12 +74,13 @@ def load_checkpoint(path, keys):
         raise UsageError(f"{path}: damaged, or not a checkpoint of this project") from None
     missing = set(keys) - set(state if isinstance(state, dict) else ())
     if missing:
-        raise UsageError(f"{path}: not a checkpoint of this version, it lacks "
-                              f"{', '.join(sorted(missing))}")
+        raise UsageError(f"{path}: not a checkpoint of this version, as it lacks "
+                         f"{', '.join(sorted(missing))}")
     return state
 
 
 def load_json(path):
+    """Load a JSON file. Raises UsageError if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -80,130 +89,139 @@ def load_json(path):
         raise UsageError(f"{path}: damaged ({str(error).splitlines()[0]})") from None
 
 
+# ---------------------------------------------------------------------- a new or resumed run
+
+
 def resolve(args):
-    """Parsed flags -> (settings, output_dir, checkpoint to go on from or None). Raises UsageError
-    for a folder that holds a run, for nothing to resume, and for a flag that contradicts the run.
-    """
+    """The flags of the training script -> (settings, output_dir, the checkpoint to continue from or
+    None). Raises UsageError for a folder that holds a run already, for nothing to resume, and for a
+    flag that contradicts the run to resume."""
     given = dict(vars(args))
-    resume, overwrite, output_dir, check = map(
-        given.pop, ("resume", "overwrite", "output_dir", "check"))
-    name = "synthetic_sgd" if "synthetic" in given else "flickr8k_sgd"
-    output_dir = Path(output_dir or f"outputs/{name}")
+    resume, overwrite = given.pop("resume"), given.pop("overwrite")
+    output_dir, check = given.pop("output_dir"), given.pop("check")
+    default_name = "synthetic_sgd" if "synthetic" in given else "flickr8k_sgd"
+    output_dir = Path(output_dir or f"outputs/{default_name}")
     if resume:
         return resume_run(output_dir, given)
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir} is a file, not a folder")
     if not (overwrite or check):
-        refuse_a_run(output_dir)
+        refuse_existing_run(output_dir)
     return make_settings(**given), output_dir, None
 
 
-def refuse_a_run(output_dir):
-    """Raises UsageError where there is a run."""
-    found = [name for name in RUN_FILES if name != LOG and (output_dir / name).exists()]
-    if found:
-        raise UsageError(f"{output_dir} holds a run already ({found[0]}); --resume goes on with "
+def refuse_existing_run(output_dir):
+    """Raise UsageError if the folder holds a run."""
+    existing = [name for name in RUN_FILES if name != LOG and (output_dir / name).exists()]
+    if existing:
+        raise UsageError(f"{output_dir} holds a run already ({existing[0]}); --resume continues "
                          "it, --overwrite deletes it, or name another --output_dir")
 
 
-def resume_command(output_dir, *flags):
-    flags = ["--resume", "--output_dir", str(output_dir), *flags]
-    return shlex.join(["python", "train_flickr8k_sgd.py", *flags])
-
-
 def resume_run(output_dir, given):
-    """What `resolve` gives, of the run in output_dir."""
+    """Return what `resolve` does, for the run in output_dir and the flags that were given."""
     if not (output_dir / CONFIG).exists():
         raise UsageError(f"nothing to resume in {output_dir}: it holds no {CONFIG}")
     settings = settings_of(load_json(output_dir / CONFIG), output_dir)
-    checkpoint, done = None, 0  # stopped before its first checkpoint, it goes on from its start
+    checkpoint, epochs_done = None, 0  # a run without a checkpoint starts from the beginning
     if (output_dir / LAST).exists():
         checkpoint = load_checkpoint(output_dir / LAST, LAST_KEYS)
-        done = checkpoint["epoch"] - (checkpoint["step"] == 0)
+        epochs_done = checkpoint["epoch"] - (checkpoint["step"] == 0)
     for name, value in given.items():
-        if name == "epochs" and value < done:
-            raise UsageError(f"the run has {done} epochs already; --epochs {value} is fewer")
-        if name in (*MACHINES_OWN, "epochs"):
+        if name == "epochs" and value < epochs_done:
+            raise UsageError(f"the run has {epochs_done} epochs already, so --epochs {value} is "
+                             "too few")
+        if name in (*MACHINE_SETTINGS, "epochs"):
             settings = dataclasses.replace(settings, **{name: value})
-        elif getattr(settings, name) != value:  # the rest is the run's
-            raise UsageError(f"--resume goes on with the run's own --{name} "
+        elif getattr(settings, name) != value:
+            raise UsageError(f"--resume continues with the run's own --{name} "
                              f"{getattr(settings, name)}, not {value}; leave the flag out")
     if not settings.synthetic:
         check_data_dir(settings.data_dir)
     return settings, output_dir, checkpoint
 
 
+def resume_command(output_dir, *flags):
+    """The command that continues a run, as the user may paste it."""
+    flags = ["--resume", "--output_dir", str(output_dir), *flags]
+    return shlex.join(["python", "train_flickr8k_sgd.py", *flags])
+
+
 def on_this_machine(settings, args):
-    """The main process's settings, with the paths and the like that were given here."""
-    given = {name: getattr(args, name) for name in MACHINES_OWN if hasattr(args, name)}
+    """The settings of the main process with the machine settings that were given here."""
+    given = {name: getattr(args, name) for name in MACHINE_SETTINGS if hasattr(args, name)}
     return dataclasses.replace(settings, **given)
 
 
-def check_same_data(began, config, data_dir):
-    """Raises UsageError where photos, captions or their order are not those that a run, whose
-    config was `began`, has been trained on."""
-    before = began.get("fingerprints")
+def check_same_data(config_before, config, data_dir):
+    """Raise UsageError if the photos, the captions or their order differ between two configs of a
+    run: that of its beginning and that of now."""
+    before = config_before.get("fingerprints")
     if before is None:
-        raise UsageError("the run is of another version of this project, which did not keep what "
-                         "its data was; train anew")
+        raise UsageError("the run is of another version of this project, which did not record its "
+                         "data; please retrain")
     changed = [name for name, now in config["fingerprints"].items() if before[name] != now]
     if changed:
-        raise UsageError(f"{data_dir} is not the dataset that the run began with: photos, captions "
-                         f"or order of {', '.join(changed)} are others")
+        raise UsageError(f"{data_dir} is not the dataset that the run began with: the photos, the "
+                         f"captions or their order have changed in {', '.join(changed)}")
 
 
 def check_data_dir(data_dir):
-    """Raises UsageError where the data that a run was trained on is not there any more."""
+    """Raise UsageError if the folder that a run was trained on no longer exists."""
     if not Path(data_dir).is_dir():
-        raise UsageError(f"there is no folder {data_dir} any more, which the run was trained on "
+        raise UsageError(f"the folder {data_dir}, which the run was trained on, does not exist "
                          f"(seen from {Path.cwd()}); name it with --data_dir")
 
 
-def hold(stream, output_dir):
-    """Lock a run's log, which a kill undoes. Raises UsageError where another process has it."""
+def lock(log_stream, output_dir):
+    """Lock a run by its log file; the lock ends with the process. Raises UsageError if another
+    process holds it."""
     try:
         if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(log_stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(f"another run is writing into {output_dir}; name another --output_dir"
                          ) from None
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         pass
 
 
-def open_output_dir(output_dir, config, history, fresh, replace, log):
-    """Make a run's folder, with config and log, and keep other runs out until the log is closed; a
-    fresh run's without the files of an earlier one. Raises UsageError where there is one and not
-    `replace`, or where another run is writing."""
+def open_output_dir(output_dir, config, history, is_new, replace, log):
+    """Make the folder of a run with its config, send the log to its file, and keep other runs out
+    until that file is closed. A new run deletes the files of an earlier one. Raises UsageError if
+    there is one and not `replace`, or if another run is writing."""
     output_dir.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(output_dir / LOG, encoding="utf-8", errors="replace")
     to_file.setFormatter(logging.Formatter("%(asctime)s  %(message)s"))
     try:
-        hold(to_file.stream, output_dir)
-        if fresh and not replace:
-            refuse_a_run(output_dir)
+        lock(to_file.stream, output_dir)
+        if is_new and not replace:
+            refuse_existing_run(output_dir)
     except UsageError:
         to_file.close()
         raise
     log.addHandler(to_file)
-    if fresh:  # what --overwrite deletes, now that nothing else can be wrong
+    if is_new:  # --overwrite deletes only now, when nothing else can be wrong with the arguments
         to_file.stream.truncate(0)
         for name in RUN_FILES:
             if name != LOG:
                 (output_dir / name).unlink(missing_ok=True)
     elif not history or history[-1]["epoch"] < config["settings"]["epochs"]:
-        # Trained on, the test is still to come.
+        # The run will be trained further, so its final results are out of date.
         (output_dir / TEST).unlink(missing_ok=True)
         (output_dir / BANK).unlink(missing_ok=True)
     save_json(config, output_dir / CONFIG)
-    if history:  # a kill may have come between this file and the checkpoint
+    if history:  # a kill may have separated the history from the checkpoint
         save_json(history, output_dir / HISTORY)
+
+
+# ------------------------------------------------------------------------------ a run, to show
 
 
 @dataclasses.dataclass
 class Run:
-    """A run as its files tell it. test: metrics, bank: those without and with it (`compare_bank`)
-    of "val" and "test"; None before the run's end."""
+    """A run as its files describe it. test: metrics of the best model on test. bank: those of
+    `compare_bank` on "val" and "test". Both are None until the run has finished."""
 
     dir: Path
     history: list
@@ -214,6 +232,7 @@ class Run:
 
     @property
     def best(self):
+        """The epoch with the highest avg R@1 on validation."""
         return max(self.history, key=lambda row: row["val"]["avg_r1"])
 
     @property
@@ -231,8 +250,8 @@ def check_folder(output_dir):
 
 
 def load_run(output_dir):
-    """-> Run, no weights read. Raises UsageError for no run, no finished epoch yet or a
-    damaged file, UsageError for a run of another version."""
+    """The Run in a folder; no weights are read. Raises UsageError if there is no run, no finished
+    epoch yet, a damaged file, or a run of another version."""
     output_dir = Path(output_dir)
     check_folder(output_dir)
     if not (output_dir / HISTORY).exists():
@@ -242,6 +261,7 @@ def load_run(output_dir):
     history, config = load_json(output_dir / HISTORY), load_json(output_dir / CONFIG)
     if not (isinstance(history, list) and history):
         raise UsageError(f"{output_dir / HISTORY}: holds no epochs")
-    test, bank = (load_json(output_dir / name) if (output_dir / name).exists() else None
-                  for name in (TEST, BANK))
-    return Run(output_dir, history, config, settings_of(config, output_dir), test, bank)
+    settings = settings_of(config, output_dir)
+    results = {name: load_json(output_dir / name) if (output_dir / name).exists() else None
+               for name in (TEST, BANK)}
+    return Run(output_dir, history, config, settings, results[TEST], results[BANK])

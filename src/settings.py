@@ -55,6 +55,9 @@ class Settings:
                          shown="small, or tiny with --synthetic")
     image_size: int = setting(96, "side of the training photos in pixels", "[1, inf)")
     memory_size: int = architecture(128, "slots of the memory; 0 turns it off", "[0, inf)")
+    # Weight of the memory's self-supervised loss. Without it the memory learns from the contrastive
+    # loss alone.
+    memory_loss: float = setting(0.1)
     latent_dim: int = architecture(512)
     text_embed_dim: int = architecture(512)
     num_heads: int = architecture(8)
@@ -144,16 +147,17 @@ PRESETS = {
         epochs=7, batch_size=100, captions_per_image=2, text_lr=4.0, weight_decay=5e-4,
         final_lr=0.0, ema=0.0, min_crop=0.5, color_jitter=0.0, word_dropout=0.0),
     "small": dict(
-        text_embed_dim=256, latent_dim=256, memory_size=16, num_heads=4, num_layers=0,
-        fusion_layers=1, conv_channels=[32, 64, 128, 256], conv_units=1, epochs=90, final_lr=0.4),
+        text_embed_dim=256, latent_dim=256, memory_size=16, memory_loss=0.0, num_heads=4,
+        num_layers=0, fusion_layers=1, conv_channels=[32, 64, 128, 256], conv_units=1, epochs=90,
+        final_lr=0.4),
     "base": dict(),
     "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12,
                   conv_channels=[160, 320, 640, 1280], epochs=100),
 }
 # With a pretrained image encoder these values replace those of the preset.
 PRETRAINED = dict(
-    fisher=False, latent_dim=512, text_embed_dim=256, memory_size=128, num_heads=4, num_layers=0,
-    fusion_layers=1, dropout=0.5, tokenizer="bpe", epochs=10, batch_size=1000,
+    fisher=False, latent_dim=512, text_embed_dim=256, memory_size=128, memory_loss=0.1,
+    num_heads=4, num_layers=0, fusion_layers=1, dropout=0.5, tokenizer="bpe", epochs=10, batch_size=1000,
     captions_per_image=5, lr=0.3, text_lr=1.0, weight_decay=2e-3, temperature=0.07, warmup=0.1,
     final_lr=0.0, ema=0.99, start_size=0)
 # Where both encoders are halves of one contrastive model, which has less to learn. These were
@@ -163,7 +167,7 @@ CONTRASTIVE_PAIR = dict(lr=0.1, dropout=0.2)
 REFERENCE = dict(
     epochs=30, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=0.0,
     temperature=0.07, warmup=0.0, final_lr=0.0, ema=0.0, min_crop=1.0, flip=0.0, color_jitter=0.0,
-    word_dropout=0.0, start_size=0, tokenizer="char", fisher=False)
+    word_dropout=0.0, start_size=0, tokenizer="char", fisher=False, memory_loss=0.1)
 
 
 def size_before_crop(pixels):

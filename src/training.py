@@ -23,7 +23,6 @@ from src.utils.augment import (
 )
 from src.utils.errors import RunError, UsageError
 
-MEMORY_LOSS_WEIGHT = 0.1
 MAX_GRAD_NORM = 1.0
 MAX_GRAPHS = 8  # CUDA graphs kept, one for each shape of batch
 PROGRESS = ("epoch", "step", "loss_sum", "seconds", "history")  # what a RunState saves of itself
@@ -67,7 +66,7 @@ def forward_backward(run, batch):
     def compute(batch):
         # A recorded graph writes the gradients to where they were when it was recorded.
         run.optimizer.zero_grad(set_to_none=run.graphs is None)
-        return contrastive_backward(run.encode, batch, MEMORY_LOSS_WEIGHT,
+        return contrastive_backward(run.encode, batch, run.settings.memory_loss,
                                     run.settings.chunk_size, run.scaler.scale)
 
     return compute(batch) if run.graphs is None else run.graphs(compute, batch)
@@ -92,11 +91,11 @@ class PairEncoder(torch.nn.Module):
     """Everything that a step computes with the model, in one call, as DistributedDataParallel
     requires: photos (P, ...), text (B, L) and the text features, if the model takes some -> image
     latents (P, D), text latents (B, D), logit_scale, and the memory losses (2,) of photos and of
-    captions."""
+    captions, which are zero unless with_memory_loss."""
 
-    def __init__(self, model, amp_dtype):
+    def __init__(self, model, amp_dtype, with_memory_loss=True):
         super().__init__()
-        self.model, self.amp_dtype = model, amp_dtype
+        self.model, self.amp_dtype, self.with_memory_loss = model, amp_dtype, with_memory_loss
 
     def forward(self, images, text, text_features):
         model, enabled = self.model, self.amp_dtype is not None
@@ -105,7 +104,9 @@ class PairEncoder(torch.nn.Module):
             text = model.encode_text(text, None, text_features)
             image_latents = model.fuse(images, IMAGE)
             text_latents = model.fuse(text, TEXT)
-            memory_losses = torch.stack([model.memory_loss(images), model.memory_loss(text)])
+            memory_losses = image_latents.new_zeros(2)
+            if self.with_memory_loss:
+                memory_losses = torch.stack([model.memory_loss(images), model.memory_loss(text)])
         return image_latents, text_latents, model.logit_scale, memory_losses
 
 
@@ -335,7 +336,8 @@ class RunState:
         schedule = cosine_schedule(settings.warmup, settings.final_lr, total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
         self.ema = MovingAverage(model, settings.ema) if settings.ema else None
-        self.encode = distributed.wrap_in_ddp(PairEncoder(model, self.amp_dtype), device)
+        encoder = PairEncoder(model, self.amp_dtype, with_memory_loss=settings.memory_loss > 0)
+        self.encode = distributed.wrap_in_ddp(encoder, device)
         self.graphs = CudaGraphs() if self.can_use_graphs() else None
         self.epoch, self.step, self.loss_sum, self.seconds, self.history = 1, 0, 0.0, 0.0, []
         self.unsaved_best = None  # the checkpoint of a new best model that is not on the disk yet

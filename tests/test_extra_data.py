@@ -132,7 +132,7 @@ def test_a_run_with_extra_data_goes_on_with_the_same_only(folders, tmp_path, cap
     train(tmp_path / "run", *given, epochs=1)
     resume = ["--output_dir", tmp_path / "run", "--resume", "--epochs", 2]
     assert main(*resume, "--extra_data", other) == 2
-    assert "photos, captions or order of train are others" in capsys.readouterr().err
+    assert "the captions or their order have changed in train" in capsys.readouterr().err
     assert main(*resume) == 0
     assert len(json.loads((tmp_path / "run" / HISTORY).read_text())) == 2
 

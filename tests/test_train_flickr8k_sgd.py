@@ -518,7 +518,7 @@ def test_a_folder_that_holds_a_run_is_refused_unless_overwritten(
         shapes, copy_of_finished, capsys):
     before = outcome(copy_of_finished)
     assert main(*arguments(shapes, copy_of_finished)) == 2
-    assert "--resume goes on with it, --overwrite deletes it" in capsys.readouterr().err
+    assert "--resume continues it, --overwrite deletes it" in capsys.readouterr().err
     assert_same_outcome(before, outcome(copy_of_finished))
     given = arguments(shapes, copy_of_finished, "--overwrite", "--seed", 5, epochs=2)
     assert main(*given) == 0

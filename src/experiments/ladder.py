@@ -35,7 +35,7 @@ STEPS = {
         "min_crop", "flip", "color_jitter", "word_dropout"),
     "a moving average of the weights, and a learning rate that stays high": ("ema", "final_lr"),
     "a second network on Fisher vectors": ("fisher",),
-    "smaller photos at first and larger ones in validation: the preset's own recipe": tuple(
+    "smaller photos at first, larger ones in validation, no memory loss: the preset's recipe": tuple(
         REFERENCE),
 }
 # Each of these changes the preset's own recipe.
