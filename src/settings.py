@@ -157,9 +157,9 @@ PRESETS = {
 # With a pretrained image encoder these values replace those of the preset.
 PRETRAINED = dict(
     fisher=False, latent_dim=512, text_embed_dim=256, memory_size=128, memory_loss=0.1,
-    num_heads=4, num_layers=0, fusion_layers=1, dropout=0.5, tokenizer="bpe", epochs=10, batch_size=1000,
-    captions_per_image=5, lr=0.3, text_lr=1.0, weight_decay=2e-3, temperature=0.07, warmup=0.1,
-    final_lr=0.0, ema=0.99, start_size=0)
+    num_heads=4, num_layers=0, fusion_layers=1, dropout=0.5, tokenizer="bpe", epochs=10,
+    batch_size=1000, captions_per_image=5, lr=0.3, text_lr=1.0, weight_decay=2e-3,
+    temperature=0.07, warmup=0.1, final_lr=0.0, ema=0.99, start_size=0)
 # Where both encoders are halves of one contrastive model, which has less to learn. These were
 # chosen with a model that was trained on half of Flickr8k's photos and tuned on the other half.
 CONTRASTIVE_PAIR = dict(lr=0.1, dropout=0.2)

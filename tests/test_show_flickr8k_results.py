@@ -454,12 +454,14 @@ def test_data_that_was_moved(shapes, tmp_path, capsys, monkeypatch):
     for given in (["--query", "red"], ["--image", image]):
         status, _, err = use(tmp_path / "run", capsys, *given)
         assert status == 2 and len(err.splitlines()) == 1
-        assert "the folder data, which the run was trained on, does not exist" in err and "name it with --data_dir" in err
+        assert "the folder data, which the run was trained on, does not exist" in err
+        assert "name it with --data_dir" in err
         status, _, _ = use(tmp_path / "run", capsys, *given, "--data_dir", "moved")
         assert status == 0
     assert main("--resume", "--output_dir", tmp_path / "run") == 2
     err = capsys.readouterr().err
-    assert "the folder data, which the run was trained on, does not exist" in err and "name it with --data_dir" in err
+    assert "the folder data, which the run was trained on, does not exist" in err
+    assert "name it with --data_dir" in err
     assert main("--resume", "--output_dir", tmp_path / "run", "--data_dir", "moved") == 0
 
 

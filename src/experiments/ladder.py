@@ -35,8 +35,8 @@ STEPS = {
         "min_crop", "flip", "color_jitter", "word_dropout"),
     "a moving average of the weights, and a learning rate that stays high": ("ema", "final_lr"),
     "a second network on Fisher vectors": ("fisher",),
-    "smaller photos at first, larger ones in validation, no memory loss: the preset's recipe": tuple(
-        REFERENCE),
+    "smaller photos at first, larger ones in validation, no memory loss: the preset's recipe":
+        tuple(REFERENCE),
 }
 # Each of these changes the preset's own recipe.
 CHANGES = {
