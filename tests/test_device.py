@@ -1,50 +1,93 @@
 import pytest
 import torch
 
-from src.device import allow_fast_kernels, autocast_dtype, find_device
+from src.device import (
+    allow_fast_kernels,
+    autocast_dtype,
+    describe,
+    find_device,
+    full_float32,
+)
+from src.settings import make_settings
 from src.utils.errors import UsageError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def set_cpu_capabilities(monkeypatch, *names):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True for name in names})
+
+
+@pytest.fixture
+def restored_precision():
+    """Restores the precision of matrix products after the test, and returns it."""
+    before = torch.get_float32_matmul_precision()
+    yield before
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("capability", ["amx_bf16", "avx512_bf16"])
-def test_precision(monkeypatch, capability):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert autocast_dtype(None, cpu) == torch.bfloat16 and autocast_dtype(False, cpu) is None
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    assert autocast_dtype(None, cpu) is None and autocast_dtype(True, cpu) == torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    assert autocast_dtype(None, cuda) == torch.float16
+def test_mixed_precision_is_the_default_on_cpus_that_multiply_bfloat16(monkeypatch, capability):
+    set_cpu_capabilities(monkeypatch, capability)
+    assert autocast_dtype(None, CPU) == torch.bfloat16
+    assert autocast_dtype(False, CPU) is None
 
 
-def test_a_device_that_is_not_there():
-    assert find_device("cpu") == torch.device("cpu")
+def test_float32_is_the_default_on_other_cpus(monkeypatch):
+    set_cpu_capabilities(monkeypatch, "avx2")
+    assert autocast_dtype(None, CPU) is None
+    assert autocast_dtype(True, CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("supported, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_mixed_precision_is_bfloat16_on_gpus_that_have_it(monkeypatch, supported, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
+    assert autocast_dtype(None, CUDA) == dtype
+    assert autocast_dtype(False, CUDA) is None
+
+
+def test_description_names_the_precision_and_the_number_of_processes():
+    one = describe(make_settings(amp=False), CPU)
+    two = describe(make_settings(amp=True), CPU, processes=2)
+    assert (one["precision"], two["precision"]) == ("float32", "mixed, bfloat16")
+    assert one["device"].startswith("cpu (") and two["device"] == f"2 x {one['device']}"
+
+
+def test_an_unavailable_device_is_refused():
+    assert find_device("cpu") == CPU
     for name in ("cuda:99", "abacus"):
         with pytest.raises(UsageError, match=f"--device {name} is not available on this machine"):
             find_device(name)
 
 
 @pytest.mark.parametrize(
-    "name, rank, index",
+    "name, local_rank, index",
     [("cuda", None, 0), ("cuda:1", None, 1), ("cuda", "0", 0), ("cuda", "3", 3)],
 )
-def test_each_process_touches_its_own_gpu_only(monkeypatch, name, rank, index):
-    touched = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: touched.append(("set", device)))
-    monkeypatch.setattr(torch, "zeros", lambda size, device: touched.append(("used", device)))
+def test_each_process_touches_one_gpu_only(monkeypatch, name, local_rank, index):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
+    monkeypatch.setattr(torch, "zeros", lambda size, device: calls.append(("used", device)))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-    own = torch.device("cuda", index)  # with a number, without which set_device fails
-    assert find_device(name) == own and touched == [("set", own), ("used", own)]
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    expected = torch.device("cuda", index)  # set_device needs the number
+    assert find_device(name) == expected
+    assert calls == [("set", expected), ("used", expected)]
 
 
-def test_fast_kernels_are_for_cuda(monkeypatch):
-    before = torch.get_float32_matmul_precision()
-    try:
-        allow_fast_kernels(torch.device("cpu"))
-        assert torch.get_float32_matmul_precision() == before
-        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-        allow_fast_kernels(torch.device("cuda"))
-        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.benchmark
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_fast_kernels_are_allowed_on_cuda_only(monkeypatch, restored_precision):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    allow_fast_kernels(CPU)
+    assert torch.get_float32_matmul_precision() == restored_precision
+    assert not torch.backends.cudnn.benchmark
+    allow_fast_kernels(CUDA)
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.benchmark
+
+
+def test_full_float32_ends_with_its_block_even_after_an_error(restored_precision):
+    torch.set_float32_matmul_precision("high")
+    with pytest.raises(ZeroDivisionError), full_float32():
+        assert torch.get_float32_matmul_precision() == "highest"
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == "high"

@@ -12,25 +12,27 @@ from src.fisher import (
     GAUSSIANS,
     FisherVector,
     FisherVectors,
+    NetworkWithFisherVectors,
     build_network,
     make_fisher_vectors,
     with_fisher_vectors,
 )
-from src.model import IMAGE, combine_photo_and_text
+from src.model import IMAGE, MultiModalMemoryNetwork, combine_photo_and_text
 from src.settings import make_settings
 from src.training import PairEncoder, contrastive_backward
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 
 
-def photos(number=12, size=48, seed=0):
-    """Smooth random pictures: noise has no components larger than others."""
+def smooth_photos(number=12, size=48, seed=0):
+    """Smooth random pictures, normalised floats. The principal components of noise would all be
+    equally large."""
     torch.manual_seed(seed)
     return F.interpolate(torch.randn(number, 3, size // 4, size // 4), size, mode="bilinear")
 
 
-def stored(number=12, seed=0):
-    """The same as a store keeps them."""
-    return (photos(number, 64, seed).clamp(-2, 2) * 60 + 127).byte()
+def stored_photos(number=12):
+    """Such pictures as uint8, as a photo store keeps them."""
+    return (smooth_photos(number, 64).clamp(-2, 2) * 60 + 127).byte()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,158 +45,198 @@ def small_photos():
 @pytest.fixture(scope="module")
 def vectors():
     fitted = FisherVectors()
-    fitted.fit(stored())
+    fitted.fit(stored_photos())
     return fitted
 
 
-def seen():
-    """What `vectors` was fit to."""
-    return FisherVectors().load(stored(), torch.arange(12))
+@pytest.fixture
+def maps(vectors):
+    """The maps of gradients and of colours of the photos that `vectors` was fit to."""
+    return vectors.cells(vectors.load(stored_photos(), torch.arange(12)))
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
     settings = dataclasses.replace(make_settings(model="tiny"), fisher=True)
-    made = build_network(34, settings, {})
-    torch.nn.init.normal_(made.fusion.out.weight)
-    made.fisher_network.image_backbone.fit(stored())
-    return made
+    network = build_network(34, settings, {})
+    torch.nn.init.normal_(network.fusion.out.weight)  # it is initially zero
+    network.fisher_network.image_backbone.fit(stored_photos())
+    return network
 
 
-def test_the_descriptors_of_the_photos_it_was_fit_to_are_white(vectors):
-    gradients, _ = vectors.cells(seen())
+def log_likelihoods(mean, deviation, weight, descriptors):
+    """The log-likelihood of each descriptor (N,) under each Gaussian (K,) with its weight, (N, K),
+    by torch.distributions."""
+    gaussians = torch.distributions.Normal(mean, deviation)
+    return gaussians.log_prob(descriptors[:, None]).sum(2) + weight.log()
+
+
+# -------------------------------------------------------------------------------- Fisher vectors
+
+
+def test_descriptors_of_the_photos_that_were_fit_are_white(vectors, maps):
+    gradients, _ = maps
     descriptors = vectors.gradients.descriptors(gradients).flatten(0, 1)[:, :COMPONENTS]
-    raw = torch.cat([F.unfold(cells, 4).transpose(1, 2).flatten(0, 1) for cells in gradients])
-    assert raw.shape[1] == 8 * 16 and len(raw) == len(descriptors)
+    patches = torch.cat([F.unfold(cells, 4).transpose(1, 2).flatten(0, 1) for cells in gradients])
+    assert patches.shape == (len(descriptors), 8 * 16)
     assert descriptors.mean(0).abs().max() < 1e-2
     covariance = descriptors.T @ descriptors / len(descriptors)
     assert torch.allclose(covariance, torch.eye(COMPONENTS), atol=0.02)
     assert abs(vectors.gradients.weight.sum() - 1) < 1e-4
 
 
-def test_statistics_are_sums_over_the_places_by_the_gaussians_responsibility(vectors):
+def test_statistics_are_sums_weighted_by_the_responsibilities(vectors):
     mixture, descriptors = vectors.colors, torch.randn(7, COMPONENTS + 2)
-    gaussians = torch.distributions.Normal(mixture.mean, mixture.variance.sqrt())
-    likelihood = gaussians.log_prob(descriptors[:, None]).sum(2) + mixture.weight.log()
-    belongs = likelihood.softmax(1)
+    responsibilities = log_likelihoods(
+        mixture.mean, mixture.variance.sqrt(), mixture.weight, descriptors).softmax(1)
     count, first, second = mixture.statistics(descriptors)
-    assert torch.allclose(count, belongs.sum(0), atol=1e-3)
-    assert torch.allclose(first, belongs.T @ descriptors, atol=1e-2)
-    assert torch.allclose(second, belongs.T @ descriptors.square(), atol=1e-2)
+    assert torch.allclose(count, responsibilities.sum(0), atol=1e-3)
+    assert torch.allclose(first, responsibilities.T @ descriptors, atol=1e-2)
+    assert torch.allclose(second, responsibilities.T @ descriptors.square(), atol=1e-2)
 
 
-def test_a_fisher_vector_is_the_gradient_of_the_likelihood():
-    """Up to the factors of the paper, the signed root and the length."""
+def test_fisher_vector_is_the_gradient_of_the_log_likelihood():
+    """It is compared with the gradient by autograd, up to the factors of the paper, the signed root
+    and the length."""
     torch.manual_seed(0)
     mixture = FisherVector(6)
     mixture.components.normal_().mul_(0.1)
     mixture.variance.uniform_(0.5, 2)
     maps = [torch.randn(1, 6, 9, 9), torch.randn(1, 6, 5, 5)]
     descriptors = mixture.descriptors(maps)[0]
-    mean, deviation = mixture.mean.clone(), mixture.variance.sqrt()
-    for parameter in (mean, deviation):
-        parameter.requires_grad_()
-    gaussians = torch.distributions.Normal(mean, deviation)
-    likelihood = (gaussians.log_prob(descriptors[:, None]).sum(2) + mixture.weight.log())
-    likelihood.logsumexp(1).sum().backward()
-    weight = mixture.weight.sqrt()[:, None]
-    expected = torch.cat([mean.grad * deviation.detach() / weight,
-                          deviation.grad * deviation.detach() / weight / math.sqrt(2)], 1).flatten()
-    got = mixture(maps)[0]
-    assert got.square().mean() == pytest.approx(1.0, rel=1e-4) and len(got) == mixture.width
-    assert F.cosine_similarity(got * got.abs(), expected, dim=0) > 0.9999
+
+    mean = mixture.mean.clone().requires_grad_()
+    deviation = mixture.variance.sqrt().requires_grad_()
+    log_likelihoods(mean, deviation, mixture.weight, descriptors).logsumexp(1).sum().backward()
+    scale = deviation.detach() / mixture.weight.sqrt()[:, None]
+    gradients = [mean.grad * scale, deviation.grad * scale / math.sqrt(2)]
+    expected = torch.cat(gradients, dim=1).flatten()
+
+    vector = mixture(maps)[0]
+    assert len(vector) == mixture.width
+    assert vector.square().mean() == pytest.approx(1.0, rel=1e-4)
+    assert F.cosine_similarity(vector * vector.abs(), expected, dim=0) > 0.9999
 
 
-def test_fitting_makes_the_photos_more_likely():
-    def likelihood(mixture, descriptors):
-        gaussians = torch.distributions.Normal(mixture.mean, mixture.variance.sqrt())
-        log_prob = gaussians.log_prob(descriptors[:, None]).sum(2) + mixture.weight.log()
-        return log_prob.logsumexp(1).mean()
-
-    whole = FisherVectors()
-    whole.fit(stored())
-    descriptors = whole.colors.descriptors(whole.cells(seen())[1]).flatten(0, 1)
-    one = FisherVector(6)  # every Gaussian that of all descriptors
-    one.mean.copy_(descriptors.mean(0).expand_as(one.mean))
-    one.variance.copy_(descriptors.var(0).expand_as(one.variance))
-    assert likelihood(whole.colors, descriptors) > likelihood(one, descriptors) + 1
+def test_fitting_raises_the_likelihood_of_the_photos(vectors, maps):
+    mixture = vectors.colors
+    descriptors = mixture.descriptors(maps[1]).flatten(0, 1)
+    fitted = log_likelihoods(mixture.mean, mixture.variance.sqrt(), mixture.weight, descriptors)
+    mean, deviation = descriptors.mean(0, keepdim=True), descriptors.std(0, keepdim=True)
+    one_gaussian = log_likelihoods(mean, deviation, torch.ones(1), descriptors)
+    assert fitted.logsumexp(1).mean() > one_gaussian.logsumexp(1).mean() + 1
 
 
-def test_vectors_are_the_photos_own_and_hardly_know_how_bright_it_is(vectors):
-    images = photos(6, seed=1)
-    made = vectors(images)
-    assert made.shape == (6, vectors.width) and vectors.width == 4 * GAUSSIANS * (COMPONENTS + 2)
-    assert torch.isfinite(made).all()
-    assert torch.allclose(vectors(images[2:3]), made[2:3], atol=0.05)
-    gradients = slice(0, vectors.gradients.width)
-
-    def alike(a, b, part):
-        return F.cosine_similarity(a[:, part], b[:, part], dim=1)
-
-    brighter = vectors(images + 0.7)
-    assert alike(made, brighter, gradients).min() > 0.99 > 0.9 > alike(
-        made, brighter, slice(vectors.gradients.width, None)).max()
-    assert alike(made, made.roll(1, 0), gradients).max() < 0.9
+def test_vectors_depend_on_their_photo_alone(vectors):
+    photos = smooth_photos(6, seed=1)
+    result = vectors(photos)
+    assert result.shape == (6, vectors.width) and vectors.width == 4 * GAUSSIANS * (COMPONENTS + 2)
+    assert torch.isfinite(result).all()
+    assert torch.allclose(vectors(photos[2:3]), result[2:3], atol=0.05)
 
 
-def test_the_smallest_photos_and_flat_ones(vectors):
-    assert torch.isfinite(vectors(photos(2, 48))).all()
+def test_gradients_but_not_colours_are_independent_of_the_brightness(vectors):
+    photos = smooth_photos(6, seed=1)
+    gradients, colors = vectors(photos).split(vectors.gradients.width, dim=1)
+    brighter_gradients, brighter_colors = vectors(photos + 0.7).split(
+        vectors.gradients.width, dim=1)
+    assert F.cosine_similarity(gradients, brighter_gradients).min() > 0.99
+    assert F.cosine_similarity(colors, brighter_colors).max() < 0.9
+    assert F.cosine_similarity(gradients, gradients.roll(1, 0)).max() < 0.9  # of other photos
+
+
+def test_vectors_of_the_smallest_photos_and_of_flat_ones_are_finite(vectors):
+    assert torch.isfinite(vectors(smooth_photos(2, 48))).all()
     assert torch.isfinite(vectors(torch.zeros(1, 3, 48, 56))).all()
     with pytest.raises(RuntimeError):
-        vectors(photos(2, 44))
+        vectors(smooth_photos(2, 44))
 
 
-def test_two_networks_make_latents_of_two_halves_of_given_lengths(model):
+@pytest.mark.parametrize("views", [1, 2])
+def test_vectors_of_stored_photos_equal_a_direct_computation(vectors, views):
+    """53 photos are more than one batch. The second view is the mirror image."""
+    photos = stored_photos(53)
+    result = make_fisher_vectors(vectors, photos, None, views)
+    assert result.shape == (53, views, vectors.width) and result.dtype == torch.float16
+    for i in range(53):
+        photo = vectors.load(photos, torch.tensor([i]))
+        for view, shown in zip(range(views), (photo, photo.flip(-1))):
+            assert torch.allclose(result[i, view].float(), vectors(shown)[0], atol=0.02), (i, view)
+
+
+class StubSplit:
+    """What `with_fisher_vectors` needs of a dataset."""
+
+    with_fisher_vectors = Flickr8kImageTextDataset.with_fisher_vectors
+
+    def __init__(self, photos):
+        self.photos, self.fisher_vectors = photos, None
+
+
+def test_vectors_are_computed_once_and_for_a_limited_number_of_training_photos(
+        model, vectors, monkeypatch):
+    monkeypatch.setattr("src.fisher.FISHER_PHOTOS", 11)
+    splits = {name: StubSplit(stored_photos(12)) for name in ("train", "val")}
+    splits = with_fisher_vectors(model, splits, None)
+    val_vectors = splits["val"].fisher_vectors
+    assert splits["train"].fisher_vectors is None and val_vectors.shape == (12, vectors.width)
+
+    monkeypatch.setattr("src.fisher.FISHER_PHOTOS", 12)
+    splits = with_fisher_vectors(model, splits, None)
+    assert torch.equal(splits["train"].fisher_vectors, val_vectors)
+    assert splits["val"].fisher_vectors is val_vectors
+
+
+# ------------------------------------------------------------------------------- the two networks
+
+
+def test_build_network_adds_the_fisher_network_if_the_settings_ask_for_it(model):
+    assert type(build_network(34, make_settings(model="tiny"), {})) is MultiModalMemoryNetwork
+    assert type(model) is NetworkWithFisherVectors
+
+
+def test_latents_are_those_of_both_networks_side_by_side(model):
     model.eval()
-    text = torch.randint(1, 34, (5, 9))
-    images = photos(5)
-    smaller, larger = resize(images, 32), resize(images, 48)
-    latents = model(images=images)["central_latent"]
-    first, second = latents.chunk(2, dim=1)
+    photos, text = smooth_photos(5), torch.randint(1, 34, (5, 9))
+    latents = model(images=photos)["central_latent"]
     assert latents.shape == (5, 2 * 64)
+    # The lengths weight the two cosines of which the cosine of two latents is the mean.
     for halves in (latents, model(text=text)["central_latent"]):
         lengths = halves.view(5, 2, -1).norm(dim=2)
         assert torch.allclose(lengths, torch.tensor([1, FISHER_WEIGHT]).sqrt(), atol=1e-5)
-    alone = model.fuse(model.encode_images(smaller), IMAGE)
-    assert torch.allclose(first, F.normalize(alone, dim=1), atol=1e-5)
-    both = F.normalize(model(images=images, text=text)["central_latent"])
-    of_latents = combine_photo_and_text(latents, model(text=text)["central_latent"])
-    assert torch.allclose(both, F.normalize(of_latents), atol=1e-5)
-    vectors = model.fisher_network.image_backbone(larger)
-    known = model(images=torch.zeros(5, 3, 32, 32), fisher_vectors=vectors)["central_latent"]
-    assert torch.allclose(known[:, 64:], second, atol=1e-5)
+
+    memory_half, fisher_half = latents.chunk(2, dim=1)
+    memory_latents = model.fuse(model.encode_images(resize(photos, 32)), IMAGE)
+    assert torch.allclose(memory_half, F.normalize(memory_latents, dim=1), atol=1e-5)
+    vectors = model.fisher_network.image_backbone(resize(photos, 48))
+    fisher_latents = model.fisher_network(images=vectors)["central_latent"]
+    expected = math.sqrt(FISHER_WEIGHT) * F.normalize(fisher_latents, dim=1)
+    assert torch.allclose(fisher_half, expected, atol=1e-5)
 
 
-def test_the_first_networks_steps_leave_the_second_alone(model):
-    batch = {"images": photos(4), "text": torch.randint(1, 34, (8, 9)),
+def test_known_fisher_vectors_are_not_computed_again(model):
+    model.eval()
+    photos = smooth_photos(5)
+    computed = model(images=photos)["central_latent"]
+    vectors = model.fisher_network.image_backbone(photos)
+    black = torch.zeros(5, 3, 32, 32)
+    known = model(images=black, fisher_vectors=vectors)["central_latent"]
+    assert torch.allclose(known[:, 64:], computed[:, 64:], atol=1e-5)
+
+
+def test_photo_combined_with_text_is_that_of_the_latents_of_both(model):
+    model.eval()
+    photos, text = smooth_photos(5), torch.randint(1, 34, (5, 9))
+    both = model(images=photos, text=text)["central_latent"]
+    expected = combine_photo_and_text(
+        model(images=photos)["central_latent"], model(text=text)["central_latent"])
+    assert torch.allclose(F.normalize(both), F.normalize(expected), atol=1e-5)
+
+
+def test_steps_of_the_memory_network_leave_the_fisher_network_alone(model):
+    batch = {"images": smooth_photos(4), "text": torch.randint(1, 34, (8, 9)),
              "photo_ids": torch.arange(4), "photo_of_pair": torch.arange(4).repeat_interleave(2)}
     assert torch.isfinite(contrastive_backward(PairEncoder(model, None), batch, 0.1))
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith("fisher_network."), name
-
-
-@pytest.mark.parametrize("views", [1, 2])
-def test_vectors_of_stored_photos_and_of_their_mirror_images(vectors, views):
-    images = stored(53)
-    made = make_fisher_vectors(vectors, images, None, views)
-    assert made.shape == (53, views, vectors.width) and made.dtype == torch.float16
-    rows = torch.tensor([0, 49, 50, 52])
-    shown = vectors.load(images, rows)
-    for view, flipped in zip(range(views), (shown, shown.flip(-1))):
-        assert torch.allclose(made[rows, view].float(), vectors(flipped), atol=0.05)
-
-
-def test_vectors_are_made_once_and_not_of_too_many_training_photos(model, vectors, monkeypatch):
-    class Split:
-        photos, fisher_vectors = stored(12), None
-        with_fisher_vectors = Flickr8kImageTextDataset.with_fisher_vectors
-
-    monkeypatch.setattr("src.fisher.FISHER_PHOTOS", 11)
-    splits = with_fisher_vectors(model, {"train": Split(), "val": Split()}, None)
-    made = splits["val"].fisher_vectors
-    assert splits["train"].fisher_vectors is None and made.shape == (12, vectors.width)
-    monkeypatch.setattr("src.fisher.FISHER_PHOTOS", 12)
-    splits = with_fisher_vectors(model, splits, None)
-    assert torch.equal(splits["train"].fisher_vectors, made)
-    assert splits["val"].fisher_vectors is made
