@@ -13,7 +13,6 @@ from PIL import Image
 from torch import nn
 
 from src.utils.augment import normalize, resize
-from src.utils.captions import cut_text
 from src.utils.errors import UsageError
 from src.utils.flickr8k_simple import map_tensors
 from src.utils.photo_store import (
@@ -150,14 +149,13 @@ class PretrainedEncoder(nn.Module):
     def text_features(self, store, texts, progress=None):
         """Return the features of texts as `Rows` (N, width), float16.
 
-        Only the first MAX_LENGTH characters of a text count. store: the path that the names of the
-        store's files begin with, or None to store nothing. `progress(done, total, "captions")` is
-        called while texts are encoded.
+        store: the path that the names of the store's files begin with, or None to store nothing.
+        `progress(done, total, "captions")` is called while texts are encoded.
         """
         shards, paths = [], []
         for start in range(0, len(texts), TEXT_SHARD):
             stop = min(start + TEXT_SHARD, len(texts))
-            shard = [cut_text(texts[i]) for i in range(start, stop)]
+            shard = [texts[i] for i in range(start, stop)]
 
             def write(file, shard=shard, start=start):
                 file.write(self._encode_texts(shard, start, len(texts), progress).tobytes())

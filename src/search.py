@@ -144,7 +144,7 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
     """Embed texts -> (N, D) of unit length on the CPU. Of each text, the first MAX_LENGTH
     characters are read. Raises ValueError for a text without tokens."""
     device = next(model.parameters()).device
-    ids = Ragged.of((tokenizer.encode(cut_text(text)) for text in texts), "H")
+    ids = Ragged.from_sequences((tokenizer.encode(cut_text(text)) for text in texts), "H")
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # for little padding
     parts = []
     for start in range(0, len(ids), batch_size):

@@ -1,4 +1,4 @@
-"""--extra_data: more pairs for training, none of which is of a photo in val or test."""
+"""The flag --extra_data adds pairs to the training split, but no photo of val or test."""
 import io
 import json
 
@@ -10,7 +10,7 @@ from src import report
 from src.runs import CONFIG, HISTORY, load_run
 from src.settings import make_settings
 from src.utils.captions import SPLIT_FILES
-from src.utils.splits import load_splits, read_pairs
+from src.utils.splits import load_splits
 from tests.conftest import main
 from tests.test_duplicates import FLIP, cropped, scene
 
@@ -22,12 +22,14 @@ def jpeg(photo, quality=90):
 
 
 def write(root, photos):
-    """photos: {split: {name: (content, number of the scene that its captions tell)}}."""
+    """Write a dataset in Flickr8k's layout. photos: {split: {name: (content of the file, number of
+    the scene that its captions tell)}}."""
     (root / "Images").mkdir(parents=True)
     lines = []
-    for split, its in photos.items():
-        (root / SPLIT_FILES[split]).write_text("".join(f"{name}\n" for name in its))
-        for name, (content, number) in its.items():
+    for split, files in photos.items():
+        (root / SPLIT_FILES[split]).write_text("".join(f"{name}\n" for name in files))
+        for name, (content, number) in files.items():
+            (root / "Images" / name).parent.mkdir(exist_ok=True)
             (root / "Images" / name).write_bytes(content)
             lines += [f"{name}#{i}\tphoto {number} told in way {i} .\n" for i in range(3)]
     (root / "Flickr8k.token.txt").write_text("".join(lines))
@@ -35,23 +37,25 @@ def write(root, photos):
 
 
 def numbered(*numbers):
+    """Photos of these scenes under names as Flickr gives them, for `write`."""
     return {f"{1_000_000 + i}_0123456789.jpg": (jpeg(scene(i)), i) for i in numbers}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The whole, its first half, and the rest with photos of val and test slipped in."""
+    """A folder with three datasets: the whole, its first half, and the rest, into whose training
+    split copies of photos in val and test have been slipped."""
     root = tmp_path_factory.mktemp("extra")
     held_out = {"val": numbered(*range(40, 50)), "test": numbered(*range(50, 60))}
     write(root / "whole", {"train": numbered(*range(40))} | held_out)
     write(root / "half", {"train": numbered(*range(20))} | held_out)
     slipped_in = {
         "same_content.jpg": (jpeg(scene(41)), 41),
-        "1000042.jpg": (jpeg(scene(999)), 42),  # by its Flickr number alone
+        "1000042.jpg": (jpeg(scene(999)), 42),  # only its Flickr number tells
         "compressed.jpg": (jpeg(scene(43), 30), 43),
         "mirrored.png": (jpeg(scene(50).transpose(FLIP)), 50),
         "cropped.jpg": (jpeg(cropped(scene(51))), 51),
-        "trained_on.jpg": (jpeg(scene(3)), 3),  # in training already
+        "trained_on.jpg": (jpeg(scene(3)), 3),  # the training split has it already
     }
     write(root / "rest", {"train": slipped_in | numbered(*range(20, 40)),
                           "val": numbered(60, 61), "test": numbered(52, 62)})
@@ -59,22 +63,26 @@ def folders(tmp_path_factory):
 
 
 def train(output_dir, *given, epochs=2):
+    """Train a run -> its history, without the seconds."""
     assert main("--model", "tiny", "--tokenizer", "bpe", "--output_dir", output_dir, "--epochs",
                 epochs, "--batch_size", 12, "--device", "cpu", *given) == 0
     history = json.loads((output_dir / HISTORY).read_text())
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
-LEFT_OUT = {"equal content of a photo in val or test": 1,
-            "the Flickr number of a photo in val or test": 1,
-            "near-duplicates of a photo in val or test": 3,
-            "equal content of a photo in training": 1}
+SKIPPED = {"equal content of a photo in val or test": 1,
+           "the Flickr number of a photo in val or test": 1,
+           "near-duplicates of a photo in val or test": 3,
+           "equal content of a photo in training": 1}
 
 
 @pytest.mark.parametrize("encoders", [False, True])
-def test_a_half_and_the_rest_is_the_whole_and_what_is_held_out_stays_out(
-        folders, tmp_path, capsys, own, encoders):
-    given = ["--image_encoder", f"{own}:photos", "--text_encoder", f"{own}:texts"] * encoders
+def test_training_on_a_half_and_the_rest_equals_training_on_the_whole(
+        folders, tmp_path, capsys, encoder_file, encoders):
+    given = []
+    if encoders:
+        given = ["--image_encoder", f"{encoder_file}:photos",
+                 "--text_encoder", f"{encoder_file}:texts"]
     whole = train(tmp_path / "whole", "--data_dir", folders / "whole", *given)
     half = train(tmp_path / "half", "--data_dir", folders / "half", *given)
     capsys.readouterr()
@@ -85,22 +93,23 @@ def test_a_half_and_the_rest_is_the_whole_and_what_is_held_out_stays_out(
     assert (f"{folders / 'rest'}: 20 photos with 60 captions join the training split; 1 left out: "
             "equal content of a photo in val or test; 1 left out: the Flickr number") in out
     config = json.loads((tmp_path / "both" / CONFIG).read_text())
-    [joined] = config["extra_data"]
-    assert joined["skipped"] == LEFT_OUT and joined["photos"] == 20 and joined["captions"] == 60
+    [extra] = config["extra_data"]
+    assert extra["skipped"] == SKIPPED and extra["photos"] == 20 and extra["captions"] == 60
     assert config["data"]["train"]["photos"] == 40
 
 
-def test_the_tables_say_what_was_trained_on(folders, tmp_path, capsys):
+def test_the_tables_name_all_datasets_of_the_training(folders, tmp_path, capsys):
     train(tmp_path / "run", "--data_dir", folders / "half", "--extra_data", folders / "rest",
           epochs=1)
-    said = f"20 photos, 60 captions of Flickr8k + 20 photos, 60 captions of {folders / 'rest'} (6"
-    assert said in capsys.readouterr().out
+    expected = (f"20 photos, 60 captions of Flickr8k + 20 photos, 60 captions of "
+                f"{folders / 'rest'} (6")
+    assert expected in capsys.readouterr().out
     run = load_run(tmp_path / "run")
-    assert said in report.summary(run)
+    assert expected in report.summary(run)
     assert f"| 120 pairs, 60 of {folders / 'rest'} |" in report.comparison([run], "markdown")
 
 
-def test_photos_that_the_extra_data_lacks_are_said(folders, tmp_path, capsys):
+def test_missing_and_damaged_photos_of_the_extra_data_are_reported(folders, tmp_path, capsys):
     rest = write(tmp_path / "rest", {split: numbered(*range(first, first + 9)) for split, first in
                                      (("train", 20), ("val", 70), ("test", 90))})
     (rest / "Images" / "1000021_0123456789.jpg").unlink()
@@ -110,21 +119,22 @@ def test_photos_that_the_extra_data_lacks_are_said(folders, tmp_path, capsys):
     assert f"{rest} is incomplete: 1 of the 9 photos of train are missing" in (
         capsys.readouterr().err)
     train(tmp_path / "run", *given, "--allow_incomplete", epochs=1)
-    said = "7 photos with 21 captions join the training split; 2 left out: missing, unreadable or"
-    assert said in capsys.readouterr().out
-    [joined] = json.loads((tmp_path / "run" / CONFIG).read_text())["extra_data"]
-    assert joined["skipped"] == {"missing, unreadable or without captions": 2}
+    expected = ("7 photos with 21 captions join the training split; 2 left out: missing, "
+                "unreadable or")
+    assert expected in capsys.readouterr().out
+    [extra] = json.loads((tmp_path / "run" / CONFIG).read_text())["extra_data"]
+    assert extra["skipped"] == {"missing, unreadable or without captions": 2}
 
 
-def test_all_pairs_of_the_extra_data(folders, tmp_path):
+def test_extra_all_takes_all_splits_of_the_extra_data(folders, tmp_path):
     train(tmp_path / "run", "--data_dir", folders / "half", "--extra_data", folders / "rest",
           "--extra_all", epochs=1)
-    [joined] = json.loads((tmp_path / "run" / CONFIG).read_text())["extra_data"]
-    assert joined["split"] == "all" and joined["photos"] == 23  # 60, 61 and 62; 52 is in test
-    assert joined["skipped"] == LEFT_OUT | {"equal content of a photo in val or test": 2}
+    [extra] = json.loads((tmp_path / "run" / CONFIG).read_text())["extra_data"]
+    assert extra["split"] == "all" and extra["photos"] == 23  # 60, 61 and 62; 52 is in test
+    assert extra["skipped"] == SKIPPED | {"equal content of a photo in val or test": 2}
 
 
-def test_a_run_with_extra_data_goes_on_with_the_same_only(folders, tmp_path, capsys):
+def test_a_run_can_only_be_resumed_with_the_same_extra_data(folders, tmp_path, capsys):
     given = ["--data_dir", folders / "half", "--extra_data", folders / "rest"]
     other = write(tmp_path / "other", {split: numbered(*range(first, first + 20)) for split, first
                                        in (("train", 20), ("val", 70), ("test", 90))})
@@ -137,7 +147,7 @@ def test_a_run_with_extra_data_goes_on_with_the_same_only(folders, tmp_path, cap
     assert len(json.loads((tmp_path / "run" / HISTORY).read_text())) == 2
 
 
-def test_extra_data_that_is_not_there_or_of_no_use(folders, tmp_path, capsys):
+def test_extra_data_that_is_missing_or_adds_nothing_is_refused(folders, tmp_path, capsys):
     given = ["--data_dir", folders / "half", "--output_dir", tmp_path / "run"]
     assert main(*given, "--extra_data", tmp_path / "nowhere") == 2
     assert f"{tmp_path / 'nowhere'}: there is no such folder" in capsys.readouterr().err
@@ -147,9 +157,8 @@ def test_extra_data_that_is_not_there_or_of_no_use(folders, tmp_path, capsys):
     assert f"{folders / 'half'}: no photo of train is usable" in capsys.readouterr().err
 
 
-def test_copies_across_a_split_by_hash_leave_training(tmp_path, capsys):
-    """A folder of one's own holds photos taken one after another."""
-    Image.init()
+def test_copies_of_held_out_photos_leave_training_if_a_hash_made_the_splits(tmp_path, capsys):
+    """In a user's folder, photos taken right after each other may fall into different splits."""
     root = tmp_path / "data"
     root.mkdir()
     for i in range(30):
@@ -166,32 +175,54 @@ def test_copies_across_a_split_by_hash_leave_training(tmp_path, capsys):
 
 
 def noise(seed):
+    """A JPEG that resembles no other photo."""
     pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8)
     return jpeg(Image.fromarray(pixels))
 
 
-def test_a_bare_number_is_a_flickr_number_only_if_the_pictures_agree(tmp_path):
-    """Names such as a date are equal in the folders of two cameras."""
-    train = {"20210416.jpg": (noise(0), 0), "1000092795.jpg": (jpeg(scene(1)), 1)}
-    val = {"20210416.jpg": (noise(1), 2), "1000092795.jpg": (jpeg(scene(1), 40), 1)}
-    root = write(tmp_path / "a", {"train": train, "val": numbered(3), "test": numbered(4)})
-    other = write(tmp_path / "b", {"train": val, "val": numbered(5), "test": numbered(6)})
-    pairs, others = (read_pairs(folder, "train", 32) for folder in (root, other))
-    # The second pair of files is the same picture, compressed anew.
-    copies = {1: ("1000092795.jpg of train", "the Flickr number")}
-    assert pairs.copies_in([others], near=False) == copies
-
-
-def test_two_cameras_that_name_their_photos_by_date(tmp_path):
-    """Neither does a split column stop the run, nor does --extra_data lose a photo."""
-    for camera, split in (("cam1", "train"), ("cam2", "val"), ("cam3", "test")):
-        (tmp_path / camera).mkdir()
+def write_cameras(root, splits):
+    """Write a table of captions of several cameras' photos, which are all different but have the
+    same names: their date. splits: that of each camera's photos."""
+    rows = ["image,caption,split"]
+    for camera, split in enumerate(splits):
+        (root / f"cam{camera}").mkdir(parents=True)
         for day in range(20210410, 20210414):
-            (tmp_path / camera / f"{day}.jpg").write_bytes(noise(day + 1000 * len(split) ** 2))
-    rows = [f"{camera}/{day}.jpg,photo {day} of {camera},{split}"
-            for camera, split in (("cam1", "train"), ("cam2", "val"), ("cam3", "test"))
-            for day in range(20210410, 20210414)]
-    (tmp_path / "captions.csv").write_text("\n".join(["image,caption,split", *rows]))
-    settings = make_settings(data_dir=str(tmp_path), model="tiny")
-    splits, _ = load_splits(settings)
-    assert [len(split.names) for split in splits.values()] == [4, 4, 4]
+            name = f"cam{camera}/{day}.jpg"
+            (root / name).write_bytes(noise(day + 100 * camera))
+            rows.append(f"{name},photo {day} of camera {camera},{split}")
+    (root / "captions.csv").write_text("\n".join(rows))
+
+
+def test_dates_as_names_do_not_stop_a_run_with_a_split_column(tmp_path):
+    write_cameras(tmp_path, ["train", "val", "test"])
+    splits, _ = load_splits(make_settings(data_dir=str(tmp_path), model="tiny"))
+    assert {split: len(data.names) for split, data in splits.items()} == {
+        "train": 4, "val": 4, "test": 4}
+
+
+def test_dates_as_names_lose_no_photo_of_the_extra_data(tmp_path):
+    write_cameras(tmp_path / "data", ["train", "val", "test"])
+    write_cameras(tmp_path / "extra", ["val", "test", "test", "train"])
+    splits, _ = load_splits(make_settings(
+        data_dir=str(tmp_path / "data"), extra_data=[str(tmp_path / "extra")], model="tiny"))
+    assert splits["train"].names == [f"cam{camera}/{day}.jpg" for camera in (0, 3)
+                                     for day in range(20210410, 20210414)]
+    [extra] = splits["train"].extra_data
+    assert extra["photos"] == 4 and extra["skipped"] == {}
+
+
+def test_bare_numbers_are_flickr_numbers_where_the_pictures_agree(tmp_path):
+    """Flickr30k's names are numbers without Flickr's secret. Here two photos have the number of the
+    extra photo, and the second of them is the same picture."""
+    write(tmp_path / "data", {
+        "train": numbered(0, 1),
+        "val": {"a/1000092795.jpg": (noise(0), 2)},
+        "test": {"b/1000092795.jpg": (jpeg(scene(3)), 3)}})
+    write(tmp_path / "extra", {
+        "train": {"1000092795.jpg": (jpeg(scene(3), 30), 3), "1000092796.jpg": (noise(1), 4)},
+        "val": numbered(5), "test": numbered(6)})
+    splits, _ = load_splits(make_settings(
+        data_dir=str(tmp_path / "data"), extra_data=[str(tmp_path / "extra")], model="tiny"))
+    [extra] = splits["train"].extra_data
+    assert extra["skipped"] == {"the Flickr number of a photo in val or test": 1}
+    assert splits["train"].names[2:] == ["1000092796.jpg"]

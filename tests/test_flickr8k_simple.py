@@ -95,7 +95,7 @@ def test_a_step_has_as_many_pairs_as_asked(counts, captions_per_image, batch_siz
 
 
 def test_texts_are_padded_to_the_longest():
-    texts = Ragged.of([[9], [5, 6, 7], [8]], "H")
+    texts = Ragged.from_sequences([[9], [5, 6, 7], [8]], "H")
     assert texts.padded([1, 2]).tolist() == [[5, 6, 7], [8, 0, 0]]
     assert texts.padded([2, 1], 4).tolist() == [[8, 0, 0, 0], [5, 6, 7, 0]]
 

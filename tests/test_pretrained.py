@@ -122,7 +122,7 @@ def test_features_are_those_of_the_photo_and_its_mirror_image(dataset_dir, encod
 def test_a_stop_while_captions_are_encoded_costs_one_shard(dataset_dir, encoder_file, monkeypatch):
     monkeypatch.setattr(pretrained, "TEXT_SHARD", 8)
     text = load_encoder(f"{encoder_file}:texts", "text")
-    texts = Texts.of([f"caption {i} of them".encode() for i in range(20)], "B")
+    texts = Texts.from_sequences([f"caption {i} of them".encode() for i in range(20)], "B")
     whole, store, encode = text.text_features(None, texts)[:], dataset_dir / "texts", text.encode
     encoded = []
 

@@ -33,7 +33,7 @@ class Flickr8kImageTextDataset:
         self.text_features, self.fisher_vectors = pairs.text_features, None
         fine_tuned = text_encoder is not None and not text_encoder.frozen
         self.prepare_texts = text_encoder.prepare if fine_tuned else None
-        self.texts = Ragged.of(self._token_ids(tokenizer), "H")
+        self.texts = Ragged.from_sequences(self._token_ids(tokenizer), "H")
 
     def _token_ids(self, tokenizer):
         for i, caption in enumerate(self.captions):
@@ -51,10 +51,17 @@ class Flickr8kImageTextDataset:
         return dataset
 
     def first(self, number):
-        """The first photos and their captions alone, to train with."""
+        """The dataset of the first photos and their captions alone."""
         part = copy.copy(self)
-        part.photos = self.photos.choose(np.arange(min(number, len(self.photos))))
-        part.photo_of_caption = self.photo_of_caption[self.photo_of_caption < number]
+        captions = slice(int((self.photo_of_caption < number).sum()))  # they lie photo by photo
+        part.names, part.digests = self.names[:number], self.digests[:number]
+        part.photos = self.photos.choose(slice(number))
+        part.captions, part.texts = self.captions.take(captions), self.texts.take(captions)
+        part.photo_of_caption = self.photo_of_caption[captions]
+        if self.text_features is not None:
+            part.text_features = self.text_features.choose(captions)
+        if self.fisher_vectors is not None:
+            part.fisher_vectors = self.fisher_vectors[:number]
         return part
 
     def epoch(self, captions_per_image, batch_size, seed):

@@ -190,7 +190,8 @@ class Rows:
 
     @property
     def nbytes(self):
-        return len(self) * self.parts[0][:1].nbytes
+        """The bytes of the chosen rows."""
+        return int(np.prod(self.shape)) * self.parts[0].dtype.itemsize
 
     def part_of(self, rows):
         """The number of the part in which each of these rows lies."""
@@ -199,9 +200,7 @@ class Rows:
     def __getitem__(self, rows):
         if isinstance(rows, int):
             return self[[rows]][0]
-        if isinstance(rows, slice):
-            rows = np.arange(len(self))[rows]
-        rows = np.asarray(rows, np.int64)
+        rows = self._row_numbers(rows)
         out = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
         parts = self.part_of(rows)
         rows_in_parts = self.chosen[rows] - self.starts[parts]
@@ -211,7 +210,13 @@ class Rows:
 
     def choose(self, rows):
         """These rows alone, as `Rows`."""
-        return Rows(self.parts, self.view, self.chosen[rows])
+        return Rows(self.parts, self.view, self.chosen[self._row_numbers(rows)])
+
+    def _row_numbers(self, rows):
+        """Row numbers, as an array, a tensor or a list, or a slice -> an array of row numbers."""
+        if isinstance(rows, slice):
+            return np.arange(len(self))[rows]
+        return np.asarray(rows, np.int64)
 
     def __add__(self, other):
         """These rows followed by those of another store of the same row format."""

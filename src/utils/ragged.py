@@ -1,21 +1,24 @@
-"""Many texts or lists of numbers in a few arrays."""
+"""Ragged arrays: many texts, or many lists of token ids, kept in a few NumPy arrays.
+
+A million Python strings or lists would take several times the memory of these arrays."""
 from array import array
 
 import numpy as np
 
-HASHED = 10_000  # sequences that `update_hash` takes at a time
+HASHED = 10_000  # sequences that `update_hash` concatenates at a time
 
 
 class Ragged:
-    """Sequences of unlike lengths in one array: the i-th is flat[starts[i]:starts[i] + lengths[i]].
-    A Python object each would take five times the memory."""
+    """N sequences of different lengths, one after another in one array. Sequence i is
+    flat[starts[i]:starts[i] + lengths[i]]."""
 
     def __init__(self, flat, starts, lengths):
         self.flat, self.starts, self.lengths = flat, starts, lengths
 
     @classmethod
-    def of(cls, sequences, typecode):
-        """Iterable of sequences; typecode: that of the array module."""
+    def from_sequences(cls, sequences, typecode):
+        """Make one from an iterable of sequences of integers. typecode: the type of the integers,
+        as in Python's array module."""
         flat, lengths = array(typecode), array("i")
         for sequence in sequences:
             flat.extend(sequence)
@@ -31,38 +34,40 @@ class Ragged:
         return self.flat[start:start + self.lengths[i]]
 
     def take(self, rows):
-        """Those of the rows, in their order, in the same array."""
+        """The sequences of these rows, in this order. The array `flat` is shared, not copied."""
         return type(self)(self.flat, self.starts[rows], self.lengths[rows])
 
-    def joined(self, rows):
-        """Those of the rows, one after another."""
+    def concatenate(self, rows):
+        """The sequences of these rows, one after another, as one array."""
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
-        places = np.repeat(self.starts[rows] - (ends - lengths), lengths)
-        return self.flat[places + np.arange(len(places))]
+        shifts = np.repeat(self.starts[rows] - (ends - lengths), lengths)
+        return self.flat[shifts + np.arange(len(shifts))]
 
     def padded(self, rows, multiple=1):
-        """Those of the rows -> int64 (B, longest, rounded up to a multiple), filled up with 0."""
+        """The sequences of B rows, padded with 0, as int64 (B, L). L is the length of the longest,
+        rounded up to a multiple of `multiple`."""
         lengths = self.lengths[rows]
         longest = -(-lengths.max() // multiple) * multiple
         out = np.zeros((len(lengths), longest), np.int64)
-        out[np.arange(longest) < lengths[:, None]] = self.joined(rows)
+        out[np.arange(longest) < lengths[:, None]] = self.concatenate(rows)
         return out
 
     def update_hash(self, hasher):
-        """By the sequences and their lengths."""
+        """Feed the lengths and the sequences to a hash of hashlib."""
         hasher.update(np.ascontiguousarray(self.lengths))
         for start in range(0, len(self), HASHED):
-            hasher.update(self.joined(slice(start, start + HASHED)))
+            hasher.update(self.concatenate(slice(start, start + HASHED)))
 
     def __add__(self, other):
+        """These sequences followed by those of another ragged array."""
         return type(self)(np.concatenate([self.flat, other.flat]),
                           np.concatenate([self.starts, other.starts + len(self.flat)]),
                           np.concatenate([self.lengths, other.lengths]))
 
 
 class Texts(Ragged):
-    """Strings, kept as UTF-8."""
+    """A ragged array of strings, stored as UTF-8."""
 
     def __getitem__(self, i):
         return super().__getitem__(i).tobytes().decode("utf-8", "surrogatepass")

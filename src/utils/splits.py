@@ -53,17 +53,17 @@ class PairsOfSplit:
         is left."""
         if not rows:
             return self
-        kept = torch.tensor([i for i in range(len(self.names)) if i not in rows])
+        kept = np.array([i for i in range(len(self.names)) if i not in rows], np.int64)
         if not len(kept):
-            raise DataError(f"{self.folders[0].root}: no photo of {self.split} is usable, as all "
-                            "of them are in other splits")
-        pairs = torch.isin(self.photo_of_caption, kept).nonzero().flatten()
-        text_features = self.text_features
+            raise DataError(f"{self.folders[0].root}: no photo of {self.split} is usable, "
+                            "because all of them are copies of photos that are in use already")
+        photo_of_caption, text_features = self.photo_of_caption.numpy(), self.text_features
+        pairs = np.flatnonzero(np.isin(photo_of_caption, kept))
         return replace(
             self, names=[self.names[i] for i in kept], photos=self.photos.choose(kept),
             digests=self.digests[kept], signatures=self.signatures.choose(kept),
-            captions=self.captions.take(pairs.numpy()),
-            photo_of_caption=torch.searchsorted(kept, self.photo_of_caption[pairs]),
+            captions=self.captions.take(pairs),
+            photo_of_caption=torch.from_numpy(np.searchsorted(kept, photo_of_caption[pairs])),
             text_features=None if text_features is None else text_features.choose(pairs),
             skipped=self.skipped + [self.names[i] for i in sorted(rows)])
 
@@ -82,21 +82,23 @@ class PairsOfSplit:
     def copies_in(self, others, near=True):
         """The photos that are in one of the other PairsOfSplit as well, as {row: (which photo it
         is there, how that is known)}. near: whether near-duplicates count."""
-        by_digest, by_number = {}, {}
+        by_digest, by_number = {}, collections.defaultdict(list)
         for other in others:
             for row, (name, digest) in enumerate(zip(other.names, other.digests)):
                 by_digest[digest.tobytes()] = other, row
-                by_number.setdefault(flickr_number(name), (other, row))
+                number = flickr_number(name)
+                if number is not None:
+                    by_number[number].append((other, row))
         copies = {}
         for row, (name, digest) in enumerate(zip(self.names, self.digests)):
-            number = flickr_number(name)
             if digest.tobytes() in by_digest:
                 other, other_row = by_digest[digest.tobytes()]
                 copies[row] = f"{other.names[other_row]} of {other.split}", "equal content"
-            elif number is not None and number in by_number:
-                other, other_row = by_number[number]
+                continue
+            for other, other_row in by_number.get(flickr_number(name), ()):
                 if self.is_same_flickr_photo(row, other, other_row):
                     copies[row] = f"{other.names[other_row]} of {other.split}", "the Flickr number"
+                    break
         for other in others if near else ():
             rows = near_duplicates(self.signatures, other.signatures[:])
             for row in np.nonzero(rows >= 0)[0].tolist():
