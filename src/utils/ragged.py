@@ -1,24 +1,27 @@
-"""Ragged arrays: many texts, or many lists of token ids, kept in a few NumPy arrays.
+"""Many sequences of different lengths in one array.
 
-A million Python strings or lists would take several times the memory of these arrays."""
+The captions of a large dataset, and their token ids, take a fifth of the memory that a Python
+object for each of them would take. This module must not import torch."""
 from array import array
 
 import numpy as np
 
-HASHED = 10_000  # sequences that `update_hash` concatenates at a time
+HASH_CHUNK = 10_000  # sequences that are concatenated at a time in order to hash them
 
 
 class Ragged:
-    """N sequences of different lengths, one after another in one array. Sequence i is
-    flat[starts[i]:starts[i] + lengths[i]]."""
+    """Sequences of numbers. Sequence i is flat[starts[i]:starts[i] + lengths[i]].
+
+    flat: an array of any numeric type. starts, lengths: arrays (N,). The sequences may lie in flat
+    in any order, so that a selection of them can share the array."""
 
     def __init__(self, flat, starts, lengths):
         self.flat, self.starts, self.lengths = flat, starts, lengths
 
     @classmethod
     def from_sequences(cls, sequences, typecode):
-        """Make one from an iterable of sequences of integers. typecode: the type of the integers,
-        as in Python's array module."""
+        """Make it from an iterable of sequences, such as lists. typecode: the type of the numbers,
+        as in the module `array`."""
         flat, lengths = array(typecode), array("i")
         for sequence in sequences:
             flat.extend(sequence)
@@ -34,40 +37,43 @@ class Ragged:
         return self.flat[start:start + self.lengths[i]]
 
     def take(self, rows):
-        """The sequences of these rows, in this order. The array `flat` is shared, not copied."""
+        """Select sequences, in this order. The numbers are not copied."""
         return type(self)(self.flat, self.starts[rows], self.lengths[rows])
 
-    def concatenate(self, rows):
-        """The sequences of these rows, one after another, as one array."""
+    def concatenated(self, rows):
+        """Return the selected sequences, one after another, in one array."""
         lengths = self.lengths[rows]
         ends = np.cumsum(lengths)
         shifts = np.repeat(self.starts[rows] - (ends - lengths), lengths)
         return self.flat[shifts + np.arange(len(shifts))]
 
     def padded(self, rows, multiple=1):
-        """The sequences of B rows, padded with 0, as int64 (B, L). L is the length of the longest,
-        rounded up to a multiple of `multiple`."""
+        """Return the selected sequences as rows of an int64 array (B, L), padded with 0.
+
+        L is the length of the longest, rounded up to a multiple of `multiple`."""
         lengths = self.lengths[rows]
         longest = -(-lengths.max() // multiple) * multiple
         out = np.zeros((len(lengths), longest), np.int64)
-        out[np.arange(longest) < lengths[:, None]] = self.concatenate(rows)
+        out[np.arange(longest) < lengths[:, None]] = self.concatenated(rows)
         return out
 
     def update_hash(self, hasher):
-        """Feed the lengths and the sequences to a hash of hashlib."""
+        """Feed the lengths and the sequences to an object of `hashlib`. Equal sequences give equal
+        hashes, in whichever order they lie in `flat`."""
         hasher.update(np.ascontiguousarray(self.lengths))
-        for start in range(0, len(self), HASHED):
-            hasher.update(self.concatenate(slice(start, start + HASHED)))
+        for start in range(0, len(self), HASH_CHUNK):
+            hasher.update(self.concatenated(slice(start, start + HASH_CHUNK)))
 
     def __add__(self, other):
-        """These sequences followed by those of another ragged array."""
+        """Return these sequences followed by those of another object."""
         return type(self)(np.concatenate([self.flat, other.flat]),
                           np.concatenate([self.starts, other.starts + len(self.flat)]),
                           np.concatenate([self.lengths, other.lengths]))
 
 
 class Texts(Ragged):
-    """A ragged array of strings, stored as UTF-8."""
+    """Strings, kept as UTF-8. A caption in JSON may contain a lone surrogate, which only
+    "surrogatepass" can encode."""
 
     def __getitem__(self, i):
         return super().__getitem__(i).tobytes().decode("utf-8", "surrogatepass")
