@@ -70,7 +70,7 @@ def test_a_caption_of_unknown_characters_only(dataset_dir):
 def test_text_that_is_not_utf8(dataset_dir):
     path = dataset_dir / "Flickr8k.token.txt"
     path.write_bytes(path.read_bytes() + b"1000_abc.jpg#5\tcaf\xe9\n")
-    with pytest.raises(DataError, match="Flickr8k.token.txt: not UTF-8"):
+    with pytest.raises(DataError, match="Flickr8k.token.txt: the file is not UTF-8 text"):
         dataset(dataset_dir)
 
 
@@ -103,7 +103,7 @@ def test_kaggle_layout(dataset_dir):
     ("", "line 1: expected the header"),
     ("image,caption\na.jpg,one, two\n", "line 2: expected 'image,caption'"),
     ("image,caption\na.jpg\n", "line 2: expected 'image,caption'"),
-    ('image,caption\na.jpg,"open\n', "not CSV"),
+    ('image,caption\na.jpg,"open\n', "not valid CSV"),
 ])
 def test_kaggle_captions_that_do_not_parse(tmp_path, content, message):
     (tmp_path / "captions.txt").write_text(content)
@@ -415,18 +415,18 @@ def test_a_split_of_its_own_is_kept_and_half_of_it_stands_in_for_one_that_lacks(
 
 
 BAD = {
-    "nothing": ((), "no captions in a known layout. Looked for Flickr8k.token.txt or"),
+    "nothing": ((), "no captions in a known layout. Known are Flickr8k.token.txt or"),
     "no such column": (("captions.csv", "image,url", "a.jpg,b"),
                        "line 1: expected the header 'image,caption', found 'image,url"),
     "too many cells": (("captions.csv", "image,caption", "a.jpg,one, two"),
                        "captions.csv, line 2: expected 'image,caption', found 'a.jpg,one, two'"),
     "no caption": (("captions.tsv", "image\tcaption", "a.jpg\t "),
                    "captions.tsv, line 2: expected image and caption, found ['a.jpg', ' ']"),
-    "an open quote": (("captions.csv", "image,caption", 'a.jpg,"open'), "not CSV"),
+    "an open quote": (("captions.csv", "image,caption", 'a.jpg,"open'), "not valid CSV"),
     "no JSON": (("captions.jsonl", '{"image": "a.jpg", "caption": "a dog"', ""),
-                "captions.jsonl, line 1: not JSON"),
+                "captions.jsonl, line 1: the line is not valid JSON"),
     "another split": (("captions.csv", "image,caption,split", "a.jpg,a dog,holdout"),
-                      "captions.csv, line 2: 'holdout' is no split; train, val and test are"),
+                      "captions.csv, line 2: 'holdout' is not the name of a split; use train"),
     "two splits": (("captions.csv", "image,caption,split", "a.jpg,a dog,test", "a.jpg,a cat,val"),
                    "captions.csv: a.jpg is in two splits, test and val"),
     "no number": (("results_20130124.token", "a.jpg\ta dog"),
@@ -434,10 +434,10 @@ BAD = {
     "no bar": (("results.csv", "image_name| comment_number| comment", "a.jpg a dog"),
                "results.csv, line 2: expected 'photo.jpg| 0| caption'"),
     "not Karpathy's": (("dataset_coco.json", '{"images": [{"filename": "a.jpg"}]}'),
-                       "dataset_coco.json: not Karpathy's format (KeyError: 'split')"),
+                       "coco.json: the file is not in Karpathy's format (KeyError: 'split')"),
     "not COCO's": (("annotations/captions_val2017.json", '{"images": []}'),
-                   "captions_val2017.json: not COCO's format (KeyError: 'annotations')"),
-    "no archive": (("00000.tar", "something else"), "00000.tar: not a whole .tar file"),
+                   "2017.json: the file is not in COCO's format (KeyError: 'annotations')"),
+    "no archive": (("00000.tar", "something else"), "00000.tar: this is not a complete .tar file"),
     "no photos": (("captions.csv", "image,caption", *(f"{i}.jpg,a dog" for i in range(30))),
                   "24 of the 24 photos of train are missing ("),
     "two photos": (("captions.csv", "image,caption", "a.jpg,a dog", "b.jpg,a cat"),
@@ -463,7 +463,7 @@ def test_a_text_or_a_table_that_is_not_utf8(tmp_path):
         folder.mkdir()
         Image.new("RGB", (9, 9)).save(folder / "a.jpg")
         (folder / name).write_bytes(b"image,caption\na.jpg,caf\xe9\n")
-        with pytest.raises(DataError, match=f"{name}: not UTF-8 text"):
+        with pytest.raises(DataError, match=f"{name}: the file is not UTF-8 text"):
             read_folder(folder)
 
 
@@ -471,7 +471,7 @@ def test_a_truncated_archive(catalogue, tmp_path):
     write_img2dataset(tmp_path, *catalogue)
     path = tmp_path / "00001.tar"
     path.write_bytes(path.read_bytes()[:-20_000])
-    with pytest.raises(DataError, match="00001.tar: not a whole .tar file"):
+    with pytest.raises(DataError, match="00001.tar: this is not a complete .tar file"):
         read_folder(tmp_path)
 
 

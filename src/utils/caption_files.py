@@ -1,7 +1,11 @@
-"""Files of captions -> rows (photo's name, caption, split). Caption is None in a row that only
-names a photo, split where the file has none. All readers are generators, skip empty lines, take any
-line ends and a byte order mark, and raise DataError, with file and line, for what does not parse.
-"""
+"""Readers of single files of captions, one for each format.
+
+The functions whose names end in `_rows` are generators of rows (name of the photo, caption, split).
+The caption is None in a row that only names a photo, and the split is None if the file has none.
+Files may have any line ends and a byte order mark; empty lines are skipped. What cannot be parsed
+raises DataError, which names the file and, where there are lines, the line.
+
+Which of these files a folder has is decided in `captions.py`. This module must not import torch."""
 import csv
 import json
 import os
@@ -15,7 +19,7 @@ from PIL import Image
 
 from src.utils.errors import DataError
 
-COLUMNS = {  # of a table, the first that is there
+COLUMNS = {  # the names that a column of a table may have; the first one that is there counts
     "image": ("image", "image_name", "image_path", "image_file", "file_name", "filename",
               "filepath", "file_path", "file", "path", "photo"),
     "caption": ("caption", "captions", "comment", "text", "title", "sentence", "description"),
@@ -24,25 +28,35 @@ COLUMNS = {  # of a table, the first that is there
 SPLIT_NAMES = {"train": "train", "training": "train", "restval": "train", "val": "val",
                "valid": "val", "validation": "val", "dev": "val", "test": "test",
                "testing": "test"}
-# Formats that Pillow only recognises, or has another program draw.
-NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+# Formats that Pillow recognises but cannot decode by itself.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+EXCERPT = 80  # characters of a wrong line that a message shows
+TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t\s*(\S.*)")
+# In one line of Kaggle's file the bar before the caption is missing.
+BAR_LINE = re.compile(r"\s*([^|]+?)\s*\|\s*\d+\s*[|\s]\s*(\S.*)")
 
 
 def photo_suffixes():
-    """Of all files that this Pillow reads."""
+    """Return the suffixes, such as ".jpg", of all files that the installed Pillow can decode."""
     Image.init()
-    readable = (Image.OPEN.keys() | {"MPO"}) - NO_PHOTOS
-    return {suffix for suffix, kind in Image.EXTENSION.items() if kind in readable}
+    readable = (Image.OPEN.keys() | {"MPO"}) - NOT_DECODED
+    return {suffix for suffix, image_format in Image.EXTENSION.items() if image_format in readable}
 
 
 class TarMember:
-    """A photo inside a .tar file, with as much of Path as reading it takes."""
+    """A photo inside a .tar file, with those methods of Path that are needed to read it.
 
-    def __init__(self, archive, name, offset, size, changed):
-        self.archive, self.name, self.offset, self.size = archive, name, offset, size
-        self.changed = changed
+    archive: path of the .tar file. name: name inside it. offset, size: where in the .tar file its
+    bytes are. mtime_ns: time of the last change of the .tar file, in nanoseconds."""
 
-    parent = property(lambda self: self.archive)
+    def __init__(self, archive, name, offset, size, mtime_ns):
+        self.archive, self.name = archive, name
+        self.offset, self.size = offset, size
+        self.mtime_ns = mtime_ns
+
+    @property
+    def parent(self):
+        return self.archive
 
     def __str__(self):
         return f"{self.archive}{os.sep}{self.name}"
@@ -54,7 +68,7 @@ class TarMember:
         return self
 
     def stat(self):
-        return SimpleNamespace(st_size=self.size, st_mtime_ns=self.changed)
+        return SimpleNamespace(st_size=self.size, st_mtime_ns=self.mtime_ns)
 
     def read_bytes(self):
         with open(self.archive, "rb") as file:
@@ -65,55 +79,69 @@ class TarMember:
         return BytesIO(self.read_bytes())
 
 
+def one_line(text):
+    """Replace each line break, and all other white space, by a single space."""
+    return " ".join(text.split())
+
+
 def read_lines(path):
-    """Yields the lines, each with its end."""
+    """Yield the lines of a text file, each with its line end. Raises DataError if the file is not
+    UTF-8 or cannot be read."""
     try:
-        with open(path, encoding="utf-8-sig") as file:  # -sig: a byte order mark or none
+        with open(path, encoding="utf-8-sig") as file:  # "-sig" drops a byte order mark
             yield from file
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise DataError(f"{path}: the file is not UTF-8 text ({error.reason} at byte "
+                        f"{error.start})") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"{path}: the file cannot be read ({error.strerror})") from None
 
 
 def read_json(path):
+    """Return the content of a JSON file. Raises DataError if it is not valid JSON."""
     try:
         return json.loads("".join(read_lines(path)))
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
+        raise DataError(f"{path}: the file is not valid JSON ({error})") from None
 
 
-def line_rows(path, pattern, expected, header=0):
-    """Lines that the pattern takes apart into name and caption, after so many of a header."""
+def line_rows(path, pattern, expected, header_lines=0):
+    """Yield the rows of a file that has one caption a line.
+
+    pattern: a regular expression whose groups are the photo's name and the caption. expected: the
+    form of a line, for the error message. header_lines: so many lines at the top need not match."""
     for number, line in enumerate(read_lines(path), start=1):
         match = pattern.fullmatch(line.rstrip())
         if match:
             yield match[1], match[2], None
-        elif line.strip() and number > header:
+        elif line.strip() and number > header_lines:
             raise DataError(f"{path}, line {number}: expected {expected}, found "
-                            f"{line.rstrip()[:80]!r}")
+                            f"{line.rstrip()[:EXCERPT]!r}")
 
 
 def token_rows(path):
-    """Of Flickr8k and Flickr30k."""
-    return line_rows(path, re.compile(r"([^\t]+)#\d+\t\s*(\S.*)"), "'photo.jpg#0<tab>caption'")
+    """Yield the rows of Flickr8k.token.txt, or of the file of that format of Flickr30k."""
+    return line_rows(path, TOKEN_LINE, "'photo.jpg#0<tab>caption'")
 
 
 def bar_rows(path):
-    """Of Kaggle's Flickr30k, where a line lacks the bar before its caption."""
-    return line_rows(path, re.compile(r"\s*([^|]+?)\s*\|\s*\d+\s*[|\s]\s*(\S.*)"),
-                     "'photo.jpg| 0| caption'", header=1)
+    """Yield the rows of results.csv, the captions of Flickr30k on Kaggle, where bars separate the
+    columns."""
+    return line_rows(path, BAR_LINE, "'photo.jpg| 0| caption'", header_lines=1)
 
 
 def split_name(path, place, value):
-    """-> "train", "val" or "test"."""
+    """Translate the name that a file gives to a split into "train", "val" or "test". Raises
+    DataError, with the file and the place in it, for an unknown name."""
     split = SPLIT_NAMES.get(str(value).strip().lower())
     if split is None:
-        raise DataError(f"{path}, {place}: {value!r} is no split; train, val and test are")
+        raise DataError(f"{path}, {place}: {value!r} is not the name of a split; use train, val or "
+                        "test")
     return split
 
 
 def karpathy_rows(path):
+    """Yield the rows of a JSON file in the format of Karpathy and Fei-Fei (2015)."""
     try:
         for image in read_json(path)["images"]:
             name = str(PurePosixPath(image.get("filepath", ""), image["filename"]))
@@ -121,86 +149,101 @@ def karpathy_rows(path):
             yield name, None, split
             for sentence in image["sentences"]:
                 if sentence["raw"].strip():
-                    yield name, " ".join(sentence["raw"].split()), split
+                    yield name, one_line(sentence["raw"]), split
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not Karpathy's format ({type(error).__name__}: {error})"
-                        ) from None
+        raise DataError(f"{path}: the file is not in Karpathy's format "
+                        f"({type(error).__name__}: {error})") from None
 
 
 def coco_rows(paths):
-    """paths: {split: file}."""
+    """Yield the rows of COCO's files of captions, given as {split: path}. The photos of
+    captions_train2014.json are in the folder train2014."""
     for split, path in paths.items():
-        content, folder = read_json(path), path.stem.removeprefix("captions_")
+        content = read_json(path)
+        folder = path.stem.removeprefix("captions_")
         try:
             names = {image["id"]: f"{folder}/{image['file_name']}" for image in content["images"]}
             for name in names.values():
                 yield name, None, split
             for annotation in content["annotations"]:
-                if annotation["caption"].strip():
-                    yield (names[annotation["image_id"]], " ".join(annotation["caption"].split()),
-                           split)
+                caption = annotation["caption"]
+                if caption.strip():
+                    yield names[annotation["image_id"]], one_line(caption), split
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: not COCO's format ({type(error).__name__}: {error})"
-                            ) from None
+            raise DataError(f"{path}: the file is not in COCO's format "
+                            f"({type(error).__name__}: {error})") from None
 
 
 def find_columns(names):
-    """A table's column names -> {"image", "caption" and perhaps "split": column}."""
-    known = {str(name).strip().lower(): name for name in names}
-    found = {}
-    for what, synonyms in COLUMNS.items():
-        for name in synonyms:
-            if name in known:
-                found.setdefault(what, known[name])
-    return found
+    """Find the columns of a table that are of use, among the names of all of its columns.
+
+    Returns {"image", "caption" or "split": name of the column in this table}; what the table lacks
+    is not in the dict."""
+    columns_by_name = {str(name).strip().lower(): name for name in names}
+    columns = {}
+    for column, synonyms in COLUMNS.items():
+        for synonym in synonyms:
+            if synonym in columns_by_name:
+                columns.setdefault(column, columns_by_name[synonym])
+    return columns
 
 
-def records(path):
-    """Yields (line number, {column: value}) of a table."""
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(read_lines(path), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{path}, line {number}: not an object")
-            yield number, record
-        return
-    reader = csv.reader(read_lines(path), strict=True,
-                        delimiter="\t" if path.suffix == ".tsv" else ",")
+def jsonl_records(path):
+    """Yield (line number, {column: value}) for each line of a .jsonl file."""
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: the line is not valid JSON ({error})"
+                            ) from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}: the line is not a JSON object")
+        yield number, record
+
+
+def csv_records(path):
+    """Yield (line number, {column: value}) for each row below the header of a .csv file, or of a
+    .tsv file, where tabs separate the columns."""
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    reader = csv.reader(read_lines(path), strict=True, delimiter=delimiter)
     try:
-        columns = [column.strip() for column in next(filter(any, reader), [])]
+        header = next(filter(any, reader), [])
+        columns = [column.strip() for column in header]
         if not {"image", "caption"} <= find_columns(columns).keys():
             raise DataError(f"{path}, line {max(reader.line_num, 1)}: expected the header "
-                            f"'image,caption', found {','.join(columns)[:80]!r}")
+                            f"'image,caption', found {','.join(columns)[:EXCERPT]!r}")
         for row in reader:
-            if any(map(str.strip, row)):
-                if len(row) != len(columns):
-                    raise DataError(f"{path}, line {reader.line_num}: expected "
-                                    f"'{','.join(columns)}', found {','.join(row)[:80]!r}")
-                yield reader.line_num, dict(zip(columns, row))
+            if not any(map(str.strip, row)):
+                continue
+            if len(row) != len(columns):
+                raise DataError(f"{path}, line {reader.line_num}: expected "
+                                f"'{','.join(columns)}', found {','.join(row)[:EXCERPT]!r}")
+            yield reader.line_num, dict(zip(columns, row))
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+        raise DataError(f"{path}, line {reader.line_num}: the file is not valid CSV ({error})"
+                        ) from None
 
 
 def table_rows(path):
+    """Yield the rows of a table, a .csv, .tsv, .txt (read as CSV) or .jsonl file. For the names of
+    its columns see COLUMNS. In a .jsonl file the caption may be a list of several."""
+    records = jsonl_records(path) if path.suffix == ".jsonl" else csv_records(path)
     columns = {}
-    for number, record in records(path):
+    for number, record in records:
         columns = columns or find_columns(record)
         try:
             name = str(record[columns["image"]]).strip()
             captions = record[columns["caption"]]
             captions = captions if isinstance(captions, list) else [captions]
-            captions = [" ".join(caption.split()) for caption in captions]
-        except (KeyError, AttributeError):
+            captions = [one_line(caption) for caption in captions]
+        except (KeyError, AttributeError):  # a column is missing, or a caption is not a string
             name, captions = "", []
         if not (name and captions and all(captions)):
-            wanted = " and ".join(columns.get(what, what) for what in ("image", "caption"))
-            raise DataError(f"{path}, line {number}: expected {wanted}, found "
-                            f"{str(list(record.values()))[:80]}")
+            expected = " and ".join(columns.get(column, column) for column in ("image", "caption"))
+            raise DataError(f"{path}, line {number}: expected {expected}, found "
+                            f"{str(list(record.values()))[:EXCERPT]}")
         split = None
         if "split" in columns:
             split = split_name(path, f"line {number}", record.get(columns["split"]))
@@ -208,53 +251,69 @@ def table_rows(path):
             yield str(PurePosixPath(name)), caption, split
 
 
-def text_rows(content, name, where):
-    """The captions in a text beside a photo."""
+def text_rows(content, name, place):
+    """Yield the rows of the text beside a photo, which has one caption a line.
+
+    content: the bytes of the text. name: the photo's. place: where the text lies, for the error
+    message."""
     try:
         lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise DataError(f"{place}: the file is not UTF-8 text ({error.reason} at byte "
+                        f"{error.start})") from None
     yield name, None, None
     for line in lines:
         if line.strip():
-            yield name, " ".join(line.split()), None
+            yield name, one_line(line), None
 
 
-def texts_beside(root):
-    """-> {name of a photo: path of the text beside it}, in order."""
-    suffixes, found = photo_suffixes(), {}
-    for place, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+def texts_beside_photos(root):
+    """Find the photos in a folder, or below it, that have a .txt file of the same name beside them.
+
+    Returns {name of the photo, relative to root: path of its text}, in alphabetical order."""
+    suffixes = photo_suffixes()
+    text_of_photo = {}
+    for folder, subfolders, names in os.walk(root):
+        # os.walk descends into what is left in this list.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         texts = {Path(name).stem: name for name in names if name.lower().endswith(".txt")}
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
             if stem in texts and suffix.lower() in suffixes:
-                found[Path(place, name).relative_to(root).as_posix()] = Path(place, texts[stem])
-    return found
+                photo = Path(folder, name).relative_to(root).as_posix()
+                text_of_photo[photo] = Path(folder, texts[stem])
+    return text_of_photo
 
 
-def read_archives(archives, root, photos):
-    """.tar files of photos and texts -> rows; `photos` gets {name: TarMember}."""
+def archive_rows(archives, root, photos):
+    """Yield the rows of .tar files that hold photos and texts of the same names.
+
+    archives: the paths of the files, below root. photos: a dict into which {name of the photo:
+    TarMember} is written while the rows are read. A photo without a text has no row."""
     suffixes = photo_suffixes()
     for path in archives:
-        changed, name_of, texts = path.stat().st_mtime_ns, {}, {}
-        inside = path.relative_to(root).as_posix()
+        mtime_ns = path.stat().st_mtime_ns
+        path_in_root = path.relative_to(root).as_posix()
+        photo_of_stem, text_of_stem = {}, {}
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
                     stem, suffix = os.path.splitext(member.name)
                     if member.isfile() and suffix.lower() == ".txt":
-                        texts[stem] = archive.extractfile(member).read()
+                        text_of_stem[stem] = archive.extractfile(member).read()
                     elif member.isfile() and suffix.lower() in suffixes:
-                        name_of[stem] = f"{inside}/{member.name}"
-                        photos[name_of[stem]] = TarMember(
-                            path, member.name, member.offset_data, member.size, changed)
-                    archive.members = []  # else it keeps them all
+                        name = f"{path_in_root}/{member.name}"
+                        photo_of_stem[stem] = name
+                        photos[name] = TarMember(path, member.name, member.offset_data,
+                                                 member.size, mtime_ns)
+                    archive.members = []  # otherwise all members are kept in memory
+                # tarfile takes the end of a truncated file for the end of the archive, which really
+                # is a block of zeros.
                 archive.fileobj.seek(archive.offset)
                 if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                     raise tarfile.ReadError("it ends too early")
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise DataError(f"{path}: not a whole .tar file ({error})") from None
-        for stem, name in name_of.items():
-            if stem in texts:
-                yield from text_rows(texts[stem], name, f"{path}, {stem}.txt")
+            raise DataError(f"{path}: this is not a complete .tar file ({error})") from None
+        for stem, name in photo_of_stem.items():
+            if stem in text_of_stem:
+                yield from text_rows(text_of_stem[stem], name, f"{path}, {stem}.txt")

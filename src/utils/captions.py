@@ -1,5 +1,6 @@
-"""A folder of photos and captions, in whichever layout -> its photos, captions and splits, as a
-`Folder`. `read_folder` takes the first of these layouts that it finds:
+"""A dataset folder in any known layout: its photos, captions and splits, as a `Folder`.
+
+`read_folder` takes the first of these layouts that it finds:
 
     Flickr8k     Flickr8k.token.txt, or Kaggle's captions.txt (CSV: image,caption), with
                  Flickr_8k.{train,dev,test}Images.txt; all at the root or in Flickr8k_text/
@@ -7,12 +8,14 @@
                  comment)
     Karpathy's   dataset_flickr8k.json, dataset_flickr30k.json or dataset_coco.json
     COCO         annotations/captions_train2014.json, captions_val2014.json, or those of 2017
-    a table      captions.csv, .tsv, .txt or .jsonl with columns image and caption, perhaps split
-    texts        NAME.jpg with NAME.txt beside it, one caption per line, in the folder or below it
+    a table      captions.csv, .tsv, .txt or .jsonl with the columns image and caption, and
+                 optionally split
+    texts        NAME.jpg with NAME.txt beside it, one caption a line, in the folder or below it
     shards       .tar files of NAME.jpg and NAME.txt, as img2dataset writes them
 
-The photos are looked for below the folder, below one of PHOTO_FOLDERS in it (upper or lower case),
-or below one such folder in another. The files themselves are read by `caption_files.py`."""
+The photos are looked for in the folder itself, in one of PHOTO_FOLDERS inside it (in upper or lower
+case), or in one such folder inside another. The single files are read by `caption_files.py`. This
+module must not import torch."""
 import collections
 import hashlib
 import shlex
@@ -22,14 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from src.utils.caption_files import (
+    archive_rows,
     bar_rows,
     coco_rows,
     karpathy_rows,
-    read_archives,
     read_lines,
     table_rows,
     text_rows,
-    texts_beside,
+    texts_beside_photos,
     token_rows,
 )
 from src.utils.errors import DataError
@@ -53,27 +56,29 @@ SAMPLE = 1000  # photos that are looked for in order to find their folder
 
 
 def cut_text(text):
-    """The part of a text that is read: its first MAX_LENGTH characters."""
+    """Return the part of a text that is read, which is its first MAX_LENGTH characters."""
     return text[:MAX_LENGTH]
 
 
 def download_command(root_dir, *flags):
-    """The command that fetches Flickr8k into a folder, as the user may paste it."""
+    """Return the command that downloads Flickr8k into a folder, quoted for a shell."""
     return shlex.join(["python", "download_flickr8k.py", *flags, "--data_dir", str(root_dir)])
 
 
 class Folder:
-    """The photos, captions and splits of a folder.
+    """The photos, captions and splits of a dataset folder.
 
-    root: Path. layout: its name. source: the file that the captions came from. splits: {"train",
-    "val", "test": [names of photos]}. by_hash: whether a hash of the names made some of the splits.
-    cut_captions: how many captions were longer than MAX_LENGTH and have been cut."""
+    root: its path. layout: the name of its layout. source: the file or folder that the captions
+    come from. splits: {"train", "val", "test": [names of photos]}. by_hash: whether some of the
+    splits were made by a hash of the photos' names. row_of: {name of a photo: its row}.
+    cut_captions: how many captions were longer than MAX_LENGTH and were cut. photo_folder: the
+    folder that the photos are in."""
 
     def __init__(self, root, layout, source, rows, splits=None, photos=None):
-        """rows: an iterable of (name of a photo, caption, split). The caption is None in a row that
-        only names a photo, the split if the layout has none. splits: given if the layout lists
-        them in files of their own. photos: {name: path}; by default they are looked for. Raises
-        DataError for a photo in two splits, and for splits that would be empty."""
+        """rows: an iterable of rows as the readers in `caption_files.py` yield them. splits: given
+        if the layout lists the splits in files of their own. photos: {name: path}; by default the
+        folder of the photos is looked for. Raises DataError if a photo is in two splits, or if a
+        split would be empty."""
         self.root, self.layout, self.source = root, layout, source
         self.row_of, split_of = {}, []
         owners = array("i")  # the row of each caption's photo
@@ -105,28 +110,21 @@ class Folder:
             self.photo_folder = find_photo_folder(root, names[::len(names) // SAMPLE + 1])
 
     def _splits(self, split_of):
+        """Sort the photos into splits. split_of: for each row, the name of its split or None."""
         names = {split: [] for split in SPLIT_FILES}
-        rest = []
+        without_split = []
         for name, split in zip(self.row_of, split_of):
-            (rest if split is None else names[split]).append(name)
-        if len(rest) == len(split_of):
-            names["train"] = rest
-        elif rest:
-            raise DataError(f"{self.source}: {len(rest)} photos are in no split, such as {rest[0]}")
-        held_out = sorted({"val", "test"} - {split for split in names if names[split]})
-        # Without val and test, each gets a tenth of the training photos. If one of them is missing,
-        # it gets half of the other.
-        if held_out:
-            self.by_hash, share, source = True, 10, "train"
-            if len(held_out) == 1:
-                share, source = 2, "test" if held_out == ["val"] else "val"
-            most = MAX_HELD_OUT if source == "train" else len(split_of)
-            order = sorted(names[source], key=lambda name: hashlib.sha256(name.encode()).digest())
-            number = min(len(order) // share or 1, most)
-            for split in held_out:
-                taken, order = set(order[:number]), order[number:]
-                names[split] = [name for name in names[source] if name in taken]
-                names[source] = [name for name in names[source] if name not in taken]
+            photos = without_split if split is None else names[split]
+            photos.append(name)
+        if len(without_split) == len(split_of):
+            names["train"] = without_split
+        elif without_split:
+            raise DataError(f"{self.source}: {len(without_split)} photos are in no split, such as "
+                            f"{without_split[0]}")
+        missing = [split for split in ("test", "val") if not names[split]]
+        if missing:
+            self.by_hash = True
+            split_by_hash(names, missing)
         for split in names:
             if not names[split]:
                 raise DataError(f"{self.source}: there are {len(split_of)} photos, and none is "
@@ -134,31 +132,33 @@ class Folder:
         return names
 
     def names(self, split):
-        """The names of the photos of a split, or of "all" splits."""
+        """Return the names of the photos of a split, or those of all splits for "all"."""
         if split != "all":
             return self.splits[split]
         return [name for names in self.splits.values() for name in names]
 
     def path(self, name):
-        """Where a photo lies: a Path, or a TarMember of a shard."""
+        """Return where a photo lies, which is a Path, or a TarMember of a shard."""
         return self.photo_folder / name if self.photos is None else self.photos[name]
 
     def captions_of(self, names):
-        """-> (the captions of these photos as Texts, photo by photo; the number of captions of each
-        photo (N,)). A photo that the folder does not know has none."""
+        """Return the captions of N photos.
+
+        They come as `Texts`, photo by photo, and with the number of captions of each photo, an
+        array (N,). A photo that the folder does not know has no captions."""
         rows = np.array([self.row_of.get(name, -1) for name in names], np.int64)
         counts = np.where(rows < 0, 0, self.counts[rows] if len(self.counts) else 0)
         ends = np.cumsum(counts)
-        shift = np.repeat(self.first[rows] - (ends - counts), counts)
-        return self.captions.take(np.arange(len(shift)) + shift), counts
+        shifts = np.repeat(self.first[rows] - (ends - counts), counts)
+        return self.captions.take(np.arange(len(shifts)) + shifts), counts
 
     def texts_of(self, name):
-        """The captions of a photo, a list of strings."""
+        """Return the captions of a photo as a list of strings."""
         return list(self.captions_of([name])[0])
 
     def place_of(self, name, caption):
-        """Where a caption stands, for a message, as in "captions.txt, line 12, photo.jpg". The line
-        is left out for a caption of several lines, and for files that do not consist of lines."""
+        """Describe where a caption stands, for a message: "captions.txt, line 12, photo.jpg". The
+        line is omitted for a caption of several lines, and for a file that has no lines."""
         if self.source.is_file() and self.source.suffix in (".txt", ".token", ".csv", ".tsv"):
             for number, line in enumerate(read_lines(self.source), start=1):
                 if name in line and caption in line:
@@ -166,7 +166,7 @@ class Folder:
         return f"{self.source}, {name}"
 
     def describe(self):
-        """The two lines that a run begins with."""
+        """Return the two lines that a run logs about the folder."""
         counts = {split: int(self.captions_of(names)[1].sum())
                   for split, names in self.splits.items()}
         parts = [f"{split} {len(names):,} photos, {counts[split]:,} captions"
@@ -176,23 +176,47 @@ class Folder:
                 f"{sum(counts.values()):,} captions", "; ".join(parts) + by_hash]
 
 
+def split_by_hash(names, missing):
+    """Take photos for the missing ones of val and test, by a hash of the photos' names, so that
+    everybody who has these photos gets the same splits.
+
+    names: {split: [names of photos]}, which is changed in place. missing: ["test"], ["val"] or both
+    of them. If both are missing, each gets a tenth of the training photos, but at least one and at
+    most MAX_HELD_OUT. If one is missing, it gets half of the other."""
+    if len(missing) == 2:
+        source, share, most = "train", 10, MAX_HELD_OUT
+    else:
+        source, share = "test" if missing == ["val"] else "val", 2
+        most = len(names[source])
+    order = sorted(names[source], key=lambda name: hashlib.sha256(name.encode()).digest())
+    number = min(max(len(order) // share, 1), most)
+    for split in missing:
+        taken, order = set(order[:number]), order[number:]
+        names[split] = [name for name in names[source] if name in taken]
+        names[source] = [name for name in names[source] if name not in taken]
+
+
 def find_photo_folder(root, names):
-    """The folder, root or one of PHOTO_FOLDERS, that holds most of the photos of these names."""
+    """Return the folder that holds the most photos of these names: root, one of PHOTO_FOLDERS in
+    it, or one such folder in another."""
     order = [name.lower() for name in PHOTO_FOLDERS]
 
-    def folders_in(folder):
-        found = [path for path in folder.iterdir() if path.name.lower() in order and path.is_dir()]
-        return sorted(found, key=lambda path: order.index(path.name.lower()))
+    def photo_folders_in(folder):
+        paths = [path for path in folder.iterdir() if path.name.lower() in order and path.is_dir()]
+        return sorted(paths, key=lambda path: order.index(path.name.lower()))
 
-    folders = folders_in(root)
-    folders += [inner for folder in folders for inner in folders_in(folder)]
-    # If no photo is found, this is the first of PHOTO_FOLDERS, which is what a message should name.
-    return max([*folders, root],
-               key=lambda folder: sum((folder / name).is_file() for name in names))
+    def count_photos(folder):
+        return sum((folder / name).is_file() for name in names)
+
+    folders = photo_folders_in(root)
+    folders += [inner for folder in folders for inner in photo_folders_in(folder)]
+    # If there are no photos at all, this is the first of PHOTO_FOLDERS that exists, which is the
+    # folder that an error message should name.
+    return max([*folders, root], key=count_photos)
 
 
 def find_text_file(root, names):
-    """The path of the first of these files that is in one of TEXT_FOLDERS, or None."""
+    """Return the path of the first of these files that is in one of TEXT_FOLDERS, or None."""
     for name in names:
         for folder in TEXT_FOLDERS:
             if (root / folder / name).is_file():
@@ -201,19 +225,21 @@ def find_text_file(root, names):
 
 
 def read_split(root_dir, split):
-    """The names of the photos of Flickr8k's "train", "val" or "test", in the order of its file. A
-    name may contain a folder, as in sub/photo.jpg. Raises DataError if the file is missing, empty
-    or lists a photo twice."""
+    """Return the names of the photos of Flickr8k's "train", "val" or "test", in the order of its
+    file.
+
+    A name may contain a folder, as in sub/photo.jpg. Raises DataError if the file is missing, is
+    empty or lists a photo twice."""
     path = find_text_file(Path(root_dir), [SPLIT_FILES[split]])
     if path is None:
         raise DataError(f"{root_dir}: {SPLIT_FILES[split]} is missing. "
-                        f"`{download_command(root_dir, '--text_only')}` (2 MB) fetches it.")
+                        f"`{download_command(root_dir, '--text_only')}` downloads it (2 MB).")
     names = [line.strip() for line in read_lines(path) if line.strip()]
     if not names:
-        raise DataError(f"{path}: lists no photos")
+        raise DataError(f"{path}: the file lists no photos")
     name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
-        raise DataError(f"{path}: lists {name} twice")
+        raise DataError(f"{path}: the file lists {name} twice")
     return names
 
 
@@ -223,8 +249,8 @@ def read_flickr8k(root):
         return None
     rows = token_rows(source)
     if source.name == CAPTION_FILES[1]:
-        first = next(read_lines(source), "").strip().lower().replace(" ", "")
-        if first != "image,caption":  # a table of something else
+        header = next(read_lines(source), "").strip().lower().replace(" ", "")
+        if header != "image,caption":  # not Kaggle's file, but a table for `read_table`
             return None
         rows = table_rows(source)
     splits = {split: read_split(root, split) for split in SPLIT_FILES}
@@ -243,9 +269,9 @@ def read_karpathy(root):
     source = find_text_file(root, KARPATHY_FILES)
     if source is None:
         return None
-    name = {"flickr8k": "Flickr8k", "flickr30k": "Flickr30k", "coco": "COCO"}
-    return Folder(root, f"{name[source.stem.removeprefix('dataset_')]}, Karpathy's splits", source,
-                  karpathy_rows(source))
+    titles = {"flickr8k": "Flickr8k", "flickr30k": "Flickr30k", "coco": "COCO"}
+    title = titles[source.stem.removeprefix("dataset_")]
+    return Folder(root, f"{title}, Karpathy's splits", source, karpathy_rows(source))
 
 
 def read_coco(root):
@@ -266,7 +292,7 @@ def read_table(root):
 
 
 def read_texts(root):
-    texts = texts_beside(root)
+    texts = texts_beside_photos(root)
     if not texts:
         return None
     rows = (row for name, path in texts.items() for row in text_rows(path.read_bytes(), name, path))
@@ -277,21 +303,24 @@ def read_shards(root):
     archives = sorted(root.rglob("*.tar"))
     if not archives:
         return None
-    photos = {}
-    return Folder(root, "shards of img2dataset", root, read_archives(archives, root, photos),
-                  photos=photos)
+    photos = {}  # filled by `archive_rows`
+    rows = archive_rows(archives, root, photos)
+    return Folder(root, "shards of img2dataset", root, rows, photos=photos)
 
 
+# Each returns a `Folder`, or None if the folder does not have its layout.
 READERS = (read_flickr8k, read_flickr30k, read_karpathy, read_coco, read_table, read_texts,
            read_shards)
 
 
 def read_folder(root_dir):
-    """Read a folder in whichever layout -> `Folder`. Raises DataError for a folder that does not
-    exist, that has no known layout, or whose files do not fit their layout."""
+    """Read a dataset folder in any known layout, see above, as a `Folder`.
+
+    Raises DataError if the folder does not exist, has no known layout, or has files that do not fit
+    their layout."""
     root = Path(root_dir)
     if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder. To fetch Flickr8k: "
+        raise DataError(f"{root}: there is no such folder. To download Flickr8k: "
                         f"{download_command(root)}\n"
                         "To train on the built-in shapes: python train_flickr8k_sgd.py --synthetic")
     for read in READERS:
@@ -299,7 +328,8 @@ def read_folder(root_dir):
         if folder is not None:
             return folder
     raise DataError(
-        f"{root}: holds no captions in a known layout. Looked for {' or '.join(CAPTION_FILES)} "
-        f"(Flickr8k), {' or '.join(FLICKR30K_FILES)} (Flickr30k), {', '.join(KARPATHY_FILES)} "
-        "(Karpathy's), annotations/captions_train2014.json (COCO; 2017 alike), captions.csv, .tsv "
-        "or .jsonl, NAME.jpg with NAME.txt beside it, and .tar files of these")
+        f"{root}: this folder holds no captions in a known layout. Known are "
+        f"{' or '.join(CAPTION_FILES)} (Flickr8k), {' or '.join(FLICKR30K_FILES)} (Flickr30k), "
+        f"{', '.join(KARPATHY_FILES)} (Karpathy's), annotations/captions_train2014.json or "
+        "captions_train2017.json (COCO), captions.csv, .tsv or .jsonl, NAME.jpg with NAME.txt "
+        "beside it, and .tar files of these")
