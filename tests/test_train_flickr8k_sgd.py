@@ -331,7 +331,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
 def test_a_finished_run_can_be_trained_further(copy_of_finished, capsys):
     before = read_json(copy_of_finished / HISTORY)
     assert resume(copy_of_finished, "--epochs", 2) == 2
-    assert "the run has 3 epochs already; --epochs 2 is fewer" in capsys.readouterr().err
+    assert "the run has 3 epochs already, so --epochs 2 is too few" in capsys.readouterr().err
 
     assert resume(copy_of_finished, "--epochs", 5) == 0
     printed = capsys.readouterr().out

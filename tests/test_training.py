@@ -88,6 +88,24 @@ def loss_and_gradients(model, batch, chunk_size):
     return [loss] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
+def test_pair_encoder_computes_all_that_a_step_needs():
+    torch.manual_seed(0)
+    model = MultiModalMemoryNetwork(**model_arguments("tiny")).eval()
+    torch.nn.init.normal_(model.fusion.out.weight)  # it is initially zero
+    batch = two_captions_per_photo(torch.randn(3, 3, 32, 32))
+    photos, captions = batch["images"], batch["text"]
+    images, text, scale, memory_losses = PairEncoder(model, None)(photos, captions, None)
+    assert torch.equal(images, model(images=photos)["central_latent"])
+    assert torch.equal(text, model(text=captions)["central_latent"])
+    assert scale is model.logit_scale
+    assert torch.equal(memory_losses[0], model.memory_loss(model.encode_images(photos)))
+    assert torch.equal(memory_losses[1], model.memory_loss(model.encode_text(captions, None, None)))
+
+    without = PairEncoder(model, None, with_memory_loss=False)(photos, captions, None)
+    assert torch.equal(without[0], images) and torch.equal(without[1], text)
+    assert torch.equal(without[3], torch.zeros(2)) and not without[3].requires_grad
+
+
 def test_backward_without_chunks_equals_the_plain_loss():
     encoder, batch = StubEncoder(), stub_batch()
     loss = contrastive_backward(encoder, batch, 0.1)
@@ -371,6 +389,12 @@ def test_photos_are_small_in_the_first_epochs(shapes):
         stored_sides.append(batch["images"].shape[-1])
         assert torch.isfinite(training_step(run, batch))
     assert stored_sides == [36] * 4 and encoded_sides == [16, 16, 32, 32]
+
+
+@pytest.mark.parametrize("weight, computed", [(0.1, True), (0.0, False)])
+def test_memory_loss_is_computed_only_if_it_has_a_weight(shapes, weight, computed):
+    run, _ = start_run(shapes, device="cpu", memory_loss=weight)
+    assert run.encode.with_memory_loss == computed
 
 
 def test_optimizer_is_not_fused_beside_a_gradient_scaler(shapes, monkeypatch):
