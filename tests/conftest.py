@@ -1,3 +1,4 @@
+import io
 import logging
 import os
 import re
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +16,9 @@ import train_flickr8k_sgd
 from src.settings import make_settings
 from src.utils.caption_files import table_rows, token_rows
 from src.utils.captions import SPLIT_FILES
+from src.utils.splits import open_split
 from src.utils.synthetic import write_synthetic
+from src.utils.tokenizers import CharTokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Deprecations that a script of ours causes; pytest's own filter does not reach into another
@@ -136,10 +140,14 @@ def main(*given):
             handler.close()
 
 
+def colour_of_photo(index):
+    """The colour (red, green, blue) of a photo of `write_dataset`, which tells its index."""
+    return index * 20 % 256, 255 - index * 20 % 256, index * 7 % 256
+
+
 def write_dataset(root, counts=None, captions=5):
-    """A small dataset in the official layout; photo i of the dataset is a plain colour that says
-    which it is.
-    """
+    """Write a small dataset in the official layout. Each photo has one plain colour, see
+    `colour_of_photo`. counts: the number of photos of each split. captions: of each photo."""
     root = Path(root)
     (root / "Flicker8k_Dataset").mkdir(parents=True)
     lines, index = [], 0
@@ -147,17 +155,27 @@ def write_dataset(root, counts=None, captions=5):
         names = []
         for _ in range(count):
             names.append(f"{1000 + index}_abc.jpg")
-            colour = (index * 20 % 256, 255 - index * 20 % 256, index * 7 % 256)
-            Image.new("RGB", (50, 40), colour).save(
-                root / "Flicker8k_Dataset" / names[-1], quality=95
-            )
-            lines += [
-                f"{names[-1]}#{i}\tCaption {i} of photo {index} , a dog ." for i in range(captions)
-            ]
+            photo = Image.new("RGB", (50, 40), colour_of_photo(index))
+            photo.save(root / "Flicker8k_Dataset" / names[-1], quality=95)
+            lines += [f"{names[-1]}#{i}\tCaption {i} of photo {index} , a dog ."
+                      for i in range(captions)]
             index += 1
         (root / SPLIT_FILES[split]).write_text("".join(f"{name}\n" for name in names))
     (root / "Flickr8k.token.txt").write_text("".join(f"{line}\n" for line in lines))
     return root
+
+
+def dataset(root, split="train", image_size=16, **options):
+    """Open a split of a dataset, with tokens that are characters."""
+    return open_split(root, split, image_size, CharTokenizer(), **options)
+
+
+def truncated_jpeg():
+    """The first half of a JPEG file."""
+    noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG")
+    return file.getvalue()[:len(file.getvalue()) // 2]
 
 
 def read_captions(path):

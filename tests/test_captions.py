@@ -14,8 +14,7 @@ from src.utils.captions import SPLIT_FILES, find_photo_folder, read_folder, read
 from src.utils.duplicates import near_duplicates, signature
 from src.utils.errors import DataError
 from src.utils.synthetic import write_synthetic
-from tests.conftest import main, read_captions
-from tests.test_flickr8k_simple import dataset
+from tests.conftest import dataset, main, read_captions
 
 
 def test_text_files_may_lie_in_a_folder_of_their_own(dataset_dir):
