@@ -1,3 +1,4 @@
+"""What several tests share: small datasets, runs of the scripts, and encoders of a user."""
 import io
 import logging
 import os
@@ -21,13 +22,13 @@ from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import CharTokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Deprecations that a script of ours causes; pytest's own filter does not reach into another
-# process.
+# Warnings about deprecated functions that this project calls, as a script prints them. The filter
+# of pytest does not apply to other processes.
 OUR_DEPRECATIONS = re.compile(
-    rf"^{re.escape(str(REPOSITORY))}.*(Deprecation|Future)Warning", re.MULTILINE
-)
+    rf"^{re.escape(str(REPOSITORY))}.*(Deprecation|Future)Warning", re.MULTILINE)
 
-# A user's file with encoders of photos and of texts, and with functions that do not return one.
+# A user's file with functions that return encoders of photos and of texts, and with others that
+# fail in various ways.
 ENCODER_FILE = '''
 import torch
 from torchvision.transforms import v2
@@ -96,29 +97,18 @@ def tall():
 
 
 def start_script(*arguments, **options):
-    """Start a script as a user would, from the repository's root; -> subprocess.Popen."""
-    command = [
-        sys.executable,
-        "-W",
-        "always::DeprecationWarning",
-        "-W",
-        "always::FutureWarning",
-        *map(str, arguments),
-    ]
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    """Start a script as a user would, from the root of the repository. Return a
+    subprocess.Popen."""
+    command = [sys.executable, "-W", "always::DeprecationWarning", "-W", "always::FutureWarning",
+               *map(str, arguments)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
 
 
 def run_script(*arguments, **options):
-    """-> (exit status, what it printed, what it printed as errors); never a traceback, never a
-    deprecation of ours.
-    """
+    """Run a script as a user would. Return (exit status, standard output, standard error).
+
+    The script must neither print a traceback nor call a deprecated function."""
     process = start_script(*arguments, **options)
     out, err = process.communicate(timeout=240)
     assert "Traceback" not in err, err
@@ -126,12 +116,13 @@ def run_script(*arguments, **options):
     return process.returncode, out, err
 
 
-def main(*given):
-    """The training script inside this process: a second instead of five."""
+def main(*flags):
+    """Run the training script inside this process, which saves the seconds of importing torch.
+    Return its exit status."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     log = logging.getLogger("flickr8k_sgd")
     try:
-        return train_flickr8k_sgd.main([str(argument) for argument in given])
+        return train_flickr8k_sgd.main([str(argument) for argument in flags])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -140,14 +131,17 @@ def main(*given):
             handler.close()
 
 
-def colour_of_photo(index):
-    """The colour (red, green, blue) of a photo of `write_dataset`, which tells its index."""
-    return index * 20 % 256, 255 - index * 20 % 256, index * 7 % 256
+def colour_of_photo(i):
+    """Return the colour (red, green, blue) of photo i of `write_dataset`, which tells it from the
+    other photos."""
+    return i * 20 % 256, 255 - i * 20 % 256, i * 7 % 256
 
 
 def write_dataset(root, counts=None, captions=5):
-    """Write a small dataset in the official layout. Each photo has one plain colour, see
-    `colour_of_photo`. counts: the number of photos of each split. captions: of each photo."""
+    """Write a small dataset in Flickr8k's layout and return its folder.
+
+    counts: {split: number of photos}. captions: the number of captions of each photo. A photo has a
+    single colour, see `colour_of_photo`."""
     root = Path(root)
     (root / "Flicker8k_Dataset").mkdir(parents=True)
     lines, index = [], 0
@@ -165,34 +159,37 @@ def write_dataset(root, counts=None, captions=5):
     return root
 
 
-def dataset(root, split="train", image_size=16, **options):
-    """Open a split of a dataset, with tokens that are characters."""
+def read_captions(path):
+    """Read Flickr8k.token.txt, or Kaggle's captions.txt. Return {name of a photo: [captions]}, in
+    the order of the file."""
+    rows = table_rows(path) if path.name == "captions.txt" else token_rows(path)
+    captions = {}
+    for name, caption, _ in rows:
+        captions.setdefault(name, []).append(caption)
+    return captions
+
+
+def open_dataset(root, split="train", image_size=16, **options):
+    """Open a split with photos of 16 pixels and with the tokenizer of characters."""
     return open_split(root, split, image_size, CharTokenizer(), **options)
 
 
 def truncated_jpeg():
-    """The first half of a JPEG file."""
+    """Return the first half of a JPEG file."""
     noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "JPEG")
     return file.getvalue()[:len(file.getvalue()) // 2]
 
 
-def read_captions(path):
-    """{photo: [captions]} of a file, in its order."""
-    captions = {}
-    for name, caption, _ in (table_rows if path.name == "captions.txt" else token_rows)(path):
-        captions.setdefault(name, []).append(caption)
-    return captions
-
-
 def model_arguments(preset, **changes):
-    """What the model of a preset is made with."""
+    """Return the arguments that make the model of a preset, with some of them changed."""
     return make_settings(model=preset).model_arguments() | changes
 
 
 def without_batch_norm(model):
-    """The model, in which no photo depends on the others of its chunk."""
+    """Replace batch normalisation by the identity, so that the embedding of a photo does not depend
+    on the other photos of its batch. Return the model."""
     for part in list(model.modules()):
         for name, child in list(part.named_children()):
             if isinstance(child, torch.nn.BatchNorm2d):
@@ -201,28 +198,14 @@ def without_batch_norm(model):
 
 
 def arguments(shapes, output_dir, *more, epochs=3):
-    """Flags of a short training on a small synthetic dataset."""
-    return [
-        "--synthetic",
-        "--data_dir",
-        shapes,
-        "--output_dir",
-        output_dir,
-        "--epochs",
-        epochs,
-        "--batch_size",
-        10,
-        "--captions_per_image",
-        5,
-        "--device",
-        "cpu",
-        *more,
-    ]
+    """Return the flags of a short training on a small synthetic dataset."""
+    return ["--synthetic", "--data_dir", shapes, "--output_dir", output_dir, "--epochs", epochs,
+            "--batch_size", 10, "--captions_per_image", 5, "--device", "cpu", *more]
 
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
-    """A small synthetic dataset."""
+    """The folder of a small synthetic dataset."""
     root = tmp_path_factory.mktemp("data") / "synthetic"
     write_synthetic(root, num_pictures={"train": 40, "val": 12, "test": 8})
     return root
@@ -230,7 +213,8 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(shapes, tmp_path_factory):
-    """A run that nothing interrupted, and what it printed. Not to be written into."""
+    """The folder of a run that was not interrupted, and its output. Tests share the folder and must
+    not write into it."""
     output_dir = tmp_path_factory.mktemp("runs") / "finished"
     status, out, err = run_script("train_flickr8k_sgd.py", *arguments(shapes, output_dir))
     assert (status, err) == (0, "")
@@ -239,12 +223,13 @@ def finished(shapes, tmp_path_factory):
 
 @pytest.fixture
 def dataset_dir(tmp_path):
+    """The folder of a small dataset in Flickr8k's layout, which a test may change."""
     return write_dataset(tmp_path / "flickr8k")
 
 
 @pytest.fixture(scope="session")
 def real_photos():
-    """Folder of the real dataset, from FLICKR8K_DIR or data/flickr8k."""
+    """The folder of the real dataset, FLICKR8K_DIR or data/flickr8k."""
     folder = Path(os.environ.get("FLICKR8K_DIR", "data/flickr8k"))
     if not (folder / "Flickr8k.token.txt").exists() and not (folder / "captions.txt").exists():
         pytest.skip(f"the real Flickr8k photos are not in {folder} (set FLICKR8K_DIR)")
@@ -253,7 +238,7 @@ def real_photos():
 
 @pytest.fixture(scope="session")
 def encoder_file(tmp_path_factory):
-    """A Python file with functions that return encoders, or fail to."""
+    """The path of ENCODER_FILE."""
     path = tmp_path_factory.mktemp("encoders") / "encoders.py"
     path.write_text(ENCODER_FILE.replace("SEED", "0"))
     return path

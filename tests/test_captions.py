@@ -14,28 +14,28 @@ from src.utils.captions import SPLIT_FILES, find_photo_folder, read_folder, read
 from src.utils.duplicates import near_duplicates, signature
 from src.utils.errors import DataError
 from src.utils.synthetic import write_synthetic
-from tests.conftest import dataset, main, read_captions
+from tests.conftest import main, open_dataset, read_captions
 
 
 def test_text_files_may_lie_in_a_folder_of_their_own(dataset_dir):
     (dataset_dir / "Flickr8k_text").mkdir()
     for path in list(dataset_dir.glob("*.txt")):
         path.rename(dataset_dir / "Flickr8k_text" / path.name)
-    assert len(dataset(dataset_dir)) == 30
+    assert len(open_dataset(dataset_dir)) == 30
 
 
 def test_crlf_and_byte_order_mark(dataset_dir):
-    plain = dataset(dataset_dir)
+    plain = open_dataset(dataset_dir)
     for path in dataset_dir.glob("*.txt"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    windows = dataset(dataset_dir)
+    windows = open_dataset(dataset_dir)
     assert windows.names == plain.names and list(windows.captions) == list(plain.captions)
 
 
 def test_captions_of_a_photo_that_does_not_exist_do_no_harm(dataset_dir):
     with open(dataset_dir / "Flickr8k.token.txt", "a") as file:
         file.write("2258277193_586949ec62.jpg.1#0\tA man rides .\n\n")
-    assert len(dataset(dataset_dir)) == 30
+    assert len(open_dataset(dataset_dir)) == 30
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_caption_line_that_does_not_parse(dataset_dir, line):
     path = dataset_dir / "Flickr8k.token.txt"
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(DataError, match=r"Flickr8k.token.txt, line 56: expected"):
-        dataset(dataset_dir)
+        open_dataset(dataset_dir)
 
 
 def test_a_caption_of_unknown_characters_only(dataset_dir):
@@ -60,17 +60,17 @@ def test_a_caption_of_unknown_characters_only(dataset_dir):
     path.write_text(path.read_text() + "1000_abc.jpg#5\t\u72d7\n", encoding="utf-8")
     message = "line 56, 1000_abc.jpg: the text '\u72d7' has no character .*--tokenizer bpe"
     with pytest.raises(DataError, match=message):
-        dataset(dataset_dir)
+        open_dataset(dataset_dir)
     kaggle(dataset_dir)
     with pytest.raises(DataError, match="captions.txt, line 7, 1000_abc.jpg: the text"):
-        dataset(dataset_dir)
+        open_dataset(dataset_dir)
 
 
 def test_text_that_is_not_utf8(dataset_dir):
     path = dataset_dir / "Flickr8k.token.txt"
     path.write_bytes(path.read_bytes() + b"1000_abc.jpg#5\tcaf\xe9\n")
     with pytest.raises(DataError, match="Flickr8k.token.txt: the file is not UTF-8 text"):
-        dataset(dataset_dir)
+        open_dataset(dataset_dir)
 
 
 def kaggle(root):
@@ -84,9 +84,9 @@ def kaggle(root):
 
 
 def test_kaggle_layout(dataset_dir):
-    official = dataset(dataset_dir)
+    official = open_dataset(dataset_dir)
     kaggle(dataset_dir)
-    data = dataset(dataset_dir)
+    data = open_dataset(dataset_dir)
     # which have commas in them
     assert data.names == official.names and list(data.captions) == list(official.captions)
     for path in dataset_dir.glob("Flickr_8k.*"):
@@ -94,7 +94,7 @@ def test_kaggle_layout(dataset_dir):
     with pytest.raises(
         DataError, match=r"Flickr_8k.trainImages.txt.*missing.*download_flickr8k.py --text_only"
     ):
-        dataset(dataset_dir)
+        open_dataset(dataset_dir)
 
 
 @pytest.mark.parametrize("content, message", [
@@ -141,11 +141,11 @@ def test_a_line_break_inside_a_quoted_caption_is_a_space(tmp_path):
 @pytest.mark.parametrize("place", [
     "Flickr8k_Dataset/Flicker8k_Dataset", "Images/images", "images", "FLICKER8K_DATASET"])
 def test_photos_in_a_nested_folder_or_one_of_other_capitals(dataset_dir, place):
-    official = dataset(dataset_dir)
+    official = open_dataset(dataset_dir)
     (dataset_dir / "Flicker8k_Dataset").rename(dataset_dir / "photos")
     (dataset_dir / place).parent.mkdir(exist_ok=True)
     (dataset_dir / "photos").rename(dataset_dir / place)
-    assert dataset(dataset_dir).photos[:].equal(official.photos[:])
+    assert open_dataset(dataset_dir).photos[:].equal(official.photos[:])
 
 
 @pytest.mark.parametrize("full, empty", [
@@ -157,7 +157,7 @@ def test_an_empty_folder_beside_the_full_one(dataset_dir, full, empty):
     (dataset_dir / "photos").rename(dataset_dir / full)
     (dataset_dir / empty).mkdir()
     (dataset_dir / empty / "README.jpg").write_text("empty but for this")
-    assert len(dataset(dataset_dir)) == 30
+    assert len(open_dataset(dataset_dir)) == 30
     names = read_split(dataset_dir, "val")
     assert find_photo_folder(dataset_dir, names) == dataset_dir / full
 
@@ -168,7 +168,7 @@ def test_photos_in_folders_of_their_own(dataset_dir):
         path.rename(path.parent / "sub" / path.name)
     for path in dataset_dir.glob("*.txt"):
         path.write_text("".join(f"sub/{line}" for line in path.read_text().splitlines(True)))
-    data = dataset(dataset_dir)
+    data = open_dataset(dataset_dir)
     assert data.names[0] == "sub/1000_abc.jpg" and len(data) == 30
 
 
@@ -178,7 +178,7 @@ def test_missing_photos_name_the_folder_and_the_users_own_command(dataset_dir):
     shutil.rmtree(moved / "Flicker8k_Dataset")
     (moved / "Images").mkdir()
     with pytest.raises(DataError) as error:
-        dataset(moved)
+        open_dataset(moved)
     assert f"in {moved / 'Images'}." in str(error.value)
     assert f"`python download_flickr8k.py --data_dir '{moved}'` repairs it" in str(error.value)
     (moved / "Flickr_8k.testImages.txt").unlink()

@@ -10,13 +10,13 @@ from src.utils.captions import read_split
 from src.utils.flickr8k_simple import TEXT_BUCKET, epoch_batches, iterate_batches, place_photos
 from src.utils.photo_store import STORE_FOLDER
 from src.utils.tokenizers import CharTokenizer
-from tests.conftest import colour_of_photo, dataset
+from tests.conftest import colour_of_photo, open_dataset
 
 CPU = torch.device("cpu")
 
 
 def test_the_attributes_of_a_dataset(dataset_dir):
-    data = dataset(dataset_dir)
+    data = open_dataset(dataset_dir)
     assert len(data) == 30
     assert data.names == read_split(dataset_dir, "train") == sorted(data.names)
     assert data.photos.shape == (6, 3, 16, 16)
@@ -29,7 +29,7 @@ def test_the_attributes_of_a_dataset(dataset_dir):
 
 @pytest.mark.parametrize("split, first, count", [("train", 0, 6), ("val", 6, 3), ("test", 9, 2)])
 def test_photos_stand_in_the_order_of_their_split(dataset_dir, split, first, count):
-    photos = dataset(dataset_dir, split).photos
+    photos = open_dataset(dataset_dir, split).photos
     assert len(photos) == count
     for index, photo in enumerate(photos, start=first):
         colour = torch.tensor(colour_of_photo(index))
@@ -37,12 +37,12 @@ def test_photos_stand_in_the_order_of_their_split(dataset_dir, split, first, cou
 
 
 def test_equal_datasets_have_the_same_fingerprint(dataset_dir, tmp_path):
-    fingerprint = dataset(dataset_dir).fingerprint()
+    fingerprint = open_dataset(dataset_dir).fingerprint()
     # The copies of the files have new times, and so have a store of their own.
     shutil.copytree(dataset_dir, tmp_path / "copy", copy_function=shutil.copyfile)
     shutil.rmtree(tmp_path / "copy" / STORE_FOLDER)
-    assert dataset(tmp_path / "copy").fingerprint() == fingerprint
-    assert dataset(dataset_dir, image_size=24).fingerprint() == fingerprint
+    assert open_dataset(tmp_path / "copy").fingerprint() == fingerprint
+    assert open_dataset(dataset_dir, image_size=24).fingerprint() == fingerprint
 
 
 @pytest.mark.parametrize("name, change", [
@@ -50,14 +50,14 @@ def test_equal_datasets_have_the_same_fingerprint(dataset_dir, tmp_path):
     ("Flickr_8k.trainImages.txt", lambda content: b"".join(reversed(content.splitlines(True)))),
     ("Flickr8k.token.txt", lambda content: content.replace(b"dog", b"cat", 1))])
 def test_the_fingerprint_changes_with_photos_order_and_captions(dataset_dir, name, change):
-    before = dataset(dataset_dir).fingerprint()
+    before = open_dataset(dataset_dir).fingerprint()
     path = dataset_dir / name
     path.write_bytes(change(path.read_bytes()))
-    assert dataset(dataset_dir).fingerprint() != before
+    assert open_dataset(dataset_dir).fingerprint() != before
 
 
 def test_real_captions_are_not_cut(real_photos):
-    val = dataset(real_photos, "val")
+    val = open_dataset(real_photos, "val")
     assert len(val.names) == 1000
     assert len(val) == 5000
     assert max(map(len, val.texts)) > 77
@@ -67,7 +67,7 @@ def test_real_captions_are_not_cut(real_photos):
 
 @pytest.mark.parametrize("number, photos", [(2, 2), (6, 6), (1000, 6)])
 def test_the_first_photos_and_their_captions(dataset_dir, number, photos):
-    data = dataset(dataset_dir).with_fisher_vectors(torch.arange(6.0)[:, None])
+    data = open_dataset(dataset_dir).with_fisher_vectors(torch.arange(6.0)[:, None])
     part = data.first(number)
     assert part.names == data.names[:photos]
     assert len(part) == len(part.captions) == len(part.texts) == 5 * photos
@@ -82,7 +82,7 @@ def test_the_first_photos_and_their_captions(dataset_dir, number, photos):
 
 
 def test_new_datasets_leave_the_old_one_as_it_is(dataset_dir):
-    data = dataset(dataset_dir)
+    data = open_dataset(dataset_dir)
     before = data.fingerprint()
     data.first(2).with_fisher_vectors(torch.zeros(2, 1))
     assert data.fingerprint() == before
@@ -163,7 +163,7 @@ def test_photos_larger_than_memory_are_shuffled_in_windows_of_shards():
 
 def test_only_photos_that_take_much_memory_are_shuffled_in_windows(dataset_dir, monkeypatch):
     monkeypatch.setattr(photo_store, "SHARD_SIZE", 2)
-    data = dataset(dataset_dir)
+    data = open_dataset(dataset_dir)
     order = data.epoch(5, 10, seed=3)
     assert torch.equal(order, epoch_batches(data.photo_of_caption, 5, 10, 3))
 
@@ -181,7 +181,7 @@ def test_only_photos_that_take_much_memory_are_shuffled_in_windows(dataset_dir, 
 
 @pytest.mark.parametrize("captions_per_image", [1, 2, 5])
 def test_a_batch_holds_each_photo_once_with_its_captions(dataset_dir, captions_per_image):
-    data = dataset(dataset_dir)
+    data = open_dataset(dataset_dir)
     order = epoch_batches(data.photo_of_caption, captions_per_image, 10, seed=1)
     batches = list(iterate_batches(data, place_photos(data.photos, CPU), order, CPU))
     assert len(batches) == len(order)
@@ -198,12 +198,12 @@ def test_a_batch_holds_each_photo_once_with_its_captions(dataset_dir, captions_p
 
 
 def test_iterating_over_batches_can_be_stopped(dataset_dir):
-    data = dataset(dataset_dir)
+    data = open_dataset(dataset_dir)
     batches = iterate_batches(data, data.photos, [np.array([0, 1])] * 50, CPU)
     next(batches)
     batches.close()
 
 
 def test_without_pairs_there_are_no_batches(dataset_dir):
-    data = dataset(dataset_dir)
+    data = open_dataset(dataset_dir)
     assert list(iterate_batches(data, data.photos, [], CPU)) == []

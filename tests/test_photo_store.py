@@ -22,7 +22,7 @@ from src.utils.photo_store import (
     open_photo,
     open_shard,
 )
-from tests.conftest import dataset, truncated_jpeg
+from tests.conftest import open_dataset, truncated_jpeg
 
 
 def encoded(mode="RGB", file_format="JPEG", size=(40, 30), colour=0, **options):
@@ -210,37 +210,37 @@ def read_until_killed(root, name, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr(photo_store, "open_photo", fail)
         with pytest.raises(KeyboardInterrupt):
-            dataset(root)
+            open_dataset(root)
 
 
 def test_each_photo_is_decoded_once(dataset_dir, opened):
-    first = dataset(dataset_dir)
+    first = open_dataset(dataset_dir)
     assert sorted(opened) == first.names
     assert len(list_store(dataset_dir)) == 1
-    again = dataset(dataset_dir)
+    again = open_dataset(dataset_dir)
     assert len(opened) == 6
     assert torch.equal(again.photos[:], first.photos[:])
 
 
 def test_without_a_cache_photos_are_decoded_each_time(dataset_dir, opened):
     for number in (6, 12):
-        dataset(dataset_dir, cache=False)
+        open_dataset(dataset_dir, cache=False)
         assert len(opened) == number
     assert not (dataset_dir / STORE_FOLDER).exists()
 
 
 def test_each_split_and_each_size_has_a_store_of_its_own(dataset_dir):
     for split, image_size in (("train", 16), ("val", 16), ("train", 8)):
-        data = dataset(dataset_dir, split, image_size=image_size)
-        uncached = dataset(dataset_dir, split, image_size=image_size, cache=False)
+        data = open_dataset(dataset_dir, split, image_size=image_size)
+        uncached = open_dataset(dataset_dir, split, image_size=image_size, cache=False)
         assert torch.equal(data.photos[:], uncached.photos[:])
     assert len(list_store(dataset_dir)) == 3
 
 
 def test_writing_into_rows_does_not_change_the_store(dataset_dir):
-    before = dataset(dataset_dir).photos[:]
-    dataset(dataset_dir).photos[:].fill_(7)
-    assert torch.equal(dataset(dataset_dir).photos[:], before)
+    before = open_dataset(dataset_dir).photos[:]
+    open_dataset(dataset_dir).photos[:].fill_(7)
+    assert torch.equal(open_dataset(dataset_dir).photos[:], before)
 
 
 def change_content(root, monkeypatch):
@@ -270,15 +270,15 @@ def change_version(root, monkeypatch):
 @pytest.mark.parametrize("change", [
     change_content, change_time, change_name, change_split, change_version])
 def test_after_a_change_the_photos_are_read_again(dataset_dir, monkeypatch, opened, change):
-    before = dataset(dataset_dir)
+    before = open_dataset(dataset_dir)
     old_store = list_store(dataset_dir)
     opened.clear()
     change(dataset_dir, monkeypatch)
-    after = dataset(dataset_dir)
+    after = open_dataset(dataset_dir)
     assert sorted(opened) == sorted(after.names)
     assert len(list_store(dataset_dir)) == 1
     assert list_store(dataset_dir) != old_store
-    assert torch.equal(after.photos[:], dataset(dataset_dir, cache=False).photos[:])
+    assert torch.equal(after.photos[:], open_dataset(dataset_dir, cache=False).photos[:])
     assert torch.equal(after.photos[2], before.photos[2]) == (change != change_content)
 
 
@@ -288,31 +288,31 @@ def test_nothing_of_an_interrupted_shard_is_left(dataset_dir, monkeypatch):
 
 
 def test_a_shard_that_was_cut_off_is_made_again(dataset_dir):
-    whole = dataset(dataset_dir).photos[:]
+    whole = open_dataset(dataset_dir).photos[:]
     path = dataset_dir / STORE_FOLDER / list_store(dataset_dir)[0]
     path.write_bytes(path.read_bytes()[:-1])
-    assert torch.equal(dataset(dataset_dir).photos[:], whole)
+    assert torch.equal(open_dataset(dataset_dir).photos[:], whole)
     size = whole.numel() + len(whole) * (DIGEST_BYTES + np.prod(SIGNATURE))
     assert path.stat().st_size == size
 
 
 def test_an_interruption_costs_one_shard(dataset_dir, monkeypatch, opened):
     monkeypatch.setattr(photo_store, "SHARD_SIZE", 2)
-    whole = dataset(dataset_dir, cache=False).photos[:]
+    whole = open_dataset(dataset_dir, cache=False).photos[:]
     read_until_killed(dataset_dir, "1003_abc.jpg", monkeypatch)
     assert len(list_store(dataset_dir)) == 1
     opened.clear()
-    assert torch.equal(dataset(dataset_dir).photos[:], whole)
+    assert torch.equal(open_dataset(dataset_dir).photos[:], whole)
     assert sorted(opened) == [f"{1000 + i}_abc.jpg" for i in (2, 3, 4, 5)]
     assert len(list_store(dataset_dir)) == 3
 
 
 def test_a_changed_photo_costs_one_shard(dataset_dir, monkeypatch, opened):
     monkeypatch.setattr(photo_store, "SHARD_SIZE", 2)
-    whole = dataset(dataset_dir).photos[:]
+    whole = open_dataset(dataset_dir).photos[:]
     Image.new("RGB", (30, 40)).save(dataset_dir / "Flicker8k_Dataset" / "1005_abc.jpg")
     opened.clear()
-    changed = dataset(dataset_dir).photos
+    changed = open_dataset(dataset_dir).photos
     assert sorted(opened) == ["1004_abc.jpg", "1005_abc.jpg"]
     assert len(list_store(dataset_dir)) == 3
     assert torch.equal(changed[:5], whole[:5])
@@ -326,7 +326,7 @@ def test_abandoned_files_are_deleted_but_not_those_of_a_running_process(dataset_
         path = dataset_dir / STORE_FOLDER / name
         path.write_bytes(b"half")
         os.utime(path, (path.stat().st_mtime - age,) * 2)
-    dataset(dataset_dir, "train")  # which looks after the files of its own split only
+    open_dataset(dataset_dir, "train")  # which looks after the files of its own split only
     partial = [name for name in list_store(dataset_dir) if "partial" in name]
     assert partial == ["train_16_busy.partial78", "val_16_dead.partial77"]
 
@@ -355,17 +355,17 @@ def test_a_new_shard_of_the_wrong_size_is_refused(tmp_path):
 
 def test_no_shard_with_a_damaged_photo_is_kept(dataset_dir):
     (dataset_dir / "Flicker8k_Dataset" / "1003_abc.jpg").write_bytes(b"")
-    data = dataset(dataset_dir, allow_incomplete=True)
+    data = open_dataset(dataset_dir, allow_incomplete=True)
     assert list_store(dataset_dir) == []
     assert len(data.photos) == 5
-    uncached = dataset(dataset_dir, allow_incomplete=True, cache=False)
+    uncached = open_dataset(dataset_dir, allow_incomplete=True, cache=False)
     assert torch.equal(data.photos[:], uncached.photos[:])
 
 
 def test_photos_are_read_even_if_the_store_cannot_be_written(dataset_dir):
     (dataset_dir / STORE_FOLDER).write_text("a file that is in the way of the folder")
-    assert torch.equal(dataset(dataset_dir).photos[:],
-                       dataset(dataset_dir, cache=False).photos[:])
+    assert torch.equal(open_dataset(dataset_dir).photos[:],
+                       open_dataset(dataset_dir, cache=False).photos[:])
 
 
 def test_a_full_disk_is_reported(dataset_dir, monkeypatch):
@@ -374,7 +374,7 @@ def test_a_full_disk_is_reported(dataset_dir, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DataError, match="No space left on device; the shard takes 0 MB"):
-        dataset(dataset_dir)
+        open_dataset(dataset_dir)
     assert list_store(dataset_dir) == []
 
 

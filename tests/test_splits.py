@@ -11,7 +11,7 @@ from src.utils.errors import DataError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 from src.utils.splits import hold_out, load_splits, read_pairs
 from src.utils.tokenizers import CharTokenizer
-from tests.conftest import colour_of_photo, dataset, truncated_jpeg
+from tests.conftest import colour_of_photo, open_dataset, truncated_jpeg
 
 PHOTOS, CAPTIONS = "Flicker8k_Dataset", "Flickr8k.token.txt"
 
@@ -31,8 +31,8 @@ def assert_photos(data, indices):
 def test_a_dataset_with_a_missing_photo_is_refused_unless_allowed(dataset_dir):
     (dataset_dir / PHOTOS / "1001_abc.jpg").unlink()
     with pytest.raises(DataError, match=r"1 of the 6 photos of train are missing \(1001_abc.jpg\)"):
-        dataset(dataset_dir)
-    data = dataset(dataset_dir, allow_incomplete=True)
+        open_dataset(dataset_dir)
+    data = open_dataset(dataset_dir, allow_incomplete=True)
     assert data.skipped == ["1001_abc.jpg"]
     assert_photos(data, [0, 2, 3, 4, 5])
 
@@ -40,7 +40,7 @@ def test_a_dataset_with_a_missing_photo_is_refused_unless_allowed(dataset_dir):
 def test_a_missing_and_a_damaged_photo_can_be_skipped(dataset_dir):
     (dataset_dir / PHOTOS / "1001_abc.jpg").unlink()
     (dataset_dir / PHOTOS / "1003_abc.jpg").write_bytes(b"")
-    data = dataset(dataset_dir, allow_incomplete=True)
+    data = open_dataset(dataset_dir, allow_incomplete=True)
     assert data.skipped == ["1001_abc.jpg", "1003_abc.jpg"]
     assert_photos(data, [0, 2, 4, 5])
 
@@ -52,7 +52,7 @@ def test_the_error_for_unreadable_photos_says_what_is_wrong_with_each(dataset_di
     message = (r"5 of the 6 .*unreadable \(1000_abc.jpg: .*truncated.*, 1001_abc.jpg: the file is "
                r"empty, 1002_abc.jpg: the file is empty and 2 more\)")
     with pytest.raises(DataError, match=message):
-        dataset(dataset_dir)
+        open_dataset(dataset_dir)
 
 
 def test_a_photo_without_captions_is_refused(dataset_dir):
@@ -61,23 +61,23 @@ def test_a_photo_without_captions_is_refused(dataset_dir):
     path.write_text("".join(line for line in lines if not line.startswith("1002_abc")))
     message = r"1 of the 6 photos of train are without captions \(1002_abc.jpg\)"
     with pytest.raises(DataError, match=message):
-        dataset(dataset_dir)
+        open_dataset(dataset_dir)
 
 
 def test_a_split_without_usable_photos_is_refused(dataset_dir):
     for path in (dataset_dir / PHOTOS).iterdir():
         path.unlink()
     with pytest.raises(DataError, match="no photo of train"):
-        dataset(dataset_dir, allow_incomplete=True)
+        open_dataset(dataset_dir, allow_incomplete=True)
 
 
 def test_missing_captions_and_a_missing_folder_of_photos_are_reported(tmp_path, dataset_dir):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no captions in a known layout"):
-        dataset(tmp_path / "empty")
+        open_dataset(tmp_path / "empty")
     (dataset_dir / PHOTOS).rename(dataset_dir / "elsewhere")
     with pytest.raises(DataError, match="6 of the 6 photos of train are missing"):
-        dataset(dataset_dir)
+        open_dataset(dataset_dir)
 
 
 def test_the_progress_of_reading_is_reported(dataset_dir):
