@@ -4,7 +4,6 @@ The signature of a photo is two thumbnails, one of the whole photo and one witho
 is compared are the differences between neighbouring cells, as in the difference hash (dHash), but
 in colour, and with their size instead of their sign alone, so that flat areas do not count."""
 import re
-from pathlib import PurePosixPath
 
 import numpy as np
 import torch
@@ -59,14 +58,19 @@ def near_duplicates(signatures, others):
     return torch.cat(copy_of).numpy()
 
 
+def match_flickr_name(name):
+    stem = name.rpartition("/")[2].rpartition(".")[0]  # pathlib would take ten times as long
+    return FLICKR_NAME.fullmatch(stem)
+
+
 def flickr_number(name):
-    """The number in the name of a photo's file if it may be that of the photo on Flickr, else None.
-    Whether it really is one shows in `has_flickr_form`, or in the picture."""
-    match = FLICKR_NAME.fullmatch(PurePosixPath(name).stem)
-    return match and match[1]
+    """Return the number in the name of a photo's file if it may be the photo's number on Flickr,
+    else None. It certainly is one if `has_flickr_form`; otherwise only the picture can tell."""
+    match = match_flickr_name(name)
+    return None if match is None else match[1]
 
 
 def has_flickr_form(name):
-    """Whether a file's name has Flickr's own form, a number and a secret, not the number alone."""
-    match = FLICKR_NAME.fullmatch(PurePosixPath(name).stem)
+    """Whether a file's name has Flickr's own form, which is a number and a secret."""
+    match = match_flickr_name(name)
     return match is not None and match[2] is not None
