@@ -1,8 +1,8 @@
-"""Copies of photos: how to tell that two files show the same picture, or nearly so.
+"""Near-duplicates: how to tell that two photo files show the same picture.
 
-The signature of a photo is two thumbnails, one of the whole photo and one without its margin. What
-is compared are the differences between neighbouring cells, as in the difference hash (dHash), but
-in colour, and with their size instead of their sign alone, so that flat areas do not count."""
+The signature of a photo consists of two thumbnails, one of the whole photo and one without its
+margin. As in the difference hash (dHash), the differences between neighbouring cells are compared,
+but in colour and with their size, not only their sign, so that flat areas hardly count."""
 import re
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 GRID = 8  # rows and columns of a thumbnail
 MARGINS = (0.0, 0.05)
 SIGNATURE = (len(MARGINS), GRID, GRID, 3)  # uint8
-SAME = 0.85  # the cosine of copies; among seven thousand Flickr photos, two pairs reach it
+SAME = 0.85  # the least cosine of copies; among seven thousand Flickr photos, two pairs reach it
 REDUCED = 64  # pixels of the side to which a photo is reduced first
 CHUNK_SIZE = 2000  # photos compared at a time
 # The names of Flickr's files: the number of the photo, a secret, and perhaps a size. Flickr30k has
@@ -22,7 +22,7 @@ FLICKR_NAME = re.compile(r"([1-9]\d{6,11})(_[0-9a-f]{10}(_[a-z])?)?")
 
 
 def signature(photo):
-    """The signature of a PIL image in RGB, a uint8 array of shape SIGNATURE."""
+    """Return the signature of a PIL image in RGB, a uint8 array of shape SIGNATURE."""
     small = photo.resize((REDUCED, REDUCED), Image.Resampling.BILINEAR)
     thumbnails = []
     for margin in MARGINS:
@@ -33,20 +33,24 @@ def signature(photo):
 
 
 def differences(thumbnails):
-    """Thumbnails (N, GRID, GRID, 3) -> the differences of their cells (N, D), of unit length, whose
-    dot products are compared. The square root keeps one strong edge from dominating."""
+    """Return the differences between the neighbouring cells of thumbnails (N, GRID, GRID, 3), as
+    vectors (N, D) of unit length. Their square roots are taken, so that no single strong edge
+    dominates."""
     across, down = thumbnails.diff(dim=2), thumbnails.diff(dim=1)
     both = torch.cat([across.flatten(1), down.flatten(1)], 1)
     return F.normalize(both.sign() * both.abs().sqrt(), dim=1)
 
 
 def near_duplicates(signatures, others):
-    """For each photo, given by signatures (N, *SIGNATURE), the row of the photo among the others
-    (M, *SIGNATURE) of which it is a copy -> (N,), -1 for none. Either photo may be compressed,
-    resized, brighter or darker, mirrored, and cropped at the margins."""
+    """Find, for each of N photos, the one of M others that it is a copy of.
+
+    signatures, others: (N, *SIGNATURE) and (M, *SIGNATURE). Either photo may have been compressed,
+    resized, made brighter or darker, mirrored, and cropped at the margins. Returns an array (N,) of
+    the rows of the others, with -1 for a photo that is not a copy."""
     others = torch.as_tensor(others).float()
-    with_mirrored = [differences(torch.cat([part, part.flip(2)])).T for part in others.unbind(1)]
-    other_whole, other_inner = with_mirrored
+    # The others (M photos) are followed by their mirror images, so there are 2 M columns.
+    other_whole, other_inner = [differences(torch.cat([thumbnails, thumbnails.flip(2)])).T
+                                for thumbnails in others.unbind(1)]
     copy_of = []
     for start in range(0, len(signatures), CHUNK_SIZE):
         chunk = torch.as_tensor(signatures[start:start + CHUNK_SIZE]).float()
@@ -59,6 +63,7 @@ def near_duplicates(signatures, others):
 
 
 def match_flickr_name(name):
+    """Match the file name in a path, without its suffix, with FLICKR_NAME."""
     stem = name.rpartition("/")[2].rpartition(".")[0]  # pathlib would take ten times as long
     return FLICKR_NAME.fullmatch(stem)
 

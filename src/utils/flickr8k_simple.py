@@ -1,4 +1,4 @@
-"""One split as a dataset of photo-caption pairs, the order of an epoch, and the batches."""
+"""The dataset of one split, the order of an epoch, and its batches."""
 import copy
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -45,13 +45,13 @@ class Flickr8kImageTextDataset:
                 raise DataError(f"{folder.place_of(name, caption)}: {error}") from None
 
     def with_fisher_vectors(self, vectors):
-        """This dataset with the Fisher vectors (N, width) of its photos."""
+        """Return this dataset with the Fisher vectors (N, width) of its photos."""
         dataset = copy.copy(self)
         dataset.fisher_vectors = vectors
         return dataset
 
     def first(self, number):
-        """The dataset of the first photos and their captions alone."""
+        """Return the dataset of the first photos and their captions."""
         part = copy.copy(self)
         captions = slice(int((self.photo_of_caption < number).sum()))  # they lie photo by photo
         part.names, part.digests = self.names[:number], self.digests[:number]
@@ -65,8 +65,8 @@ class Flickr8kImageTextDataset:
         return part
 
     def epoch(self, captions_per_image, batch_size, seed):
-        """The pairs of an epoch's batches, see `epoch_batches`. Photos that take more than
-        WINDOW_BYTES are shuffled in windows."""
+        """Return the pairs of an epoch's batches, see `epoch_batches`. If the photos take more than
+        WINDOW_BYTES, they are shuffled in windows."""
         shard_of_photo, shards_in_window = None, 1
         if self.photos.nbytes > WINDOW_BYTES:
             shard_of_photo = torch.from_numpy(self.photos.part_of(np.arange(len(self.photos))))
@@ -76,9 +76,11 @@ class Flickr8kImageTextDataset:
                              shard_of_photo, shards_in_window)
 
     def text_inputs(self, captions, multiple=1):
-        """The model's inputs for captions, given by their rows: {"text": token ids (B, L), where L
-        is a multiple of `multiple`}. With a pretrained text encoder there are "text_features" too:
-        features (B, width), or a dict of the tensors that an encoder in training takes."""
+        """Return the model's inputs for captions, given by their rows, as a dict.
+
+        "text" are token ids (B, L), where L is a multiple of `multiple`. With a pretrained text
+        encoder there is also "text_features": features (B, width), or, if the encoder is
+        fine-tuned, a dict of the tensors that it takes."""
         captions = np.asarray(captions)
         inputs = {"text": torch.from_numpy(self.texts.padded(captions, multiple))}
         if self.text_features is not None:
@@ -91,8 +93,8 @@ class Flickr8kImageTextDataset:
         return len(self.captions)
 
     def counts(self):
-        """What config.json says about the split. "captions_per_photo" maps a number of captions to
-        the number of photos that have so many."""
+        """Return what config.json tells about the split. "captions_per_photo" maps a number of
+        captions to the number of photos that have so many."""
         captions = torch.bincount(self.photo_of_caption)
         photos = dict(enumerate(torch.bincount(captions).tolist()))
         form = "pixels" if self.photos.dtype == torch.uint8 else "features"
@@ -101,7 +103,7 @@ class Flickr8kImageTextDataset:
                 "captions_per_photo": {str(k): n for k, n in photos.items() if n}}
 
     def fingerprint(self):
-        """A hash that changes with the names, their order, the captions and the photo files."""
+        """Return a hash of the photos' names, their order, the captions and the photos' files."""
         content = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogatepass"))
         content.update(np.ascontiguousarray(self.digests))
         content.update(self.photo_of_caption.numpy())
@@ -111,14 +113,14 @@ class Flickr8kImageTextDataset:
 
 def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed, shard_of_photo=None,
                   shards_in_window=1):
-    """The batches of one epoch, rows of captions (steps, batch_size), in an order that follows from
-    the seed.
+    """Return the batches of one epoch, rows of captions (steps, batch_size), in an order that
+    follows from the seed.
 
     The captions of a photo stand side by side in groups of captions_per_image, or of half the batch
-    if that is fewer, drawn anew in each epoch. A photo with fewer captions makes one group of all
-    of them. Captions that fill no group, and pairs that fill no batch, are left out of this epoch.
-    If there are fewer pairs than batch_size, there is one batch of all. A group that lies across
-    the end of a batch is divided.
+    if that is fewer. The groups are drawn again in each epoch. A photo with fewer captions has one
+    group of all of them. Captions that do not fill a group, and pairs that do not fill a batch, are
+    left out of this epoch. If there are fewer pairs than batch_size, all of them make one batch. A
+    group at the end of a batch may continue in the next one.
 
     shard_of_photo: (N,), given if the photos are larger than memory. Then as many shards as
     shards_in_window, drawn at random, are shuffled together, then the next ones, and so on."""
@@ -156,7 +158,8 @@ def map_tensors(function, value):
 
 
 def place_photos(photos, device):
-    """The photos, moved to the GPU if they take at most GPU_SHARE of its free memory."""
+    """Move the photos to the GPU if they take at most GPU_SHARE of its free memory, and return
+    them."""
     if device.type == "cuda" and photos.nbytes <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
         return photos[:].to(device)
     return photos

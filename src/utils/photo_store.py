@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def to_8_bits(photo):
-    """A grey PIL image of more than 8 bits, or of floats -> one of 8 bits.
+    """Convert a grey PIL image of more than 8 bits, or of floats, to 8 bits.
 
     Cameras store 10, 12 or 14 bits in 16, so integers are scaled by the fewest bits, of 8, 10, 12,
     14 and 16, that the brightest pixel needs. Floats, and integers beyond 16 bits, are scaled by
@@ -49,10 +49,11 @@ def to_8_bits(photo):
 
 
 def open_photo(path, size):
-    """Open a photo file of any mode that Pillow reads -> PIL image in RGB, upright according to
-    EXIF, transparent parts white. A JPEG is decoded at a smaller scale, but not below size, which
-    is faster. Raises DataError, with the name of the file, if it is missing, empty, truncated or
-    not an image."""
+    """Open a photo file of any mode that Pillow reads. Return a PIL image in RGB.
+
+    The photo is turned upright according to EXIF, and its transparent parts become white. A JPEG is
+    decoded at a smaller scale, which is faster, but not below `size` pixels. Raises DataError, with
+    the name of the file, if it is missing, empty, truncated or not an image."""
     path = Path(path) if isinstance(path, str) else path
     try:
         with path.open("rb") as file, Image.open(file) as photo:
@@ -75,8 +76,8 @@ def open_photo(path, size):
 
 
 def to_square(photo, size):
-    """A PIL image in RGB -> uint8 array (size, size, 3). The photo is squeezed rather than cropped,
-    so that nothing at the margins is lost."""
+    """Resize a PIL image in RGB to a uint8 array (size, size, 3). The photo is squeezed rather than
+    cropped, so that nothing at the margins is lost."""
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
     # Within one level of 255 of Pillow's bicubic filter, in a sixth of its time.
     square = resize(pixels, size, "bicubic")
@@ -84,8 +85,9 @@ def to_square(photo, size):
 
 
 def load_photo(path, size):
-    """A photo file -> uint8 array (3, size, size). Raises DataError as `open_photo` does; a photo
-    that cannot be read never becomes a blank one."""
+    """Read a photo file as a uint8 array (3, size, size).
+
+    Raises DataError as `open_photo` does: a photo that cannot be read never becomes a blank one."""
     return to_square(open_photo(path, size), size).transpose(2, 0, 1)
 
 
@@ -101,17 +103,19 @@ def decoding_threads():
 
 
 def store_key(*parts):
-    """A short hash of anything that JSON can represent."""
+    """Return a short hash of anything that JSON can represent."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def open_shard(path, num_bytes, write):
-    """Open a shard, and make it first if it is not there -> (its bytes as an array, errors).
+    """Open a shard, and write it first if it is not there.
 
-    `write(file)` writes its num_bytes bytes and returns {name: error message} of the photos that it
-    had to leave out. The file is renamed into place when it is complete, and is memory-mapped. path
-    is None for a shard that is not kept. A shard with errors is not kept either, nor one whose
-    folder cannot be written. Raises DataError for a full disk."""
+    path: its file, or None for a shard that is not kept. write(file): writes the num_bytes bytes of
+    the shard and returns {name: error message} of the photos that it had to leave out. The file is
+    renamed into place when it is complete, and is memory-mapped. A shard with errors is not kept,
+    nor is one whose folder cannot be written.
+
+    Returns the bytes as an array, and the errors. Raises DataError if the disk is full."""
     if path is not None and path.is_file() and path.stat().st_size == num_bytes:
         return np.memmap(path, np.uint8, "r"), {}
     partial = partial_file(path)
@@ -138,8 +142,8 @@ def open_shard(path, num_bytes, write):
 
 
 def partial_file(path):
-    """An empty file of this process's own beside a shard, for writing it, or None if that is not
-    possible."""
+    """Create an empty file beside a shard, which only this process writes. Return its path, or None
+    if the shard is not kept or the folder cannot be written."""
     if path is None:
         return None
     partial = path.with_suffix(f".partial{os.getpid()}")
@@ -213,7 +217,8 @@ class Rows:
         return Rows(self.parts, self.view, self.chosen[self._row_numbers(rows)])
 
     def _row_numbers(self, rows):
-        """Row numbers, as an array, a tensor or a list, or a slice -> an array of row numbers."""
+        """Return the row numbers that a slice, a list, an array or a tensor selects, as an
+        array."""
         if isinstance(rows, slice):
             return np.arange(len(self))[rows]
         return np.asarray(rows, np.int64)
@@ -225,8 +230,10 @@ class Rows:
 
 
 def read_photo(path, open_file, prepare):
-    """Read one photo -> (prepare(open_file(path)), (SHA-256 of the file, signature), None), or
-    (None, None, error message)."""
+    """Read one photo.
+
+    Returns (prepare(open_file(path)), (SHA-256 of the file, signature of the photo), None), or
+    (None, None, error message) if the photo cannot be read."""
     try:
         photo = open_file(path)
         identity = hashlib.sha256(path.read_bytes()).digest(), signature(photo).tobytes()
@@ -261,7 +268,8 @@ class Pixels:
 
 
 def shard_path(store, row_format, number, names, path_of):
-    """The file of a store's shard. Its name changes with the photos' files and the row format."""
+    """Return the path of a store's shard. Its name changes with the photos' files and the row
+    format."""
     stats = [(name, path_of(name).stat()) for name in names]
     key = store_key(row_format.key, [(name, s.st_size, s.st_mtime_ns) for name, s in stats])
     suffix = np.dtype(row_format.dtype).name

@@ -1,8 +1,8 @@
-"""The folders that a run names -> its splits, with no photo in two of them.
+"""The splits of a run, read from its dataset folders, with no photo in two of them.
 
-A split is first a `PairsOfSplit`: its decoded photos and its captions. Photos that are in another
-split as well are left out and extra data is added; then the captions are tokenized, which makes it
-a `Flickr8kImageTextDataset`."""
+A split is first read as `PairsOfSplit`, its decoded photos and its captions. Photos that are in
+another split as well are then left out, and extra data is added. Finally the captions are
+tokenized, which makes it a `Flickr8kImageTextDataset`."""
 import collections
 import logging
 from dataclasses import dataclass, field, replace
@@ -49,8 +49,8 @@ class PairsOfSplit:
         return len(self.captions)
 
     def without(self, rows):
-        """These pairs without those of some photos, given by their rows. Raises DataError if none
-        is left."""
+        """Return these pairs without those of some photos, given by their rows. Raises DataError if
+        no photo is left."""
         if not rows:
             return self
         kept = np.array([i for i in range(len(self.names)) if i not in rows], np.int64)
@@ -68,7 +68,7 @@ class PairsOfSplit:
             skipped=self.skipped + [self.names[i] for i in sorted(rows)])
 
     def joined_with(self, other):
-        """These pairs followed by those of another dataset."""
+        """Return these pairs followed by those of another dataset."""
         text_features = self.text_features
         return replace(
             self, folders=self.folders + other.folders, names=self.names + other.names,
@@ -80,8 +80,10 @@ class PairsOfSplit:
             text_features=None if text_features is None else text_features + other.text_features)
 
     def copies_in(self, others, near=True):
-        """The photos that are in one of the other PairsOfSplit as well, as {row: (which photo it
-        is there, how that is known)}. near: whether near-duplicates count."""
+        """Find the photos that are in one of the other `PairsOfSplit` as well.
+
+        near: whether near-duplicates count. Returns {row: (the photo that it is a copy of, how that
+        is known)}."""
         by_digest, by_number = {}, collections.defaultdict(list)
         for other in others:
             for row, (name, digest) in enumerate(zip(other.names, other.digests)):
@@ -107,8 +109,9 @@ class PairsOfSplit:
         return copies
 
     def is_same_flickr_photo(self, row, other, other_row):
-        """Whether two photos whose names have the same number are the same photo on Flickr. A bare
-        number can be anything, such as a date, so the pictures of two must look alike."""
+        """Whether two photos whose names have the same number are the same photo on Flickr. If both
+        names are a bare number, it may be anything, such as a date, so the pictures are
+        compared."""
         if has_flickr_form(self.names[row]) or has_flickr_form(other.names[other_row]):
             return True
         return near_duplicates(self.signatures[[row]], other.signatures[[other_row]])[0] == 0
@@ -116,13 +119,13 @@ class PairsOfSplit:
 
 def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, progress=None,
                image_encoder=None, text_encoder=None):
-    """The `PairsOfSplit` of a dataset folder, each photo decoded (or encoded) once.
+    """Read a split of a dataset folder as `PairsOfSplit`. Each photo is decoded, or encoded, once.
 
     folder: a `Folder`, or the path of one. split: "train", "val" or "test", or "all" of them.
     image_size: side of the decoded photos in pixels. cache: whether to keep them in files below the
-    folder. image_encoder, text_encoder: PretrainedEncoder or None. With frozen ones, `photos` are
-    features, float16 (N, views, width), of the photo and, in training, of its mirror image, and
-    `text_features` are (M, width).
+    folder. progress(done, total): called while photos are read. image_encoder, text_encoder:
+    PretrainedEncoder or None. With frozen encoders, `photos` are features, float16 (N, views,
+    width), of the photo and, in training, of its mirror image, and `text_features` are (M, width).
 
     Raises DataError if a photo is missing, unreadable or without captions. With allow_incomplete
     such photos are skipped."""
@@ -130,22 +133,23 @@ def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, pr
     skipped = []
 
     def without(names, fault, faulty, place):
-        """The names without the faulty ones, {name} or {name: what is wrong}."""
+        """Return the names without the faulty ones, which are given as a set, or as a dict {name:
+        error message}. Raises DataError unless such photos may be skipped."""
         if not faulty:
             return names
-        found = [name for name in names if name in faulty]
+        dropped = [name for name in names if name in faulty]
         if not allow_incomplete:
-            details = [faulty[name] if isinstance(faulty, dict) else name for name in found]
+            details = [faulty[name] if isinstance(faulty, dict) else name for name in dropped]
             repair = ""
             if folder.layout == "Flickr8k":
                 repair = f"`{download_command(folder.root)}` repairs it; "
             raise DataError(
-                f"{folder.root} is incomplete: {len(found)} of the {len(names)} photos of {split} "
-                f"are {fault} ({first_three(details)}) in {place}.\n"
+                f"{folder.root} is incomplete: {len(dropped)} of the {len(names)} photos of "
+                f"{split} are {fault} ({first_three(details)}) in {place}.\n"
                 f"{repair}--allow_incomplete trains without them.")
-        if len(found) == len(names):
+        if len(dropped) == len(names):
             raise DataError(f"{folder.root}: no photo of {split} is usable")
-        skipped.extend(found)
+        skipped.extend(dropped)
         return [name for name in names if name not in faulty]
 
     names = folder.names(split)
@@ -172,14 +176,16 @@ def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, pr
 
 
 def open_split(folder, split, image_size, tokenizer, allow_incomplete=False, **options):
-    """One split of a folder as a `Flickr8kImageTextDataset`; for the options see `read_pairs`."""
+    """Open one split of a folder as a `Flickr8kImageTextDataset`. For the options see
+    `read_pairs`."""
     pairs = read_pairs(folder, split, image_size, allow_incomplete, **options)
     return Flickr8kImageTextDataset(pairs, tokenizer, options.get("text_encoder"))
 
 
 def read_folders(settings):
-    """Read --data_dir, after making it if it is the built-in dataset, and each --extra_data ->
-    [Folder]."""
+    """Read --data_dir and each --extra_data. Return the list of `Folder`.
+
+    With --synthetic, the built-in dataset is written first if it is not there yet."""
     if settings.synthetic and write_synthetic(settings.data_dir):
         log.info(f"made the built-in dataset in {settings.data_dir}")
     folders = []
@@ -191,7 +197,7 @@ def read_folders(settings):
 
 
 def check_folders(settings):
-    """--check: log what the folders hold, and how many photos are missing."""
+    """Log what the folders hold and how many photos are missing, as the flag --check does."""
     for folder in read_folders(settings):
         names = folder.names("all")
         missing = [name for name in names if not folder.path(name).is_file()]
@@ -201,8 +207,11 @@ def check_folders(settings):
 
 
 def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None):
-    """-> ({split: Flickr8kImageTextDataset}, tokenizer). No photo is in two splits. Without a
-    tokenizer, one is made from the training captions."""
+    """Load the splits of a run, so that no photo is in two of them.
+
+    tokenizer: if it is None, one is made from the training captions. image_encoder, text_encoder:
+    see `read_pairs`. Returns ({split: Flickr8kImageTextDataset}, tokenizer). Raises DataError if
+    the data cannot be used as it is."""
     folder, *extra_folders = read_folders(settings)
     line = ProgressLine()
 
@@ -235,16 +244,17 @@ def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None)
         datasets[split] = Flickr8kImageTextDataset(pairs, tokenizer, text_encoder)
         if pairs.skipped:
             log.info(f"{split}: {len(pairs.skipped)} photos left out, such as {pairs.skipped[0]}")
-    cut = sum(one.cut_captions for one in train.folders)
+    cut = sum(folder.cut_captions for folder in train.folders)
     if cut:
         log.info(f"{cut:,} captions were cut to {MAX_LENGTH:,} characters")
     return datasets, tokenizer
 
 
 def hold_out(pairs, others, allow_incomplete):
-    """The pairs without the photos whose files are also in one of the other splits. If a hash made
-    the splits, near-duplicates are left out too. Raises DataError if the folder's own lists put
-    photos into two splits, unless allow_incomplete."""
+    """Return the pairs without the photos that are also in one of the other splits.
+
+    If a hash made the splits, near-duplicates are left out, too. Raises DataError if the lists of
+    the folder itself put a photo into two splits, unless allow_incomplete."""
     folder = pairs.folders[0]
     copies = pairs.copies_in(others, near=folder.by_hash)
     if copies and not (allow_incomplete or folder.by_hash):
@@ -256,8 +266,10 @@ def hold_out(pairs, others, allow_incomplete):
 
 
 def join_extra(train, extra, held_out):
-    """Add the pairs of another dataset to the training split, except for photos that are in val or
-    test, in whichever form, or in the training split already."""
+    """Return the training split with the pairs of another dataset added.
+
+    Photos that are in val or test, even if they are only near-duplicates, and photos that the
+    training split has already are left out."""
     skipped = collections.Counter()
     if extra.skipped:
         skipped["missing, unreadable or without captions"] = len(extra.skipped)
