@@ -1,4 +1,4 @@
-"""Reading the splits of a folder: which photos are refused, which are skipped, and what is said."""
+"""Splits as they are read: which photos are refused or skipped, and what is reported."""
 import logging
 import shutil
 

@@ -173,8 +173,8 @@ def delete_other_shards(store, shards):
 
 
 class Rows:
-    """Arrays (n, ...), one after the other, that are read like one tensor. They may be memory maps
-    and larger than memory together.
+    """Arrays (n, ...), one after the other, that are read like one tensor. They may be memory maps,
+    whose sum is larger than the memory.
 
     `rows[selection]`, with row numbers, a slice or one number, copies the selected rows into a
     tensor. view: a function applied to that tensor. chosen: (N,) the rows that exist; None for
@@ -213,7 +213,7 @@ class Rows:
         return self.view(torch.from_numpy(out))
 
     def choose(self, rows):
-        """These rows alone, as `Rows`."""
+        """Return these rows alone, as `Rows`."""
         return Rows(self.parts, self.view, self.chosen[self._row_numbers(rows)])
 
     def _row_numbers(self, rows):
@@ -224,7 +224,7 @@ class Rows:
         return np.asarray(rows, np.int64)
 
     def __add__(self, other):
-        """These rows followed by those of another store of the same row format."""
+        """Return these rows followed by those of another store of the same row format."""
         chosen = np.concatenate([self.chosen, other.chosen + self.starts[-1]])
         return Rows(self.parts + other.parts, self.view, chosen)
 

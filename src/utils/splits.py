@@ -229,8 +229,8 @@ def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None)
     train = hold_out(train, [val, test], settings.allow_incomplete)
     copies = before - len(train.names) - len(val.names)
     if copies:
-        log.info(f"{copies:,} photos are left out, as they are copies, or nearly so, of photos in "
-                 "a later split (train, val, test)")
+        log.info(f"{copies:,} photos are left out, because they are copies or near-duplicates of "
+                 "photos in a later split (the order is train, val, test)")
     for extra_folder in extra_folders:
         split = "all" if settings.extra_all else "train"
         extra = load(extra_folder, split, settings.stored_pixels("train"))
