@@ -3,6 +3,7 @@ import contextlib
 import copy
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import train_flickr8k_sgd
 from src import training
 from src.device import find_device
 from src.losses import info_nce_loss
-from src.model import MultiModalMemoryNetwork
+from src.model import MAX_LOGIT_SCALE, MultiModalMemoryNetwork
 from src.settings import make_settings, size_before_crop
 from src.training import (
     MAX_GRAPHS,
@@ -379,16 +380,72 @@ def first_epoch(data):
     return epoch_batches(data.photo_of_caption, 2, 10, seed=0)
 
 
-def test_photos_are_small_in_the_first_epochs(shapes):
+def test_photos_are_small_in_the_first_epochs(shapes, monkeypatch):
     run, splits = start_run(shapes, device="cpu", amp=False, epochs=5, start_size=16)
-    data, stored_sides, encoded_sides = splits["train"], [], []
+    data, crop = splits["train"], training.random_resized_crop_and_flip
+    sides = []  # of the photos as stored, before they are cropped, and when they are encoded
+
+    def recording_crop(images, *given):
+        sides[-1].append(images.shape[-1])
+        return crop(images, *given)
+
+    monkeypatch.setattr(training, "random_resized_crop_and_flip", recording_crop)
     run.model.image_encoder.register_forward_pre_hook(
-        lambda module, images: encoded_sides.append(images[0].shape[-1]))
+        lambda module, inputs: sides[-1].append(inputs[0].shape[-1]))
     for run.epoch in (1, 3, 4, 5):
         (batch,) = iterate_batches(data, data.photos, first_epoch(data)[:1], run.device)
-        stored_sides.append(batch["images"].shape[-1])
+        sides.append([batch["images"].shape[-1]])
         assert torch.isfinite(training_step(run, batch))
-    assert stored_sides == [36] * 4 and encoded_sides == [16, 16, 32, 32]
+    assert sides == [[36, 18, 16], [36, 18, 16], [36, 36, 32], [36, 36, 32]]
+
+
+@pytest.mark.parametrize("flip, view", [(0.0, 0), (1.0, 1)])
+def test_features_are_those_of_the_photo_or_of_its_mirror_image(flip, view):
+    features, text = torch.randn(4, 2, 5).half(), torch.ones(4, 3, dtype=torch.long)
+    batch = {"images": features, "text": text}
+    run = SimpleNamespace(settings=make_settings(flip=flip, word_dropout=0.0), epoch=1,
+                          word_start=torch.zeros(34, dtype=torch.bool))
+    training.augment(run, batch)
+    assert torch.equal(batch["images"], features[:, view].float())
+
+
+def test_gradients_of_a_step_include_the_weighted_memory_loss(shapes):
+    run, _ = start_run(shapes, device="cpu", amp=False, memory_loss=0.3)
+    batch = two_captions_per_photo(torch.randn(4, 3, 32, 32))
+    slots = run.model.memory.slots
+    training.forward_backward(run, batch)
+    gradient = slots.grad.clone()
+    run.optimizer.zero_grad()
+    contrastive_backward(run.encode, batch, 0.3)
+    assert torch.equal(gradient, slots.grad) and gradient.abs().sum() > 0
+
+
+def test_update_equals_plain_sgd_with_nesterov_momentum(shapes):
+    """With clipped gradients, the schedule and weight decay. The temperature stays in its bounds.
+    """
+    run, _ = start_run(shapes, device="cpu", amp=False, lr=0.5, momentum=0.8, warmup=0.05)
+    with torch.no_grad():
+        run.model.logit_scale.fill_(MAX_LOGIT_SCALE - 0.01)
+    parameters = dict(run.model.named_parameters())
+    group_of = {p: group for group in run.optimizer.param_groups for p in group["params"]}
+    expected = {name: p.detach().double() for name, p in parameters.items()}
+    momentum = dict.fromkeys(parameters, 0.0)
+    schedule = cosine_schedule(0.05, run.settings.final_lr, 100)
+    for step in range(3):
+        for p in parameters.values():
+            p.grad = torch.randn_like(p)
+        run.model.logit_scale.grad.fill_(-100.0)  # towards its upper bound
+        norm = math.sqrt(sum(p.grad.double().square().sum() for p in parameters.values()))
+        for name, p in parameters.items():
+            decay, lr = group_of[p]["weight_decay"], group_of[p]["initial_lr"] * schedule(step)
+            gradient = p.grad.double() / norm + decay * expected[name]
+            momentum[name] = 0.8 * momentum[name] + gradient
+            expected[name] = expected[name] - lr * (gradient + 0.8 * momentum[name])
+        expected["logit_scale"].clamp_(max=MAX_LOGIT_SCALE)
+        training.update(run)
+    for name, p in parameters.items():
+        assert torch.allclose(p.double(), expected[name], rtol=1e-5, atol=1e-6), name
+    assert run.model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
 
 
 @pytest.mark.parametrize("weight, computed", [(0.1, True), (0.0, False)])
@@ -478,27 +535,37 @@ def test_a_step_never_synchronises_with_the_host(preset, monkeypatch):
     augment._per_channel.cache_clear()
 
 
+class FakeGraph:
+    """Replays as a CUDA graph does: it reads and writes the tensors that it was recorded with."""
+
+    def __init__(self, function, inputs, result):
+        self.function, self.inputs, self.result = function, inputs, result
+
+    def replay(self):
+        self.result.copy_(self.function(self.inputs))
+
+
 def test_graphs_are_recorded_at_the_second_batch_of_a_shape(monkeypatch):
-    """Without a GPU: the recording is replaced."""
+    """This needs no GPU, as the graph is fake."""
     recorded = []
 
-    class FakeGraph:
-        def replay(self):
-            pass
-
     def record(self, function, batch):
-        recorded.append(batch["x"].shape[0])
-        return FakeGraph(), {"x": batch["x"].clone()}, torch.tensor(-1.0)
+        recorded.append(len(batch["x"]))
+        inputs, result = {"x": batch["x"].clone()}, torch.zeros(())
+        return FakeGraph(function, inputs, result), inputs, result
 
     monkeypatch.setattr(CudaGraphs, "record", record)
     graphs = CudaGraphs()
-    results = [graphs(lambda batch: batch["x"].sum(), {"x": torch.ones(length)}).item()
-               for length in (3, 4, 3, 3, 4)]
-    assert results == [3, 4, -1, -1, -1] and recorded == [3, 4]
-    assert (graphs.calls, graphs.replays) == (5, 3)
+
+    def call(length, value):
+        return graphs(lambda batch: batch["x"].sum(), {"x": torch.full((length,), value)})
+
+    results = [call(3, 1.0), call(4, 1.0), call(3, 1.0), call(3, 2.0), call(4, 2.0)]
+    assert results == [3, 4, 3, 6, 8]  # a replay overwrites no earlier result
+    assert recorded == [3, 4] and (graphs.calls, graphs.replays) == (5, 3)
 
     for length in [*range(10, 20)] * 2:  # more shapes than there may be graphs
-        graphs(lambda batch: batch["x"].sum(), {"x": torch.ones(length)})
+        assert call(length, 1.0) == length
     assert len(recorded) == len(graphs.graphs) == MAX_GRAPHS
 
 
