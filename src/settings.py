@@ -160,8 +160,9 @@ PRETRAINED = dict(
     num_heads=4, num_layers=0, fusion_layers=1, dropout=0.5, tokenizer="bpe", epochs=10,
     batch_size=1000, captions_per_image=5, lr=0.3, text_lr=1.0, weight_decay=2e-3,
     temperature=0.07, warmup=0.1, final_lr=0.0, ema=0.99, start_size=0)
-# Where both encoders are halves of one contrastive model, which has less to learn. These were
-# chosen with a model that was trained on half of Flickr8k's photos and tuned on the other half.
+# These values replace those of PRETRAINED if both encoders are halves of one contrastive model,
+# which has less to learn. They were chosen with a model that was trained on half of Flickr8k's
+# photos and tuned on the other half.
 CONTRASTIVE_PAIR = dict(lr=0.1, dropout=0.2)
 # The recipe of the original run. Its write-up does not mention temperature and weight decay.
 REFERENCE = dict(
@@ -207,12 +208,12 @@ def for_contrastive_pair(settings, given):
 
 def settings_of(config, run_dir):
     """The Settings in a run's config. Raises UsageError for a run of another version."""
-    found = config.get("settings") if isinstance(config, dict) else None
+    values = config.get("settings") if isinstance(config, dict) else None
     names = {f.name for f in dataclasses.fields(Settings)}
-    if not isinstance(found, dict) or found.keys() != names:
+    if not isinstance(values, dict) or values.keys() != names:
         raise UsageError(f"{run_dir}: the run is of another version of this project; please "
                          "retrain")
-    return Settings(**found)
+    return Settings(**values)
 
 
 def add_flag(group, setting):
@@ -277,6 +278,8 @@ def flags(given):
     """{name: value} -> the command line flags that set these values."""
     command = []
     for name, value in given.items():
+        if value is False and getattr(Settings, name, None) is False:
+            continue  # this flag cannot be negated, and False is its default
         if isinstance(value, bool):
             command.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):

@@ -269,7 +269,6 @@ def build_optimizer(model, settings, fused):
             groups.setdefault((lr_factor, weight_decay), []).append(parameter)
     groups = [{"params": parameters, "lr": settings.lr * lr_factor, "weight_decay": weight_decay}
               for (lr_factor, weight_decay), parameters in groups.items()]
-    groups.sort(key=lambda group: group["lr"] != settings.lr)  # the log shows the first group's
     return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=True, fused=fused)
 
 
