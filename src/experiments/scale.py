@@ -71,11 +71,11 @@ def write_large(root_dir, num_pairs, sizes):
                 (folder / name).touch()
                 captions.writelines(f"{name}#{i}\t{next(texts)}\n"
                                     for i in range(CAPTIONS_PER_PHOTO))
-            kind = Pixels(sizes[split])
-            photo_bytes = int(np.prod(kind.shape))
+            row_format = Pixels(sizes[split])
+            photo_bytes = int(np.prod(row_format.shape))
             for start in range(0, count, SHARD_SIZE):
                 shard = names[start:start + SHARD_SIZE]
-                path = shard_path(stores / split, kind, start // SHARD_SIZE, shard,
+                path = shard_path(stores / split, row_format, start // SHARD_SIZE, shard,
                                   lambda name: folder / name)
                 with open(path, "wb") as file:
                     file.write(rng.bytes(NOISE_PHOTOS * photo_bytes))
