@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import show_flickr8k_results
 import train_flickr8k_sgd as script
 from src import evaluation, retrieval, runs, training
-from src.evaluation import compare_bank, embed_dataset, make_bank
+from src.evaluation import compare_bank
 from src.fisher import NetworkWithFisherVectors, with_fisher_vectors
 from src.model import PatchComponents
 from src.runs import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
@@ -190,23 +190,6 @@ def test_the_bank_of_a_run(finished, shapes):
     data = open_split(shapes, "val", 32, tokenizer)
     again = compare_bank(model, data, load_bank(output_dir))["with_bank"]  # in full precision
     assert again["avg_r1"] == pytest.approx(results["val"]["with_bank"]["avg_r1"], abs=10)
-
-
-def test_the_seed_draws_the_photos_of_a_bank(shapes, monkeypatch):
-    monkeypatch.setattr(evaluation, "BANK_SIZE", 9)
-    run, splits = start_run(shapes)
-    data = splits["val"]  # its photos have the size that the model is used with
-    bank, same_seed, other_seed = (make_bank(run.model, data, 32, seed) for seed in (0, 0, 1))
-    assert bank.photos.equal(same_seed.photos) and not bank.photos.equal(other_seed.photos)
-    assert bank.texts.equal(same_seed.texts) and not bank.texts.equal(other_seed.texts)
-
-    # There are nine different photos, each with all its captions.
-    photos, texts, photo_of_caption = embed_dataset(run.model, data)
-    photo_ids = (bank.photos.float() @ F.normalize(photos, dim=-1).T).argmax(1)
-    caption_ids = (bank.texts.float() @ F.normalize(texts, dim=-1).T).argmax(1)
-    assert len(bank.photos) == len(photo_ids.unique()) == 9
-    assert len(bank.texts) == torch.isin(photo_of_caption, photo_ids).sum() > 9
-    assert photo_of_caption[caption_ids].equal(photo_ids[bank.photo_of_text])
 
 
 @pytest.mark.parametrize("more", [["--memory_size", 0], ["--recipe", "reference"]])
