@@ -7,9 +7,9 @@
 Read it from the top: the model, what happens before the first step, the training loop `fit`, and
 what is written at the end of an epoch and of the run. One step is in `src/training.py`.
 
-A run that is stopped and continued with --resume ends as if nothing had happened: the order of the
-pairs, the augmentation and the learning rate follow from the seed and the number of the step, and
-the rest is in the checkpoint."""
+A run that is stopped and continued with --resume ends on a CPU with exactly the weights of an
+uninterrupted one: the order of the pairs, the augmentation and the learning rate follow from the
+seed and the number of the step, and the rest is in the checkpoint."""
 import dataclasses
 import logging
 import math
@@ -87,7 +87,7 @@ def set_temperature(model, temperature):
 
 
 def batches_of_epoch(data, settings, epoch):
-    """The pairs of an epoch's batches, as far as they are this process's: (steps, pairs)."""
+    """This process's share of each batch of an epoch, as rows of captions (steps, pairs)."""
     rank, world = distributed.rank_and_world()
     batches = data.epoch(settings.captions_per_image, settings.batch_size,
                          settings.seed * SEED_STRIDE + epoch)
@@ -103,7 +103,7 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
     rank, world = distributed.rank_and_world()
     settings, encoders = set_up_encoders(settings, args, device)
     tokenizer = tokenizer_from_state(checkpoint["tokenizer"]) if checkpoint else None
-    with distributed.local_main_process_first():  # it decodes the photos, the others find them
+    with distributed.local_main_process_first():  # it fills the cache, the others read it
         splits, tokenizer = load_splits(settings, tokenizer, encoders.image, encoders.text)
     train = splits["train"]
     torch.manual_seed(settings.seed)
@@ -221,8 +221,9 @@ def estimate_epoch_seconds(run, splits):
 
 
 def resume_schedule(run, epochs_before):
-    """Log where the run continues. If --epochs has changed, it continues on the schedule of a run
-    that was started with that many, so the learning rate jumps to where that schedule is now."""
+    """Log where the run continues, and set the learning rates if --epochs has changed. The run then
+    continues on the schedule of one that was started with that many epochs, so the learning rate
+    jumps to where that schedule is now."""
     epochs, groups, schedule = run.settings.epochs, run.optimizer.param_groups, run.scheduler
     if run.epoch > epochs:
         more = runs.resume_command(run.dir, "--epochs", "N")
@@ -247,7 +248,7 @@ def fit(run, splits, stop):
     photos = place_photos(data.photos, device)
     rank, world = distributed.rank_and_world()
     line, steps_done = ProgressLine(run.is_main), 0
-    if run.epoch == 0:  # the zero-shot figures of a contrastive pair
+    if run.epoch == 0:  # the zero-shot figures of two halves of a model such as CLIP
         began, val = time.time(), validate(run, splits["val"])
         end_epoch(run, {"epoch": 0, "train": {"loss": None}, "val": val, "lr": 0.0,
                         "seconds": time.time() - began})

@@ -20,8 +20,8 @@ def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
     for float32. pixels: the side to which photos are resized, None to take them as they are stored.
 
     Returns the latents of the photos (N, D) and of the captions (M, D), on the model's device. The
-    batches are shared among all processes, and every process gets all latents. The model stays in
-    the mode, training or evaluation, in which it was."""
+    batches are shared among all processes, and every process gets all latents. The model is
+    left in the mode, training or evaluation, in which it was."""
     device = next(model.parameters()).device
 
     def photo_inputs(rows):

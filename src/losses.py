@@ -37,12 +37,12 @@ def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None):
 
     It is the symmetric InfoNCE loss (van den Oord et al. 2018; CLIP, Radford et al. 2021). Where a
     photo comes with several captions, COMBINED_WEIGHT times a second term is added: the photo
-    combined with each of its captions must find the other ones (supervised contrastive learning,
-    Khosla et al. 2020).
+    combined with each of its captions must find the photo's other captions (supervised contrastive
+    learning, Khosla et al. 2020).
 
-    image_latents, text_latents: (B, D), of any length, pair i in row i. logit_scale: scalar, the
-    logarithm of the inverse temperature. photo_ids: (B,) integers. Pairs with the same id hold the
-    same photo and are not negatives of each other; by default all photos differ."""
+    image_latents, text_latents: (B, D), which need not be normalised, pair i in row i. logit_scale:
+    scalar, the logarithm of the inverse temperature. photo_ids: (B,) integers. Pairs with the same
+    id hold the same photo and are not negatives of each other; by default all photos differ."""
     image_latents = gather(F.normalize(image_latents.float(), dim=-1))
     text_latents = gather(F.normalize(text_latents.float(), dim=-1))
     targets = torch.arange(len(text_latents), device=text_latents.device)
@@ -61,4 +61,4 @@ def info_nce_loss(image_latents, text_latents, logit_scale, photo_ids=None):
     log_probabilities = logits_of_combined.fill_diagonal_(float("-inf")).log_softmax(1)
     positives = log_probabilities.masked_fill(~same_photo, 0)
     mean_of_positives = positives.sum(1) / same_photo.sum(1).clamp(min=1)
-    return loss - COMBINED_WEIGHT * mean_of_positives.mean()
+    return loss - COMBINED_WEIGHT * mean_of_positives.mean()  # minus: it is a log-likelihood

@@ -148,7 +148,7 @@ class TextEncoder(nn.Module):
 
 class PatchComponents(nn.Module):
     """Photos (B, 3, H, W) -> (B, 2 * number, H / 2, W / 2): the projections of their patches on the
-    largest principal components, and the same negated, as a ReLU follows.
+    largest principal components, and their negatives, as a ReLU follows, which would lose them.
 
     The components are fit to training photos and then fixed, like the whitening layer of Jordan
     2024 ("94% on CIFAR-10 in 3.29 Seconds"). Unlike there, the patches are wide and the components
@@ -266,10 +266,10 @@ class TestTimeMemory(nn.Module):
 
     It can go on learning without labels (test-time training, Sun et al. 2020). The self-supervised
     loss hides half of a latent's features and compares what the memory recalls from the other half
-    with the whole latent. This loss is part of training, but its gradient never reaches the
-    encoders. After `enable_test_time_updates`, each call in eval mode first takes a few gradient
-    steps on the loss of its own batch. They change only the copy `adapted_slots`, which stays from
-    call to call until `reset` drops it."""
+    with the whole latent. In training it is added with the weight `memory_loss` of the settings,
+    and its gradient never reaches the encoders. After `enable_test_time_updates`, each call in eval
+    mode first takes a few gradient steps on the loss of its own batch. They change only the copy
+    `adapted_slots`, which stays from call to call until `reset` drops it."""
 
     def __init__(self, dim, memory_size, num_heads):
         super().__init__()
@@ -379,7 +379,7 @@ class ModelConfig:
     """The sizes of a `MultiModalMemoryNetwork`. The defaults are those of the preset `base`.
 
     num_layers: of the text transformer; with 0 there is none. memory_size: slots of the memory.
-    fusion_layers: with 0 there is neither fusion nor a memory, which fusion reads. image_features,
+    fusion_layers: with 0 there is no fusion, and so no memory either. image_features,
     text_features: widths of the features of pretrained encoders, 0 for none; dropout: of these
     features."""
 

@@ -45,10 +45,11 @@ class Settings:
     synthetic: bool = setting(False, "train on the built-in shapes, which are made if absent")
     extra_data: list = setting((), "folders whose training pairs join the training split, without "
                                "photos that are in val or test", shown="none")
-    extra_all: bool = setting(False, "use all pairs of --extra_data, not only its training split")
+    extra_all: bool = setting(False, "use all pairs of --extra_data, not only the training "
+                              "splits")
     allow_incomplete: bool = setting(False, "skip photos that are missing or unreadable")
-    tokenizer: str = setting("bpe", "char: 33 characters; bpe: byte pairs learned from the "
-                             "captions", choices=("char", "bpe"))
+    tokenizer: str = setting("bpe", "char: one token per character, of 33; bpe: byte pairs "
+                             "learned from the captions", choices=("char", "bpe"))
 
     model: str = setting(None, "preset of the model and its recipe",
                          choices=("tiny", "small", "base", "large"),
@@ -65,8 +66,8 @@ class Settings:
     fusion_layers: int = architecture(4)
     conv_channels: list = architecture((64, 128, 256, 512))
     conv_units: int = architecture(2)
-    fisher: bool = setting(True, "train a second network on Fisher vectors of the photos and rank "
-                           "with both")
+    fisher: bool = setting(True, "train a second network, on Fisher vectors of the photos, and add "
+                           "its cosines to those of the first")
 
     image_encoder: str = setting("", "pretrained image encoder: a model of torchvision, one of "
                                  "transformers (a name or a folder), or FILE.py:FUNCTION",
@@ -83,7 +84,7 @@ class Settings:
     epochs: int = setting(30, "passes over all pairs", "[1, inf)")
     batch_size: int = setting(500, "pairs per step, over all processes", "[2, inf)")
     captions_per_image: int = setting(
-        5, "captions per photo in a step; the photo is encoded once for them", "[1, inf)")
+        5, "captions per photo in a batch; the photo is encoded once for them", "[1, inf)")
     lr: float = setting(0.1, "peak learning rate", "(0, inf)")
     text_lr: float = setting(10.0, "learning rate of the token embedding, relative to --lr",
                              "(0, inf)")
@@ -95,8 +96,8 @@ class Settings:
                               "[0, 1]")
     temperature: float = setting(0.1, "initial temperature of the loss, which is learned",
                                  "(0, inf)")
-    ema: float = setting(0.998, "decay of the moving average of the weights, which is validated "
-                         "and kept; 0 turns it off", "[0, 1)")
+    ema: float = setting(0.998, "decay of the moving average of the weights, which is what is "
+                         "evaluated and saved; 0 turns it off", "[0, 1)")
     seed: int = setting(0, "seed of the weights, the order of the pairs and the augmentation",
                         "[0, 4294967295]")
 
@@ -262,8 +263,8 @@ def parse_args(description, argv=None):
     add("--output_dir", type=text, default=None, help="folder that the run is written to "
         "(default: outputs/flickr8k_sgd, or outputs/synthetic_sgd with --synthetic)")
     add("--resume", action="store_true", default=False,
-        help="continue the run in --output_dir with its own settings; with more --epochs, train a "
-        "finished run further")
+        help="continue the run in --output_dir with its own settings; --epochs may change, and so "
+        "may --data_dir, --extra_data, --device and --amp")
     add("--check", action="store_true", default=False,
         help="only describe what --data_dir holds: its layout, photos, captions and splits")
     add("--overwrite", action="store_true", default=False,

@@ -119,8 +119,8 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
     then once more for the gradients. Loss and gradients are the same as in one pass if the encoders
     are deterministic, except that batch norm normalises by the chunk.
 
-    encode: a PairEncoder, perhaps in DistributedDataParallel. batch: see `iterate_batches`. scale:
-    the method of a GradScaler."""
+    encode: a PairEncoder, possibly wrapped in DistributedDataParallel. batch: see
+    `iterate_batches`. scale: the method of a GradScaler."""
     images, text, photo_of_pair = batch["images"], batch["text"], batch["photo_of_pair"]
     text_features = batch.get("text_features")
 
@@ -205,8 +205,8 @@ class CudaGraphs:
     because the host takes longer to launch the kernels of a small model than the GPU to run them.
 
     The function takes a batch, a dict of tensors on a GPU, returns a scalar there, and must not
-    synchronise with the host. What it leaves behind, such as gradients, must stay in its place in
-    memory. The first batch of a shape runs kernel by kernel, which also lets cuDNN choose its
+    synchronise with the host. The tensors that it writes, such as gradients, must keep their places
+    in memory. The first batch of a shape runs kernel by kernel, which also lets cuDNN choose its
     kernels; the second is recorded. Beyond MAX_GRAPHS shapes, batches run kernel by kernel."""
 
     def __init__(self):
@@ -247,7 +247,7 @@ class CudaGraphs:
                 f"are kept for {MAX_GRAPHS}. Photos with equally many captions make fewer shapes.")
 
 
-# -------------------------------------------------------------------- optimizer and its company
+# ------------------------------------------------- optimizer, schedule, moving average, state
 
 
 def build_optimizer(model, settings, fused):
@@ -287,9 +287,9 @@ def cosine_schedule(warmup, final, total_steps):
 class MovingAverage:
     """Exponential moving average of a model's weights and batch norm statistics, in `module`.
 
-    The average starts short, over a tenth of the steps so far, as a constant decay would carry the
-    random initial weights along. torch.optim.swa_utils.AveragedModel is not used because it copies
-    its counter from the host to the GPU at each step."""
+    At first it averages over about the last tenth of the steps so far, as a constant decay would
+    carry the random initial weights along. torch.optim.swa_utils.AveragedModel is not used because
+    it copies its counter from the host to the GPU at each step."""
 
     def __init__(self, model, decay):
         self.module, self.decay, self.steps = copy.deepcopy(model), decay, 0

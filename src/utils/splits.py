@@ -132,7 +132,7 @@ def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, pr
     folder = folder if isinstance(folder, Folder) else read_folder(folder)
     skipped = []
 
-    def without(names, fault, faulty, place):
+    def drop_or_raise(names, fault, faulty, place):
         """Return the names without the faulty ones, which are given as a set, or as a dict {name:
         error message}. Raises DataError unless such photos may be skipped."""
         if not faulty:
@@ -154,17 +154,17 @@ def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, pr
 
     names = folder.names(split)
     missing = {name for name in names if not folder.path(name).is_file()}
-    names = without(names, "missing", missing, folder.photo_folder)
+    names = drop_or_raise(names, "missing", missing, folder.photo_folder)
     counts = folder.captions_of(names)[1].tolist()
     without_captions = {name for name, count in zip(names, counts) if not count}
-    names = without(names, "without captions", without_captions, folder.source)
+    names = drop_or_raise(names, "without captions", without_captions, folder.source)
     row_format = Pixels(image_size)
     if image_encoder is not None and image_encoder.frozen:
         row_format = image_encoder.photo_features(1 if split in ("val", "test") else 2)
     store = folder.root / STORE_FOLDER / split if cache else None
     photos, digests, signatures, unreadable = open_photo_store(
         store, names, folder.path, row_format, progress)
-    names = without(names, "unreadable", unreadable, folder.photo_folder)
+    names = drop_or_raise(names, "unreadable", unreadable, folder.photo_folder)
 
     captions, counts = folder.captions_of(names)
     photo_of_caption = torch.arange(len(names)).repeat_interleave(torch.from_numpy(counts))
