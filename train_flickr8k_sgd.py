@@ -1,6 +1,6 @@
 """Train the multimodal memory network on Flickr8k with SGD and a cosine schedule.
 
-    python train_flickr8k_sgd.py --synthetic            the built-in shapes, about a minute
+    python train_flickr8k_sgd.py --synthetic            the built-in shapes, half a minute
     python train_flickr8k_sgd.py                        Flickr8k (see download_flickr8k.py)
     torchrun --nproc_per_node=4 train_flickr8k_sgd.py   one process per GPU; they share the batch
 

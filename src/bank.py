@@ -6,7 +6,7 @@ from src.device import full_float32
 from src.retrieval import CHUNK_SIZE
 
 BANK_SIZE = 5000  # the largest number of photos in a bank
-BETA = 20.0  # inverse temperature of the two softmaxes below
+BETA = 20.0  # inverse temperature of the softmaxes over neighbours and over hubs
 NEIGHBOURS = 10  # nearest items of the bank by which a latent is expanded
 NEIGHBOUR_WEIGHT = 0.2  # weight of their partners, relative to the latent itself
 

@@ -43,7 +43,8 @@ def training_step(run, batch):
 
 def augment(run, batch):
     """Crop, mirror and colour the photos of a batch and drop words of its captions, in place. For
-    photos that are features of a frozen encoder, choose those of the photo or its mirror image."""
+    features of a frozen encoder, and for Fisher vectors, choose those of the photo or of its mirror
+    image."""
     images, settings = batch["images"], run.settings
     if images.dtype == torch.float32:  # the benchmark's DataLoader has augmented them
         return
@@ -115,8 +116,8 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
 
     The loss is computed from the latents of the whole batch, and its gradient with respect to each
     latent is passed on to the encoders. With a chunk_size, the encoders see about that many pairs
-    at a time, which saves memory (GradCache, Gao et al. 2021): first without a graph, for the loss,
-    then once more for the gradients. Loss and gradients are the same as in one pass if the encoders
+    at a time, which saves memory (GradCache, Gao et al. 2021): first without autograd, for the
+    loss, then once more for the gradients. Loss and gradients are the same as in one pass if the encoders
     are deterministic, except that batch norm normalises by the chunk.
 
     encode: a PairEncoder, possibly wrapped in DistributedDataParallel. batch: see
