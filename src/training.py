@@ -117,8 +117,8 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
     The loss is computed from the latents of the whole batch, and its gradient with respect to each
     latent is passed on to the encoders. With a chunk_size, the encoders see about that many pairs
     at a time, which saves memory (GradCache, Gao et al. 2021): first without autograd, for the
-    loss, then once more for the gradients. Loss and gradients are the same as in one pass if the encoders
-    are deterministic, except that batch norm normalises by the chunk.
+    loss, then once more for the gradients. Loss and gradients are the same as in one pass if the
+    encoders are deterministic, except that batch norm normalises by the chunk.
 
     encode: a PairEncoder, possibly wrapped in DistributedDataParallel. batch: see
     `iterate_batches`. scale: the method of a GradScaler."""
