@@ -124,9 +124,9 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
     run.epoch = 0 if encoders.is_contrastive_pair else 1  # epoch 0 comes before any training
     run.config = describe_run(settings, encoders, model, splits, device, command)
     if checkpoint is not None:
-        began = checkpoint["config"]
-        run.config |= {"date": began["date"], "command": began["command"]}
-        runs.check_same_data(began, run.config, settings.data_dir)
+        config_before = checkpoint["config"]
+        run.config |= {"date": config_before["date"], "command": config_before["command"]}
+        runs.check_same_data(config_before, run.config, settings.data_dir)
         run.load_state_dict(checkpoint)
     if settings.fisher:
         splits = with_fisher_vectors(model, splits, run.amp_dtype)
@@ -142,7 +142,7 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
         seconds = estimate_epoch_seconds(run, splits)
         log.info(f"an epoch will take about {duration(seconds)} on this machine")
     if checkpoint is not None:
-        resume_schedule(run, began["settings"]["epochs"])
+        resume_schedule(run, config_before["settings"]["epochs"])
     return run, splits
 
 

@@ -106,7 +106,7 @@ def load_model(run_dir):
 
 
 @torch.no_grad()
-def embed_in_batches(model, transform, paths, batch_size=100, unreadable=None):
+def embed_photo_batches(model, transform, paths, batch_size=100, unreadable=None):
     """Yield (paths, embeddings) batch by batch, the embeddings (B, D) of unit length on the CPU.
 
     unreadable: a dict. Photos that cannot be read are skipped, and {path: error message} is added
@@ -135,7 +135,7 @@ def embed_in_batches(model, transform, paths, batch_size=100, unreadable=None):
 def embed_photos(model, transform, paths, batch_size=100):
     """Embed photo files -> (N, D) of unit length on the CPU. Raises DataError, with the name of the
     file, for a photo that cannot be read."""
-    batches = embed_in_batches(model, transform, paths, batch_size)
+    batches = embed_photo_batches(model, transform, paths, batch_size)
     return torch.cat([embeddings for _, embeddings in batches])
 
 
@@ -183,8 +183,8 @@ class EmbeddingCache:
 
     def photos(self, paths, progress=None, unreadable=None):
         """The embeddings (N, D) of photos, without those that are added to `unreadable`, see
-        `embed_in_batches`. Every batch is kept as soon as it is embedded, so that nothing is lost
-        if the program is interrupted. progress(done, total) is called after each batch. Raises
+        `embed_photo_batches`. Every batch is kept as soon as it is embedded, so that nothing is
+        lost if the program is interrupted. progress(done, total) is called after each batch. Raises
         DataError if not one photo can be read."""
         paths = [Path(path) if isinstance(path, str) else path for path in paths]
         for path in paths:
@@ -193,7 +193,7 @@ class EmbeddingCache:
         missing = set(self.photo_rows.missing([self.items[path] for path in readable]))
         new = [path for path in dict.fromkeys(readable) if self.items[path] in missing]
         done = 0
-        for batch, embeddings in embed_in_batches(
+        for batch, embeddings in embed_photo_batches(
                 self.model, self.transform, new, unreadable=unreadable):
             self.photo_rows.add([self.items[path] for path in batch], embeddings)
             done += len(batch)

@@ -311,7 +311,7 @@ def test_unreadable_photos_are_skipped_where_that_is_allowed(
     expected = EmbeddingCache(run_dir).photos([tmp_path / photo.name for photo in good])
     (run_dir / CACHE).unlink()
     monkeypatch.setattr(
-        search, "embed_in_batches", functools.partial(search.embed_in_batches, batch_size=3))
+        search, "embed_photo_batches", functools.partial(search.embed_photo_batches, batch_size=3))
     paths = sorted(bad | {tmp_path / photo.name for photo in good})
     for _ in range(2):  # the second time from the cache
         unreadable = {}
@@ -337,7 +337,7 @@ def test_embedded_photos_are_kept_whatever_ends_the_program(
         return load(path, size)
 
     monkeypatch.setattr(
-        search, "embed_in_batches", functools.partial(search.embed_in_batches, batch_size=1))
+        search, "embed_photo_batches", functools.partial(search.embed_photo_batches, batch_size=1))
     monkeypatch.setattr(search, "load_photo", load_three)
     with pytest.raises((KeyboardInterrupt, DataError)):
         EmbeddingCache(run_dir).photos(photos)

@@ -436,7 +436,7 @@ def test_interrupted_while_photos_are_embedded(run_dir, shapes, capsys, monkeypa
 
     monkeypatch.setattr(search, "load_photo", load_five)
     monkeypatch.setattr(
-        search, "embed_in_batches", functools.partial(search.embed_in_batches, batch_size=2))
+        search, "embed_photo_batches", functools.partial(search.embed_photo_batches, batch_size=2))
     status, out, err = use(run_dir, capsys, "--query", "red")
     assert (status, err) == (130, "interrupted; what was embedded is kept\n")
     connection = sqlite3.connect(run_dir / search.CACHE)
