@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from src.runs import CONFIG, HISTORY
-from src.utils.captions import SPLIT_FILES, find_photo_folder, read_folder, read_split
+from src.utils.captions import SPLIT_FILES, Folder, find_photo_folder, read_folder, read_split
 from src.utils.duplicates import near_duplicates, signature
 from src.utils.errors import DataError
 from src.utils.synthetic import write_synthetic
@@ -351,6 +351,18 @@ def write_table(root, *lines, name="captions.csv"):
     root.mkdir()
     write_lines(root / name, lines)
     return root
+
+
+def test_what_is_noted_while_rows_are_read_follows_the_two_lines(tmp_path):
+    notes = []
+
+    def rows():
+        yield from ((f"{i}.jpg", "a photo", None) for i in range(10))
+        notes.append("2 lines are empty, such as line 3")
+
+    folder = Folder(tmp_path, "a table", tmp_path, rows(), notes=notes)
+    folder.notes.append("1 more thing")
+    assert folder.describe()[2:] == ["2 lines are empty, such as line 3", "1 more thing"]
 
 
 def test_a_hash_of_the_names_makes_the_same_splits_in_any_order(tmp_path):

@@ -72,14 +72,18 @@ class Folder:
     come from. splits: {"train", "val", "test": [names of photos]}. by_hash: whether some of the
     splits were made by a hash of the photos' names. row_of: {name of a photo: its row}.
     cut_captions: how many captions were longer than MAX_LENGTH and were cut. photo_folder: the
-    folder that the photos are in."""
+    folder that the photos are in. notes: sentences on what was read otherwise than a user may
+    expect, each with a number and an example."""
 
-    def __init__(self, root, layout, source, rows, splits=None, photos=None):
+    def __init__(self, root, layout, source, rows, splits=None, photos=None,
+                 notes=None):
         """rows: an iterable of rows as the readers in `caption_files.py` yield them. splits: given
         if the layout lists the splits in files of their own. photos: {name: path}; by default the
-        folder of the photos is looked for. Raises DataError if a photo is in two splits, or if a
+        folder of the photos is looked for. notes: a list to which the iterable may append sentences
+        while its rows are read. Raises DataError if a photo is in two splits, or if a
         split would be empty."""
         self.root, self.layout, self.source = root, layout, source
+        self.notes = [] if notes is None else notes
         self.row_of, split_of = {}, []
         owners = array("i")  # the row of each caption's photo
         self.cut_captions = 0
@@ -166,14 +170,15 @@ class Folder:
         return f"{self.source}, {name}"
 
     def describe(self):
-        """Return the two lines that a run logs about the folder."""
+        """Return the lines that a run logs about the folder, which are two and the notes."""
         counts = {split: int(self.captions_of(names)[1].sum())
                   for split, names in self.splits.items()}
         parts = [f"{split} {len(names):,} photos, {counts[split]:,} captions"
                  for split, names in self.splits.items()]
         by_hash = " (split by a hash of the photos' names)" if self.by_hash else ""
         return [f"{self.root}: layout of {self.layout}, {len(self.names('all')):,} photos, "
-                f"{sum(counts.values()):,} captions", "; ".join(parts) + by_hash]
+                f"{sum(counts.values()):,} captions", "; ".join(parts) + by_hash,
+                *self.notes]
 
 
 def split_by_hash(names, missing):
