@@ -22,7 +22,7 @@ from src.utils.duplicates import SIGNATURE, signature
 from src.utils.errors import DataError
 
 STORE_FOLDER = "photo_store"
-STORE_VERSION = 5  # to be raised whenever `load_photo` gives other pixels
+STORE_VERSION = 6  # to be raised whenever a photo gets other pixels or another signature
 SHARD_SIZE = 1000  # photos in a shard, and at most so many are lost when the program is killed
 DIGEST_BYTES = 32  # of SHA-256
 SECONDS_TO_BUILD = 3600  # an unfinished shard that is older has been abandoned
