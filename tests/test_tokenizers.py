@@ -1,6 +1,15 @@
+import unicodedata
+
 import pytest
 
-from src.utils.tokenizers import PAD_ID, BPETokenizer, CharTokenizer, tokenizer_from_state
+from src.utils.tokenizers import (
+    PAD_ID,
+    BPETokenizer,
+    CharTokenizer,
+    build_tokenizer,
+    normalize_text,
+    tokenizer_from_state,
+)
 
 tokenizer = CharTokenizer()
 CAPTIONS = ["A dog runs .", "Two dogs run , a dog jumps .", "The dog 's ball", "A man runs"] * 2
@@ -56,7 +65,7 @@ def slow_bpe(texts, merges):
     words = [
         [bytes([byte]) for byte in piece.encode()]
         for text in texts
-        for piece in BPETokenizer.split(text)
+        for piece in BPETokenizer.split(text.lower())
     ]
     id_of, learned = {bytes([byte]): byte + 1 for byte in range(256)}, []
     for new_id in range(257, 257 + merges):
@@ -138,3 +147,53 @@ def test_bpe_state_round_trip_and_refusals():
 )
 def test_texts_that_a_tokenizer_knows(tokenizer, known, unknown):
     assert all(map(tokenizer.knows, known)) and not any(map(tokenizer.knows, unknown))
+
+
+FRENCH = ["Un caf\u00e9 tr\u00e8s noir", "Un caf\u00e9 pr\u00e8s d'un caf\u00e9 - noir"]
+
+
+@pytest.mark.parametrize("text, same", [
+    (FRENCH[0], unicodedata.normalize("NFD", FRENCH[0])),
+    (FRENCH[0], FRENCH[0].replace(" ", "\u00a0")),
+    (FRENCH[0], FRENCH[0].upper()),
+    (FRENCH[0], "Un ca\u00adf\u00e9 tr\u200b\u00e8s noi\ufeffr"),
+    ("red circle 12", "\uff32\uff45\uff44\u3000\uff43\uff49\uff52\uff43\uff4c\uff45 \uff11\uff12"),
+    (FRENCH[1], FRENCH[1].replace("'", "\u2019").replace("-", "\u2013")),
+    ('a "stop" sign', "a \u201cstop\u201d sign"),
+    ("five \ufb01ve", "five five"),
+    ("a \u2764 b", "a \u2764\ufe0f b"),
+])
+def test_texts_that_look_the_same_have_the_same_tokens(text, same):
+    """Whichever of the two a tokenizer has learned from."""
+    for captions in (FRENCH * 2, [unicodedata.normalize("NFD", caption) for caption in FRENCH] * 2):
+        for name in ("char", "bpe"):
+            learned = build_tokenizer(name, [*captions, "red circle five"])
+            assert learned.encode(text) == learned.encode(same), name
+            assert learned.knows(same)
+    assert normalize_text(text) == normalize_text(same)
+
+
+def test_the_merges_are_learned_from_normalized_texts():
+    decomposed = [unicodedata.normalize("NFD", caption) for caption in FRENCH] * 3
+    assert BPETokenizer.learn(decomposed, 400).merges == BPETokenizer.learn(FRENCH * 3, 400).merges
+    assert len(BPETokenizer.learn(decomposed, 400).encode("caf\u00e9")) == 1
+
+
+def test_a_normalized_text_stays_as_it_is():
+    for number in range(0x30000):
+        once = normalize_text(f"x{chr(number)}y")
+        assert normalize_text(once) == once, hex(number)
+    assert normalize_text("STRASSE & ASCII\t1") == "strasse & ascii 1"
+
+
+@pytest.mark.parametrize("learned", [CharTokenizer(), BPETokenizer.learn(FRENCH * 2, 300)])
+def test_a_run_of_an_earlier_version_keeps_the_tokens_that_it_has_learned(learned):
+    """Its checkpoint does not say how texts are normalized, because they were not."""
+    state = learned.state_dict()
+    del state["nfkc"]
+    old = tokenizer_from_state(state)
+    soft_hyphen = "ca\u00adf\u00e9"
+    assert old.encode("A dog's 2") == learned.encode("A dog's 2")
+    assert old.encode(soft_hyphen) != learned.encode(soft_hyphen) == learned.encode("caf\u00e9")
+    again = tokenizer_from_state(old.state_dict())
+    assert again.encode(soft_hyphen) == old.encode(soft_hyphen)

@@ -11,14 +11,34 @@ import unicodedata
 PAD_ID = 0
 NUM_BYTES = 256
 VOCAB_SIZE = 4000  # ids of the byte-pair tokenizer, with padding and the bytes
+# Quotes and dashes that word processors and phones type in place of the plain ones.
+TYPOGRAPHY = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"))
+VARIATION_SELECTORS = range(0xFE00, 0xFE10)  # invisible, such as that which colours an emoji
+
+
+def normalize_text(text):
+    """Return a text in the one form that stands for all texts that look the same: lowercase, in
+    Unicode's form NFKC, with plain quotes and dashes, without invisible characters such as soft
+    hyphens, and with one space for each run of white space."""
+    if not text.isascii():
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf"
+                       and ord(c) not in VARIATION_SELECTORS)
+        # A text in lowercase may have another form again, so it is normalized before and after.
+        text = unicodedata.normalize("NFKC", text).translate(TYPOGRAPHY)
+        text = unicodedata.normalize("NFKC", text.lower())
+    return " ".join(text.lower().split())
 
 
 class CharTokenizer:
     """One id for each of 33 characters: with padding, 34 ids.
 
-    Text is lowercased. Accents are removed, typographic quotes and dashes become plain ones, a
-    digit is spelled out ("2" -> "two") and "&" becomes "and". Any other character becomes a space,
-    and runs of white space become one space.
+    Text is normalized by `normalize_text`. Then accents are removed, a digit is spelled out
+    ("2" -> "two") and "&" becomes "and". Any other character becomes a space, and runs of white
+    space become one space.
+
+    nfkc: False for a run of an earlier version, which has learned texts as they were.
     """
 
     name = "char"
@@ -29,7 +49,8 @@ class CharTokenizer:
         "\u2018": "'", "\u2019": "'", '"': "'", "\u201c": "'", "\u201d": "'", "\u2013": "-",
         "\u2014": "-", "\u00df": "ss", "\u00e6": "ae", "\u00f8": "o", "\u0153": "oe"})
 
-    def __init__(self):
+    def __init__(self, nfkc=True):
+        self.nfkc = nfkc
         self.id_of = {character: i for i, character in enumerate(self.vocabulary, start=PAD_ID + 1)}
         self.word_start = [False] * self.vocab_size
         self.word_start[self.id_of[" "]] = True
@@ -40,6 +61,8 @@ class CharTokenizer:
 
     def normalize(self, text):
         """Return the text as the model sees it, with only characters of the vocabulary."""
+        if self.nfkc:
+            text = normalize_text(text)
         text = unicodedata.normalize("NFKD", text.lower().translate(self.plain_characters))
         result = ""
         for character in text:
@@ -67,7 +90,7 @@ class CharTokenizer:
 
     def state_dict(self):
         """Return what `tokenizer_from_state` makes the same tokenizer of."""
-        return {"name": self.name, "vocabulary": self.vocabulary}
+        return {"name": self.name, "vocabulary": self.vocabulary, "nfkc": self.nfkc}
 
 
 def merge(ids, pair, new_id):
@@ -87,18 +110,21 @@ class BPETokenizer:
     """Byte-pair encoding (Sennrich, Haddow and Birch 2016).
 
     Ids 1 to 256 are the bytes of UTF-8, so any text has tokens. Id 257 + i is the pair of earlier
-    ids `merges[i]`. Text is lowercased and runs of white space become one space; apart from that,
-    decoding returns what was encoded.
+    ids `merges[i]`. Text is normalized by `normalize_text`; apart from that, decoding returns what
+    was encoded.
 
     Text is split into pieces, each a run of letters and digits, or a run of other signs, together
     with the space before it. Nothing is merged across pieces.
+
+    nfkc: False for a run of an earlier version, which has learned texts as they were, in lowercase.
     """
 
     name = "bpe"
     first_merged_id = NUM_BYTES + 1
     piece_pattern = re.compile(r" ?\w+| ?[^\w ]+")
 
-    def __init__(self, merges):
+    def __init__(self, merges, nfkc=True):
+        self.nfkc = nfkc
         self.merges = [tuple(pair) for pair in merges]
         self.bytes_of = [b""] + [bytes([byte]) for byte in range(NUM_BYTES)]  # of each id
         for left, right in self.merges:
@@ -120,7 +146,8 @@ class BPETokenizer:
         max_merges = vocab_size - cls.first_merged_id
         if max_merges < 0:
             raise ValueError(f"vocab_size={vocab_size} has no room for padding and the 256 bytes")
-        counts = collections.Counter(piece for text in texts for piece in cls.split(text))
+        counts = collections.Counter(piece for text in texts
+                                     for piece in cls.split(normalize_text(text)))
         pieces = [(cls.byte_ids(piece), count) for piece, count in counts.items()]
         frequency = collections.Counter()  # of each pair
         pieces_with = collections.defaultdict(set)  # the indices of the pieces that hold a pair
@@ -159,7 +186,8 @@ class BPETokenizer:
     def knows(self, text):
         """Return whether any part of the text, apart from spaces, was in the texts that the
         tokenizer has learned from."""
-        ids = (i for piece in self.split(text) for i in self._encode_piece(piece))
+        ids = (i for piece in self.split(self.normalize(text))
+               for i in self._encode_piece(piece))
         return not self.learned_ids.isdisjoint(ids)
 
     @staticmethod
@@ -167,15 +195,14 @@ class BPETokenizer:
         # A lone surrogate, as a damaged file may hold, is encoded too.
         return [byte + 1 for byte in piece.encode("utf-8", "surrogatepass")]
 
-    @staticmethod
-    def normalize(text):
+    def normalize(self, text):
         """Return the text as decoding returns it."""
-        return " ".join(text.lower().split())
+        return normalize_text(text) if self.nfkc else " ".join(text.lower().split())
 
     @classmethod
     def split(cls, text):
-        """Return the pieces of a text, within which ids are merged."""
-        return cls.piece_pattern.findall(" " + cls.normalize(text))
+        """Return the pieces of a normalized text, within which ids are merged."""
+        return cls.piece_pattern.findall(" " + text)
 
     @property
     def vocab_size(self):
@@ -184,7 +211,7 @@ class BPETokenizer:
     def encode(self, text):
         """Return the ids of a text as a list. Raises ValueError for a text of white space."""
         ids = []
-        for piece in self.split(text):
+        for piece in self.split(self.normalize(text)):
             if piece not in self.cache:
                 self.cache[piece] = self._encode_piece(piece)
             ids += self.cache[piece]
@@ -211,15 +238,18 @@ class BPETokenizer:
 
     def state_dict(self):
         """Return what `tokenizer_from_state` makes the same tokenizer of."""
-        return {"name": self.name, "merges": self.merges}
+        return {"name": self.name, "merges": self.merges, "nfkc": self.nfkc}
 
 
 def tokenizer_from_state(state):
     """Return the tokenizer whose state a checkpoint holds. Raises ValueError for another state."""
-    if state == CharTokenizer().state_dict():
-        return CharTokenizer()
-    if isinstance(state, dict) and state.get("name") == BPETokenizer.name and "merges" in state:
-        return BPETokenizer(state["merges"])
+    if isinstance(state, dict):
+        nfkc = state.get("nfkc", False)  # runs of earlier versions do not have it
+        char = CharTokenizer(nfkc)
+        if state | {"nfkc": nfkc} == char.state_dict():
+            return char
+        if state.get("name") == BPETokenizer.name and "merges" in state:
+            return BPETokenizer(state["merges"], nfkc)
     raise ValueError("the checkpoint's tokenizer is not one of this version of the project: "
                      f"{state!r:.200}")
 
