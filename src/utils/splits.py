@@ -269,16 +269,18 @@ def join_extra(train, extra, held_out):
     """Return the training split with the pairs of another dataset added.
 
     Photos that are in val or test, even if they are only near-duplicates, and photos that the
-    training split has already are left out."""
-    skipped = collections.Counter()
+    training split has already are left out. Raises DataError if no photo remains."""
+    folder, skipped = extra.folders[0], collections.Counter()
     if extra.skipped:
         skipped["missing, unreadable or without captions"] = len(extra.skipped)
     for others, place, near in ((held_out, "val or test", True), ([train], "training", False)):
         copies = extra.copies_in(others, near)
         skipped.update(f"{how} of a photo in {place}" for _, how in copies.values())
+        reasons = "".join(f"; {number:,} left out: {reason}" for reason, number in skipped.items())
+        if len(copies) == len(extra.names):
+            raise DataError(f"{folder.root}: no photo of this folder can join the training "
+                            f"split{reasons}")
         extra = extra.without(copies)
-    folder = extra.folders[0]
-    reasons = "".join(f"; {number:,} left out: {reason}" for reason, number in skipped.items())
     log.info(f"{folder.root}: {len(extra.names):,} photos with {len(extra):,} captions join the "
              f"training split{reasons}")
     description = {"folder": str(folder.root), "layout": folder.layout, "split": extra.split,
