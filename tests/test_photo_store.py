@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from src.utils import photo_store
 from src.utils.duplicates import SIGNATURE
@@ -153,6 +153,102 @@ def test_a_photo_is_turned_upright_as_its_exif_says(tmp_path):
     photo = load_photo(tmp_path / "a.jpg", 8)
     assert photo[:, :3].max() < 30
     assert photo[:, 5:].min() > 220
+
+
+def exif_directory(*entries, order="<"):
+    """Return EXIF whose first directory has these entries (tag, type, count, 4 bytes). Four bytes
+    that follow it, at offset 8 + 2 + 12 * len(entries) + 4, are a negative number."""
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(entries))
+    for tag, kind, count, value in entries:
+        head += struct.pack(f"{order}HHI", tag, kind, count) + value
+    return b"Exif\0\0" + head + bytes(4) + b"\xff" * 8
+
+
+def with_exif(exif, size=(40, 30)):
+    """Return the bytes of a JPEG with EXIF as it is, even if Pillow would not write it."""
+    content = encoded(size=size)
+    return content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:]
+
+
+TURNED = (0x112, 3, 1, struct.pack("<HH", 6, 0))
+ODD_TAGS = {
+    "width is a text": (0x100, 2, 4, b"abc\0"),
+    "beyond 16 bits": (0x103, 4, 1, struct.pack("<I", 70_000)),
+    "negative": (0x102, 9, 1, struct.pack("<i", -5)),
+    "value far beyond the end": (0x10f, 2, 40, struct.pack("<I", 60_000)),
+    "signed rational": (0x11a, 10, 1, struct.pack("<I", 38)),
+    "resolution without a value": (0x11a, 1, 0, bytes(4)),
+    "resolution of bytes": (0x11a, 1, 1, bytes(4)),
+    "directory far beyond the end": (0x8769, 4, 1, struct.pack("<I", 50_000)),
+    "directory at a negative place": (0x8769, 6, 1, b"\xff" * 4),
+    "version is a float": (0x9000, 11, 1, b"\xff" * 4),
+    "unknown type": (0x10e, 129, 3, bytes(4)),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_TAGS)
+def test_a_photo_with_an_odd_exif_tag_is_turned_and_read(tmp_path, odd):
+    unit = (0x128, 3, 1, struct.pack("<HH", 2, 0))  # with it, Pillow reads the resolution
+    exif = exif_directory(*sorted([TURNED, ODD_TAGS[odd], unit]))
+    (tmp_path / "a.jpg").write_bytes(with_exif(exif))
+    assert open_photo(tmp_path / "a.jpg", 30).size == (30, 40)
+    # In the other formats EXIF is a block of its own.
+    for name in ("a.png", "a.webp"):
+        block = exif.removeprefix(b"Exif\0\0") if name == "a.png" else exif
+        Image.new("RGB", (40, 30)).save(tmp_path / name, exif=block)
+        assert open_photo(tmp_path / name, 30).size == (30, 40), name
+
+
+def test_orientation_after_an_odd_tag_in_the_byte_order_of_motorola(tmp_path):
+    odd = (0x10f, 2, 40, struct.pack(">I", 60_000))
+    exif = exif_directory(odd, (0x112, 3, 1, struct.pack(">HH", 8, 0)), order=">")
+    (tmp_path / "a.jpg").write_bytes(with_exif(exif))
+    assert open_photo(tmp_path / "a.jpg", 30).size == (30, 40)
+
+
+@pytest.mark.parametrize("exif", [
+    b"Exif\0\0", b"Exif\0\0II", b"Exif\0\0\x00\x08\x00\x02\x01\x12",
+    exif_directory(TURNED)[:20],
+    exif_directory((0x112, 2, 2, b"6\0\0\0")), exif_directory((0x112, 3, 1, b"\x09\0\0\0")),
+    exif_directory((0x112, 3, 0, bytes(4))), exif_directory((0x112, 7, 4, bytes(4))),
+    exif_directory((0x112, 5, 1, struct.pack("<I", 22))),
+], ids=str)
+def test_a_photo_whose_exif_gives_no_orientation_is_read_as_it_lies(tmp_path, exif):
+    (tmp_path / "a.jpg").write_bytes(with_exif(exif))
+    assert open_photo(tmp_path / "a.jpg", 30).size == (40, 30)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
+def test_every_orientation_is_that_of_pillow(tmp_path, name, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as picture:
+        expected = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    assert (np.array(open_photo(tmp_path / name, 30)) == expected).all()
+
+
+def test_a_jpeg_beyond_the_limit_of_pixels_is_read_at_a_smaller_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)  # twice as many are an error
+    (tmp_path / "a.jpg").write_bytes(with_exif(exif_directory(TURNED), size=(200, 100)))
+    (tmp_path / "b.jpg").write_bytes(encoded(size=(200, 80), progressive=True))
+    assert open_photo(tmp_path / "a.jpg", 30).size == (50, 100)
+    assert open_photo(tmp_path / "b.jpg", 30).size == (100, 40)
+
+
+@pytest.mark.parametrize("file_format, options", [
+    ("PNG", {}), ("TIFF", {}),
+    ("JPEG", {"progressive": True}),  # needs the memory of all its pixels at any scale
+    ("JPEG", {})])  # is not much larger than the photo that was asked for
+def test_a_picture_beyond_the_limit_of_pixels_is_refused(
+        tmp_path, monkeypatch, file_format, options):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
+    size = (400, 100) if options else (200, 100)
+    (tmp_path / "a.jpg").write_bytes(encoded("RGB", file_format, size, **options))
+    with pytest.raises(DataError, match="a.jpg: the picture has more than 0 megapixels"):
+        open_photo(tmp_path / "a.jpg", 30 if options or file_format != "JPEG" else 90)
 
 
 DAMAGE = {
