@@ -96,8 +96,9 @@ if __name__ == "__main__":
 from src import page, report, server
 from src.retrieval import retrieval_ranks
 from src.runs import HISTORY, TRAIN_FIRST, check_data_dir, load_run
-from src.search import EmbeddingCache, Search, list_skipped, photos_of_folder, photos_of_split
+from src.search import EmbeddingCache, Search, photos_of_split
 from src.utils.errors import DataError, UsageError
+from src.utils.photo_files import list_left_out, list_skipped, photos_of_folder
 
 
 def newest_run():
@@ -124,13 +125,15 @@ def open_gallery(args):
     split or "in FOLDER" for --photos. A photo that is a part of the query is not searched. Raises
     DataError if no photo is left."""
     if args.photos:
-        skipped = collections.Counter()
-        photos = photos_of_folder(args.photos, skipped)
+        skipped, left_out = collections.Counter(), []
+        photos = photos_of_folder(args.photos, skipped, left_out)
         captions = [[] for _ in photos]
         place = f"in {args.photos}"
         if skipped:
             print(f"skipped, because they are not photos that can be read: {list_skipped(skipped)}",
                   file=sys.stderr)
+        if left_out:
+            print(f"left out: {list_left_out(left_out)}", file=sys.stderr)
     else:
         photos, captions = photos_of_split(find_data_dir(args, args.output_dir[0]), args.split)
         place = f"of {args.split}"

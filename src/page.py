@@ -9,7 +9,7 @@ from pathlib import Path
 from src import report
 from src.retrieval import KS
 from src.utils.errors import UsageError
-from src.utils.photo_store import open_photo
+from src.utils.photo_files import open_photo
 
 THUMBNAIL, SMALL = 300, 180  # the longer side in pixels, of served photos and of those in a file
 STYLE = """

@@ -10,7 +10,6 @@
     print((bank.text_queries(texts) @ bank.photo_gallery(photos).T).argsort(descending=True))
 
 Everything is computed in float32."""
-import collections
 import functools
 import hashlib
 import os
@@ -28,7 +27,6 @@ from src.model import combine_photo_and_text
 from src.runs import BEST, BEST_KEYS, check_folder, load_checkpoint
 from src.settings import settings_of
 from src.utils.augment import normalize
-from src.utils.caption_files import photo_suffixes
 from src.utils.captions import cut_text, read_folder
 from src.utils.errors import DataError, UsageError
 from src.utils.flickr8k_simple import map_tensors
@@ -322,46 +320,3 @@ def photos_of_split(data_dir, split):
         paths.append(folder.path(name))
         captions.append(texts)
     return paths, captions
-
-
-def photos_of_folder(folder, skipped=None):
-    """The sorted paths of the photos in a folder and below it.
-
-    Links are followed, and each folder is entered once. Hidden files and folders, whose names begin
-    with a dot, are ignored. skipped: a Counter to which the files that are not photos are added, by
-    suffix. Raises DataError if there is no such folder, and if there are no photos in it."""
-    if not Path(folder).is_dir():
-        raise DataError(f"{folder}: there is no such folder")
-    skipped = collections.Counter() if skipped is None else skipped
-    suffixes = photo_suffixes()
-    photos, entered = [], set()
-
-    def count_error(error):
-        skipped["folders that cannot be opened"] += 1
-
-    for place, folders, names in os.walk(folder, onerror=count_error, followlinks=True):
-        if os.path.realpath(place) in entered:
-            folders.clear()
-            continue
-        entered.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if name.startswith("."):
-                continue
-            path = Path(place, name)
-            suffix = path.suffix.lower()
-            if not path.is_file():
-                skipped["broken links or special files"] += 1
-            elif suffix in suffixes:
-                photos.append(path)
-            else:
-                skipped[suffix or "files without a suffix"] += 1
-    if not photos:
-        reason = f" (skipped: {list_skipped(skipped)})" if skipped else ""
-        raise DataError(f"{folder}: holds no photos that can be read{reason}")
-    return sorted(photos)
-
-
-def list_skipped(skipped):
-    """Counter of skipped files by suffix -> "3 .heic, 1 .txt"."""
-    return ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(skipped.items()))

@@ -6,7 +6,6 @@ import sqlite3
 import struct
 import threading
 import zlib
-from collections import Counter
 
 import pytest
 import torch
@@ -21,9 +20,7 @@ from src.search import (
     EmbeddingCache,
     embed_photos,
     embed_texts,
-    list_skipped,
     load_model,
-    photos_of_folder,
     photos_of_split,
 )
 from src.settings import PRESETS
@@ -242,48 +239,6 @@ def test_a_run_that_cannot_be_loaded_gives_a_one_line_error(run_dir, damage, mes
     with pytest.raises(UsageError, match=message) as error:
         load_model(run_dir)
     assert len(str(error.value).splitlines()) == 1 and str(run_dir) in str(error.value)
-
-
-def test_photos_of_a_folder(tmp_path):
-    with pytest.raises(DataError, match="no such folder"):
-        photos_of_folder(tmp_path / "none")
-    (tmp_path / "notes.txt").write_text("no photo")
-    with pytest.raises(DataError, match="holds no photos"):
-        photos_of_folder(tmp_path)
-    (tmp_path / "holidays").mkdir()
-    for name in ("b.JPG", "a.png", "holidays/c.webp"):
-        (tmp_path / name).touch()
-    assert photos_of_folder(tmp_path) == [
-        tmp_path / name for name in ("a.png", "b.JPG", "holidays/c.webp")
-    ]
-
-
-def test_a_folder_of_many_formats_of_links_and_of_files_that_are_not_photos(tmp_path):
-    folder, album = tmp_path / "folder", tmp_path / "album"
-    (folder / "below").mkdir(parents=True)
-    (folder / ".trash").mkdir()
-    album.mkdir()
-    kept = ["a.avif", "b.jfif", "c.JPG", "d.mpo", "e.tga", "below/f.qoi"]
-    for name in (*kept, "._c.jpg", ".DS_Store", ".trash/g.jpg", "IMG_1.HEIC", "IMG_2.heic",
-                 "film.mpg", "notes"):
-        (folder / name).touch()
-    (album / "h.png").touch()
-    os.mkfifo(folder / "pipe.jpg")
-    (folder / "album").symlink_to(album)
-    (album / "loop").symlink_to(folder)
-    (folder / "i.jpg").symlink_to(folder / "c.JPG")
-    (folder / "broken.jpg").symlink_to(folder / "none.jpg")
-    skipped = Counter()
-    photos = photos_of_folder(folder, skipped)
-    assert photos == sorted(folder / name for name in [*kept, "album/h.png", "i.jpg"])
-    expected = "2 .heic, 1 .mpg, 2 broken links or special files, 1 files without a suffix"
-    assert list_skipped(skipped) == expected
-    for name in kept:
-        (folder / name).unlink()
-    (folder / "i.jpg").unlink()
-    (album / "h.png").unlink()
-    with pytest.raises(DataError, match="holds no photos that can be read .skipped: 2 .heic"):
-        photos_of_folder(folder)
 
 
 def bad_photos(folder):

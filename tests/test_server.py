@@ -22,7 +22,8 @@ from PIL import Image
 import show_flickr8k_results
 from src import page, server
 from src.runs import BEST, CONFIG, HISTORY
-from src.search import CACHE, EmbeddingCache, Search, photos_of_folder, photos_of_split
+from src.search import CACHE, EmbeddingCache, Search, photos_of_split
+from src.utils.photo_files import photos_of_folder
 from tests.conftest import start_script
 
 

@@ -15,9 +15,8 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
-from PIL import Image
-
 from src.utils.errors import DataError
+from src.utils.photo_files import own_folders, photo_suffixes
 
 COLUMNS = {  # the names that a column of a table may have; the first one that is there counts
     "image": ("image", "image_name", "image_path", "image_file", "file_name", "filename",
@@ -28,19 +27,10 @@ COLUMNS = {  # the names that a column of a table may have; the first one that i
 SPLIT_NAMES = {"train": "train", "training": "train", "restval": "train", "val": "val",
                "valid": "val", "validation": "val", "dev": "val", "test": "test",
                "testing": "test"}
-# Formats that Pillow recognises but cannot decode by itself.
-NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 EXCERPT = 80  # characters of a wrong line that a message shows
 TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t\s*(\S.*)")
 # In one line of Kaggle's file the bar before the caption is missing.
 BAR_LINE = re.compile(r"\s*([^|]+?)\s*\|\s*\d+\s*[|\s]\s*(\S.*)")
-
-
-def photo_suffixes():
-    """Return the suffixes, such as ".jpg", of all files that the installed Pillow can decode."""
-    Image.init()
-    readable = (Image.OPEN.keys() | {"MPO"}) - NOT_DECODED
-    return {suffix for suffix, image_format in Image.EXTENSION.items() if image_format in readable}
 
 
 class TarMember:
@@ -275,7 +265,7 @@ def texts_beside_photos(root):
     text_of_photo = {}
     for folder, subfolders, names in os.walk(root):
         # os.walk descends into what is left in this list.
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = own_folders(folder, subfolders)
         texts = {Path(name).stem: name for name in names if name.lower().endswith(".txt")}
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)

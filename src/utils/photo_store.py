@@ -1,4 +1,4 @@
-"""Cache of decoded photos, memory-mapped, and how a photo file is decoded.
+"""Cache of decoded photos, memory-mapped.
 
 A store keeps one row for each photo of a split: its pixels, or the features of a frozen encoder. It
 consists of shards, files of SHARD_SIZE photos whose names change with the photos' files, so that a
@@ -8,160 +8,23 @@ import hashlib
 import io
 import json
 import os
-import re
-import struct
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 
 from src.utils.augment import resize
 from src.utils.duplicates import SIGNATURE, signature
 from src.utils.errors import DataError
+from src.utils.photo_files import open_photo
 
 STORE_FOLDER = "photo_store"
 STORE_VERSION = 6  # to be raised whenever a photo gets other pixels or another signature
 SHARD_SIZE = 1000  # photos in a shard, and at most so many are lost when the program is killed
 DIGEST_BYTES = 32  # of SHA-256
 SECONDS_TO_BUILD = 3600  # an unfinished shard that is older has been abandoned
-JPEG_START = b"\xff\xd8\xff"
-TRANSPOSE_OF_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
-# Pillow warns of odd tags and of pictures above 89 megapixels, but it reads them.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
-
-def to_8_bits(photo):
-    """Convert a grey PIL image of more than 8 bits, or of floats, to 8 bits.
-
-    Cameras store 10, 12 or 14 bits in 16, so integers are scaled by the fewest bits, of 8, 10, 12,
-    14 and 16, that the brightest pixel needs. Floats, and integers beyond 16 bits, are scaled by
-    their range. Raises ValueError if no pixel is finite."""
-    values = np.asarray(photo, np.float64)
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        raise ValueError("not one pixel is a finite number")
-    low, high = finite.min(), finite.max()
-    if photo.mode != "F" and low >= 0 and high < 2 ** 16:
-        low, high = 0, next(2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2 ** bits)
-    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-9)
-    scaled[values == photo.info.get("transparency", np.nan)] = 1.0  # a PNG's transparent grey
-    return Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
-
-
-class PlainJpeg(JpegImagePlugin.JpegImageFile):
-    """A JPEG of which nothing but the picture is read, and which may have any size."""
-
-    def _read_dpi_from_exif(self):  # raises for some odd resolutions
-        pass
-
-
-def open_plain_jpeg(file, size):
-    """Open a JPEG at a smaller scale, see `open_photo`, whatever is odd in its EXIF.
-
-    Decoding may take as much memory as Pillow's limit of pixels permits to any JPEG. Raises
-    DecompressionBombError if it would take more."""
-    photo = PlainJpeg(file)
-    file.seek(-4 - 2 * photo.layers, os.SEEK_CUR)  # to the header of the first scan
-    several_scans = "progressive" in photo.info or file.read(1)[0] != photo.layers
-    coefficients = 0
-    if several_scans:  # then the decoder keeps all coefficients, whatever the scale
-        samples = [across * down for _, across, down, _ in photo.layer]
-        coefficients = photo.width * photo.height * sum(samples) / max(samples)
-    photo.draft("RGB", (size, size))
-    pixels = photo.width * photo.height
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or np.inf)
-    # Pillow takes 4 bytes per pixel, and the decoder 2 per coefficient, of which a pixel has 3.
-    if pixels > limit or 4 * pixels + 2 * coefficients > (4 + 2 * 3) * limit:
-        raise Image.DecompressionBombError
-    return photo
-
-
-def open_reduced(file, size):
-    """Open a picture as Image.open does, a JPEG at a smaller scale, see `open_photo`. A JPEG that
-    Image.open refuses, because of its size or of odd EXIF, is opened all the same."""
-    try:
-        photo = Image.open(file)
-    except Exception as error:  # odd EXIF raises any exception
-        file.seek(0)
-        if file.read(len(JPEG_START)) != JPEG_START:
-            raise
-        file.seek(0)
-        try:
-            return open_plain_jpeg(file, size)
-        except SyntaxError:
-            raise error from None
-    photo.draft("RGB", (size, size))
-    return photo
-
-
-def orientation_of(photo):
-    """Return EXIF's orientation of a photo that is loaded, 1 to 8, or None if none is found."""
-    orientation = None
-    with contextlib.suppress(Exception):  # odd EXIF raises any exception
-        orientation = photo.getexif().get(ExifTags.Base.Orientation)
-    if orientation is None:
-        # Pillow stops at the first tag that is odd, so the tags of the first directory are read
-        # here, each of 12 bytes.
-        with contextlib.suppress(struct.error, KeyError, TypeError):
-            exif = re.sub(b"^(Exif\0\0)*", b"", photo.info.get("exif"))
-            order = {b"II": "<", b"MM": ">"}[exif[:2]]
-            directory, = struct.unpack_from(f"{order}I", exif, 4)
-            count, = struct.unpack_from(f"{order}H", exif, directory)
-            for i in range(count):
-                tag, kind, _, value = struct.unpack_from(
-                    f"{order}HHIH", exif, directory + 2 + 12 * i)
-                if tag == ExifTags.Base.Orientation and kind == 3:  # an integer of 16 bits
-                    return value
-    return orientation
-
-
-def turn_upright(photo):
-    """Return a photo turned as EXIF says. Unlike ImageOps.exif_transpose, this does not write the
-    EXIF anew, which fails for odd tags."""
-    photo.load()  # a TIFF is turned while it is loaded
-    orientation = orientation_of(photo)
-    method = None
-    with contextlib.suppress(TypeError):  # not even hashable
-        method = TRANSPOSE_OF_ORIENTATION.get(orientation)
-    return photo if method is None else photo.transpose(method)
-
-
-def open_photo(path, size):
-    """Open a photo file of any mode that Pillow reads. Return a PIL image in RGB.
-
-    The photo is turned upright according to EXIF, and its transparent parts become white. A JPEG is
-    decoded at a smaller scale, which is faster, but not below `size` pixels. Raises DataError, with
-    the name of the file, if it is missing, empty, truncated, too large or not an image."""
-    path = Path(path) if isinstance(path, str) else path
-    try:
-        with path.open("rb") as file, open_reduced(file, size) as photo:
-            photo = turn_upright(photo)
-            if photo.mode in ("I", "F") or photo.mode.startswith("I;"):
-                photo = to_8_bits(photo)
-            if photo.has_transparency_data:
-                photo = photo.convert("RGBA")
-                photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
-            return photo.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{path}: the file is missing") from None
-    except UnidentifiedImageError:
-        fault = "not an image" if path.stat().st_size else "the file is empty"
-        raise DataError(f"{path}: {fault}") from None
-    except Image.DecompressionBombError:
-        megapixels = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise DataError(f"{path}: the picture has more than {megapixels:.0f} megapixels, and only "
-                        "JPEGs are read at a smaller scale, unless they are progressive; please "
-                        "save it smaller") from None
-    except Exception as error:  # for a damaged file, Pillow's decoders raise any exception
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DataError(f"{path}: {' '.join(reason.split())}") from None
 
 
 def to_square(photo, size):
