@@ -138,6 +138,8 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
              f"{run.config['precision']}, on {run.config['device']}")
     log.info(f"{len(train):,} pairs of {len(train.names):,} photos in {settings.data_dir}: "
              f"{settings.epochs} epochs of {len(batches)} steps of {len(batches[0]) * world} pairs")
+    for note in report.small_split_notes(run.config["data"]):
+        log.info(note)
     if settings.finetune and device.type == "cpu":
         seconds = estimate_epoch_seconds(run, splits)
         log.info(f"an epoch will take about {duration(seconds)} on this machine")

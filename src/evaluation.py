@@ -4,7 +4,14 @@ import torch
 
 from src.bank import BANK_SIZE, Bank
 from src.model import combine_photo_and_text
-from src.retrieval import KS, hub_share, other_caption_ranks, retrieval_metrics
+from src.retrieval import (
+    KS,
+    correct_pairs,
+    different_texts,
+    hub_share,
+    other_caption_ranks,
+    retrieval_metrics,
+)
 from src.utils.augment import normalize, resize
 from src.utils.distributed import gather_objects, rank_and_world
 from src.utils.flickr8k_simple import map_tensors
@@ -72,7 +79,7 @@ def embed_dataset(model, dataset, amp_dtype=None):
 
 def evaluate(model, dataset, amp_dtype=None):
     """The `retrieval_metrics` of a model on a Flickr8kImageTextDataset."""
-    return retrieval_metrics(*embed_dataset(model, dataset, amp_dtype))
+    return retrieval_metrics(*embed_dataset(model, dataset, amp_dtype), text_ids=dataset.text_ids)
 
 
 def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
@@ -98,25 +105,29 @@ def compare_bank(model, dataset, bank, amp_dtype=None):
     - "hub_share": {"without_bank": percent, "with_bank": percent}, see `hub_share`
     - "photo_and_text": see `compare_photo_and_text`; without a bank"""
     photos, texts, photo_of_caption = embed_dataset(model, dataset, amp_dtype)
+    text_ids = dataset.text_ids
     return {
-        "without_bank": retrieval_metrics(photos, texts, photo_of_caption),
-        "with_bank": retrieval_metrics(photos, texts, photo_of_caption, bank),
-        "hub_share": {"without_bank": hub_share(photos, texts),
-                      "with_bank": hub_share(photos, texts, bank)},
-        "photo_and_text": compare_photo_and_text(photos, texts, photo_of_caption)}
+        "without_bank": retrieval_metrics(photos, texts, photo_of_caption, text_ids=text_ids),
+        "with_bank": retrieval_metrics(photos, texts, photo_of_caption, bank, text_ids),
+        "hub_share": {"without_bank": hub_share(photos, texts, text_ids=text_ids),
+                      "with_bank": hub_share(photos, texts, bank, text_ids)},
+        "photo_and_text": compare_photo_and_text(photos, texts, photo_of_caption, text_ids)}
 
 
-def compare_photo_and_text(photos, texts, photo_of_caption):
+def compare_photo_and_text(photos, texts, photo_of_caption, text_ids=None):
     """How well three queries find the other captions of a photo: the photo's first caption, the
     photo itself, and both combined. The first caption is not ranked.
 
-    photos: (N, D), texts: (M, D), photo_of_caption: (M,), as `embed_dataset` returns them. Photos
-    with fewer than two captions are not used as queries.
+    photos: (N, D), texts: (M, D), photo_of_caption: (M,), as `embed_dataset` returns them.
+    text_ids: see `retrieval_ranks`. Photos with fewer than two different captions are not used as
+    queries.
 
     Returns {"caption": recalls, "photo": recalls, "both": recalls}, the recalls in percent as
-    {"r1", "r5", "r10"}, or None if no photo has two captions."""
+    {"r1", "r5", "r10"}, or None if no photo has two different captions."""
     photo_of_caption = photo_of_caption.to(texts.device)
-    query_photos = (torch.bincount(photo_of_caption) > 1).nonzero().flatten()
+    _, text_of_caption = different_texts(text_ids, len(texts), texts.device)
+    _, photo_of_pair = correct_pairs(text_of_caption, photo_of_caption)
+    query_photos = (torch.bincount(photo_of_pair) > 1).nonzero().flatten()
     if not len(query_photos):
         return None
     # photo_of_caption is sorted, so this is the row of the first caption of each photo.
@@ -128,6 +139,6 @@ def compare_photo_and_text(photos, texts, photo_of_caption):
     results = {}
     for name, latents in queries.items():
         ranks = other_caption_ranks(
-            latents, texts, photo_of_caption, query_photos, first_captions)
+            latents, texts, photo_of_caption, query_photos, first_captions, text_ids)
         results[name] = {f"r{k}": 100 * (ranks <= k).double().mean().item() for k in KS}
     return results

@@ -19,6 +19,7 @@ METRICS = {"I->T R@1 (%)": "i2t_r1", "I->T R@5 (%)": "i2t_r5", "I->T R@10 (%)": 
            "I->T median rank": "i2t_medr", "T->I median rank": "t2i_medr",
            "rsum": "rsum", "Avg R@1 (%)": "avg_r1"}
 ORIGINAL_AVG_R1 = "original Avg R@1 (%)"
+FEW = 100  # photos of a split, below which the tables say how coarse its figures are
 MARKDOWN_ONLY = ("hardware, date", "command")  # columns that are too wide for a terminal
 
 
@@ -117,26 +118,44 @@ def _recall_table(title, split, metrics_of_column):
 
 def recall_notes(run):
     """What has to be explained in the first of the `recall_tables`, a list of lines."""
-    notes = []
-    n = _captions_of_each_photo(run.config["data"]["val"])
+    notes, data = [], run.config["data"]
+    n = _captions_of_each_photo(data["val"])
     if n is not None:
         notes.append(f"original: by the measure of the original run, 1/{n} of the standard one")
+    if "photos_per_text" in data["val"]:
+        notes.append("photos share captions: a caption is right for every photo that has it")
     if run.bank:
         notes.append("with the bank: ranked with help from training pairs")
+    return notes + small_split_notes(data, ("val", "test") if run.test else ("val",))
+
+
+def small_split_notes(data, splits=("val", "test")):
+    """A line for each of the splits whose figures are coarse, because it has fewer than FEW photos.
+    data: what config.json says about the splits."""
+    notes = []
+    for name in splits:
+        number, chance = data[name]["photos"], _chance(data[name])["avg_r1"]
+        if number < FEW:
+            photos = "1 photo" if number == 1 else f"{number} photos"
+            notes.append(f"{name} has {photos}: one photo moves I->T R@1 by {100 / number:.1f} "
+                         f"points; chance is {chance:.1f} % (avg R@1)")
     return notes
 
 
 def _captions_of_each_photo(split):
-    """The number of captions of every photo, or None if it is not the same for all photos."""
+    """The number of captions of every photo, or None if it is not the same for all photos, or if
+    photos share captions."""
     numbers = list(split["captions_per_photo"])
-    return int(numbers[0]) if len(numbers) == 1 else None
+    return int(numbers[0]) if len(numbers) == 1 and "photos_per_text" not in split else None
 
 
 def _chance(split):
-    captions_of_photo = []
-    for captions, photos in split["captions_per_photo"].items():
-        captions_of_photo += [int(captions)] * photos
-    return chance_metrics(captions_of_photo)
+    def numbers(name):
+        return [int(n) for n, times in split[name].items() for _ in range(times)]
+
+    if "photos_per_text" in split:
+        return chance_metrics(numbers("texts_per_photo"), numbers("photos_per_text"))
+    return chance_metrics(numbers("captions_per_photo"))
 
 
 def _counts(split):
@@ -144,6 +163,8 @@ def _counts(split):
     if "pixels" in split:  # otherwise they are features of a pretrained encoder
         text += f" of {split['pixels']} px"
     text += f", {split['captions']:,} captions"
+    if "photos_per_text" in split:
+        text += f", {sum(split['photos_per_text'].values()):,} different ones"
     if split["skipped"]:
         text += f", {split['skipped']:,} photos left out"
     return text

@@ -144,9 +144,13 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
     image_latents = torch.cat([output[0].detach() for output in outputs]).requires_grad_()
     text_latents = torch.cat([output[1].detach() for output in outputs]).requires_grad_()
     logit_scale = outputs[0][2].detach().requires_grad_()
+    texts_of_photo = batch.get("texts_of_photo")
+    if texts_of_photo is not None:
+        texts_of_photo = texts_of_photo[photo_of_pair]
     with full_float32():
         loss = info_nce_loss(image_latents[photo_of_pair], text_latents, logit_scale,
-                             batch["photo_ids"][photo_of_pair])
+                             batch["photo_ids"][photo_of_pair], batch.get("text_ids"),
+                             texts_of_photo)
         scale(loss).backward()
 
     for i, (photos, captions) in enumerate(chunks):

@@ -101,3 +101,60 @@ def test_gradient_reaches_latents_and_temperature():
     info_nce_loss(images, texts, scale, torch.tensor([0, 1, 1, 2, 3, 4])).backward()
     for tensor in (images, texts, scale):
         assert tensor.grad.abs().sum() > 0 and torch.isfinite(tensor.grad).all()
+
+
+def padded(texts_of_photo, ids):
+    """{photo: the texts that it has} as rows (B, C) for the photos of a batch."""
+    most = max(map(len, texts_of_photo.values()))
+    return torch.tensor([texts_of_photo[i] + [0] * (most - len(texts_of_photo[i])) for i in ids])
+
+
+@pytest.mark.parametrize("photo_ids, text_ids, texts_of_photo", [
+    # Class names: the first, third and last photos have the same one.
+    ([0, 1, 2, 3, 4, 5], [7, 8, 7, 9, 8, 7], {0: [7], 1: [8], 2: [7], 3: [9], 4: [8], 5: [7]}),
+    # Two captions of each photo in the batch, one twice; photo 2 has texts that are not its pairs'.
+    ([0, 0, 1, 1, 2, 2], [1, 1, 1, 2, 3, 4], {0: [1], 1: [1, 2], 2: [2, 3, 4, 5]}),
+    ([0, 1, 2, 3, 4, 5], [1] * 6, {i: [1] for i in range(6)}),
+])
+def test_a_caption_is_no_negative_of_any_photo_that_has_it(photo_ids, text_ids, texts_of_photo):
+    images, texts = random_latents()
+    images, texts = images[photo_ids], texts[torch.tensor(text_ids) % 6]
+    cosines = F.cosine_similarity(images[:, None], texts[None], dim=2) * 7.0
+    has = [[text in texts_of_photo[photo] for text in text_ids] for photo in photo_ids]
+    total = 0.0
+    for i in range(6):
+        of_photo = [cosines[i, j].exp() for j in range(6) if j == i or not has[i][j]]
+        of_text = [cosines[j, i].exp() for j in range(6) if j == i or not has[j][i]]
+        total += (sum(of_photo).log() + sum(of_text).log() - 2 * cosines[i, i]).item() / 12
+    # The second term: texts equal to the query's own are neither found nor in the way.
+    images, texts = F.normalize(images, dim=1), F.normalize(texts, dim=1)
+    queries = F.normalize(PHOTO_WEIGHT * images + (1 - PHOTO_WEIGHT) * texts, dim=1)
+    logits = 7.0 * queries @ texts.T
+    for i in range(6):
+        others = [j for j in range(6) if text_ids[j] != text_ids[i]]
+        positives = [logits[i, j] for j in others if has[i][j]]
+        if positives:
+            log_denominator = sum(logits[i, j].exp() for j in others).log()
+            mean = sum(positives) / len(positives)
+            total += COMBINED_WEIGHT * (log_denominator - mean).item() / 6
+
+    scale = torch.tensor(math.log(7.0), requires_grad=True)
+    latents = [images.requires_grad_(), texts.requires_grad_()]
+    loss = info_nce_loss(*latents, scale, torch.tensor(photo_ids), torch.tensor(text_ids),
+                         padded(texts_of_photo, photo_ids))
+    assert loss.item() == pytest.approx(total, rel=1e-5, abs=1e-6)
+    for gradient in torch.autograd.grad(loss, [*latents, scale]):
+        assert torch.isfinite(gradient).all()
+
+
+def test_where_all_captions_differ_the_loss_is_the_same_to_the_bit():
+    images, texts = random_latents()
+    photo_ids, scale = torch.tensor([0, 1, 1, 2, 0, 0]), torch.tensor(2.0)
+    text_ids = torch.arange(1, 7)
+    texts_of_photo = padded({0: [1, 5, 6], 1: [2, 3], 2: [4]}, photo_ids.tolist())
+    gradients = []
+    for shared in ((), (text_ids, texts_of_photo)):
+        latents = [images.clone().requires_grad_(), texts.clone().requires_grad_()]
+        loss = info_nce_loss(*latents, scale, photo_ids, *shared)
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, latents)])
+    assert all(map(torch.equal, *gradients))

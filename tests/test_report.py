@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from src.report import comparison, epoch_line, recall_notes, recall_tables, summary
+from src.report import (
+    comparison,
+    epoch_line,
+    recall_notes,
+    recall_tables,
+    small_split_notes,
+    summary,
+)
 from src.runs import TEST, load_run
 from src.utils.errors import UsageError
 from tests.test_show_flickr8k_results import metrics, write_run
@@ -42,7 +49,34 @@ def test_the_measure_of_the_original_run_needs_equally_many_captions(tmp_path):
 
     run.config["data"]["val"]["captions_per_photo"] = {"4": 50, "5": 50}
     _, _, rows = recall_tables(run)[0]
-    assert "original Avg R@1 (%)" not in [row[0] for row in rows] and recall_notes(run) == []
+    assert "original Avg R@1 (%)" not in [row[0] for row in rows]
+    assert not any(note.startswith("original:") for note in recall_notes(run))
+
+
+def test_a_split_of_few_photos_says_how_coarse_its_figures_are(tmp_path):
+    finished, unfinished = write_two_runs(tmp_path)
+    note = "test has 50 photos: one photo moves I->T R@1 by 2.0 points; chance is 2.0 % (avg R@1)"
+    assert note in recall_notes(finished) and note not in recall_notes(unfinished)
+    assert small_split_notes(finished.config["data"]) == [note]  # val has 100 photos
+    finished.config["data"]["val"] |= {"photos": 10, "captions_per_photo": {"1": 10}}
+    assert recall_notes(finished)[-2] == (
+        "val has 10 photos: one photo moves I->T R@1 by 10.0 points; chance is 10.0 % (avg R@1)")
+
+
+def test_tables_of_photos_that_share_captions(tmp_path):
+    """Of 100 photos, 60 have one text, 30 have another one, and 10 have both."""
+    run, _ = write_two_runs(tmp_path)
+    run.config["data"]["val"] |= {
+        "captions": 100, "captions_per_photo": {"1": 90, "2": 10},
+        "texts_per_photo": {"1": 90, "2": 10}, "photos_per_text": {"70": 1, "40": 1}}
+    title, columns, rows = recall_tables(run)[0]
+    assert title == "Validation: 100 photos of 91 px, 100 captions, 2 different ones"
+    chance = {name: values[columns.index("chance")] for name, *values in rows}
+    assert chance["I->T R@1 (%)"] == "55.00" and chance["I->T R@5 (%)"] == "100.00"
+    assert chance["T->I R@1 (%)"] == f"{100 * (0.7 * 70 + 0.4 * 40) / 110:.2f}"
+    assert "original Avg R@1 (%)" not in chance
+    assert recall_notes(run)[0] == (
+        "photos share captions: a caption is right for every photo that has it")
 
 
 def test_comparison_has_the_best_run_first(tmp_path):

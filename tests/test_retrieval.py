@@ -79,6 +79,99 @@ def test_metrics_equal_the_slow_implementation(seed, chunk_size, monkeypatch):
     assert 0 < expected["avg_r1"] < 100
 
 
+def slow_shared_ranks(photo_to_text, text_to_photo, photo_of_caption, text_ids):
+    """Ranks where a text is right for every photo that has it. Each different text is there once,
+    and it is a query once for each photo that has it. Both similarities are (N, M)."""
+    pairs = sorted(set(zip(text_ids, photo_of_caption)))
+    first = {text: text_ids.index(text) for text in text_ids}
+    ranks = {"i2t": [], "t2i": []}
+    for photo in range(len(photo_to_text)):
+        row = {text: photo_to_text[photo, first[text]].item() for text in first}
+        own = [text for text in first if (text, photo) in pairs]
+        if own:
+            best = max(row[text] for text in own)
+            ranks["i2t"].append(1 + sum(row[text] >= best - TIE for text in set(first) - set(own)))
+    for text, _ in pairs:
+        column = text_to_photo[:, first[text]].tolist()
+        own = [photo for photo in range(len(column)) if (text, photo) in pairs]
+        best = max(column[photo] for photo in own)
+        others = set(range(len(column))) - set(own)
+        ranks["t2i"].append(1 + sum(column[photo] >= best - TIE for photo in others))
+    return ranks
+
+
+def photos_that_share_texts(seed, num_photos=23, num_texts=9, width=6):
+    """Photos of which some have no caption, some several, and some the same one twice; returns
+    images, texts, photo_of_caption and text_ids. Equal captions have equal embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 4, (num_photos,), generator=generator)
+    photo_of_caption = torch.arange(num_photos).repeat_interleave(counts)
+    photo_of_caption = photo_of_caption[torch.randperm(len(photo_of_caption), generator=generator)]
+    numbers = torch.randint(0, num_texts, (len(photo_of_caption),), generator=generator)
+    texts = torch.randn(num_texts, width, generator=generator)[numbers]
+    images = torch.randn(num_photos, width, generator=generator)
+    images.index_add_(0, photo_of_caption, 0.5 * texts)
+    return images, texts, photo_of_caption, 100 - 7 * numbers
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+def test_ranks_of_shared_texts_equal_the_slow_implementation(seed, chunk_size, monkeypatch):
+    images, texts, photo_of_caption, text_ids = photos_that_share_texts(seed)
+    cosines = slow_cosines(images, texts)
+    monkeypatch.setattr(retrieval, "CHUNK_SIZE", chunk_size)
+    ranks = retrieval_ranks(images, texts, photo_of_caption, text_ids=text_ids)
+    expected = slow_shared_ranks(cosines, cosines, photo_of_caption.tolist(), text_ids.tolist())
+    assert {name: values.tolist() for name, values in ranks.items()} == expected
+    assert max(expected["i2t"]) > 1 and max(expected["t2i"]) > 1
+
+
+def test_a_perfect_model_of_class_names_scores_100_percent():
+    class_of_photo = torch.arange(60) % 4
+    images, texts = torch.eye(4)[class_of_photo], torch.eye(4)[class_of_photo]
+    bank = Bank(images, texts, torch.arange(60))
+    for given in (None, bank):
+        metrics = retrieval_metrics(images, texts, torch.arange(60), given, class_of_photo)
+        assert metrics["rsum"] == 600 and metrics["i2t_medr"] == metrics["t2i_medr"] == 1
+    # Without the ids, the other photos of a class are ties, which count against the model.
+    assert retrieval_metrics(images, texts, torch.arange(60))["avg_r1"] == 0
+
+
+def test_constant_embeddings_of_class_names_are_no_better_than_chance():
+    class_of_photo = torch.arange(50) % 20
+    chance = chance_metrics([1] * 50, class_of_photo.bincount())
+    metrics = retrieval_metrics(torch.ones(50, 7), torch.ones(50, 7), torch.arange(50), None,
+                                class_of_photo)
+    assert all(metrics[key] <= chance[key] for key in chance)
+    assert metrics["i2t_medr"] == 20
+
+
+def test_ids_of_different_captions_change_nothing():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(9, 5, generator=generator), torch.randn(27, 5, generator=generator)
+    photo_of_caption = torch.arange(9).repeat_interleave(3)
+    bank = Bank(texts[:9], images, torch.arange(9))
+    for given in (None, bank):
+        assert retrieval_metrics(images, texts, photo_of_caption, given, torch.arange(27)
+                                 ) == retrieval_metrics(images, texts, photo_of_caption, given)
+
+
+def test_chance_of_shared_texts_is_what_random_embeddings_score():
+    _, _, photo_of_caption, text_ids = photos_that_share_texts(0)
+    pairs = torch.stack([photo_of_caption, text_ids], 1).unique(dim=0)
+    photos_of_text = pairs[:, 1].unique(return_counts=True)[1]
+    chance = chance_metrics(pairs[:, 0].bincount(minlength=23), photos_of_text)
+    generator = torch.Generator().manual_seed(1)
+    trials = []
+    for _ in range(300):
+        images = torch.randn(23, 64, generator=generator)
+        texts = torch.randn(101, 64, generator=generator)[text_ids]
+        trials.append(retrieval_metrics(images, texts, photo_of_caption, text_ids=text_ids))
+    for key, expected in chance.items():
+        mean = sum(metrics[key] for metrics in trials) / len(trials)
+        assert mean == pytest.approx(expected, abs=6 * 2.5 if key == "rsum" else 2.5), key
+
+
 def test_perfect_embeddings():
     photo_of_caption = torch.arange(20).repeat_interleave(5)
     metrics = retrieval_metrics(torch.eye(20), torch.eye(20)[photo_of_caption], photo_of_caption)
@@ -142,6 +235,27 @@ def test_ranks_of_a_photos_other_captions(monkeypatch, chunk_size):
     assert expected[1] == 2  # the tie counts against the model
 
 
+def test_other_captions_of_photos_that_share_texts():
+    """Photo 0 has the texts 5 and 6, photo 1 has 6 and 7, photo 2 has 7 and 8."""
+    photo_of_caption, text_ids = torch.arange(3).repeat_interleave(2), torch.tensor(
+        [5, 6, 6, 7, 7, 8])
+    texts = torch.eye(4)[text_ids - 5]
+    # By its own text, each query finds nothing but ties: one other text of the photo, two wrong.
+    first = torch.tensor([0, 2, 4])
+    ranks = other_caption_ranks(texts[first], texts, photo_of_caption, torch.arange(3), first,
+                                text_ids)
+    assert ranks.tolist() == [3, 3, 3]
+    # The text 6, which photo 1 has as well, is right for photo 0.
+    query = torch.tensor([[0.0, 1.0, 0.5, 0.5]])
+    assert other_caption_ranks(query, texts, photo_of_caption, torch.tensor([0]),
+                               torch.tensor([0]), text_ids).tolist() == [1]
+
+
+def test_equal_texts_count_once_among_those_that_find_a_hub():
+    texts = torch.eye(40)[[0] * 30 + list(range(1, 31))]
+    assert hub_share(torch.eye(40), texts, text_ids=texts.argmax(1)) == pytest.approx(1000 / 31)
+
+
 def test_hub_share():
     assert hub_share(torch.eye(5), torch.eye(5)) == 100  # there are fewer photos than hubs
     assert hub_share(torch.eye(40), torch.eye(40)) == 25  # each photo is nearest once
@@ -160,6 +274,11 @@ def test_invalid_inputs_are_refused(damage, message):
     inputs = damage(torch.randn(3, 4), torch.randn(6, 4), torch.arange(3).repeat_interleave(2))
     with pytest.raises(ValueError, match=message):
         retrieval_metrics(*inputs)
+
+
+def test_as_many_text_ids_as_captions_are_needed():
+    with pytest.raises(ValueError, match="text_ids must hold 3 integers"):
+        retrieval_metrics(torch.eye(3), torch.eye(3), torch.arange(3), text_ids=torch.arange(4))
 
 
 def test_ranking_is_in_full_float32_where_tf32_is_allowed(monkeypatch):
@@ -181,7 +300,8 @@ def test_ranking_is_in_full_float32_where_tf32_is_allowed(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is POSIX")
-def test_memory_does_not_grow_with_photos_times_captions():
+@pytest.mark.parametrize("equal_captions", [1, 100])
+def test_memory_does_not_grow_with_photos_times_captions(equal_captions):
     """Ranking 25,000 captions and 5,000 photos, whose similarities would take 500 MB, needs less
     than 250 MB in addition to the process and its data."""
     script = """
@@ -189,9 +309,11 @@ import resource, torch
 from src.retrieval import retrieval_metrics
 images, texts = torch.randn(5000, 64), torch.randn(25000, 64)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-retrieval_metrics(images, texts, torch.arange(5000).repeat_interleave(5))
+retrieval_metrics(images, texts, torch.arange(5000).repeat_interleave(5),
+                  text_ids=torch.arange(25000) // GROUP)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
+    script = script.replace("GROUP", str(equal_captions))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                           check=True, cwd=REPOSITORY)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere

@@ -17,6 +17,7 @@ The photos are looked for in the folder itself, in one of PHOTO_FOLDERS inside i
 case), or in one such folder inside another. The single files are read by `caption_files.py`. This
 module must not import torch."""
 import collections
+import functools
 import hashlib
 import shlex
 from array import array
@@ -37,6 +38,7 @@ from src.utils.caption_files import (
 )
 from src.utils.errors import DataError
 from src.utils.ragged import Texts
+from src.utils.tokenizers import different_pairs, number_texts
 
 SPLIT_FILES = {
     "train": "Flickr_8k.trainImages.txt",
@@ -52,6 +54,7 @@ PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images", "f
 TEXT_FOLDERS = ("", "Flickr8k_text", "flickr30k_images")
 MAX_LENGTH = 1000  # characters of a text that are read; the longest of Flickr8k has 199
 MAX_HELD_OUT = 1000  # the most photos that a hash takes for val, and as many for test
+SHARED_CAPTIONS = 0.1  # Flickr8k has 0.01, the built-in shapes have 0.05, class names have 1
 SAMPLE = 1000  # photos that are looked for in order to find their folder
 
 
@@ -169,16 +172,33 @@ class Folder:
                     return f"{self.source}, line {number}, {name}"
         return f"{self.source}, {name}"
 
+    @functools.cached_property
+    def different_captions(self):
+        """How many captions differ, if photos share captions, as class names are shared. It is None
+        if at most SHARED_CAPTIONS of them are also those of another photo, which happens by chance.
+        """
+        numbers = number_texts(self.captions)
+        photo_of_caption = np.repeat(np.arange(len(self.counts)), self.counts)
+        _, texts = different_pairs(photo_of_caption, numbers)
+        photos_with_text = np.bincount(texts)[1:]
+        shared = photos_with_text[photos_with_text > 1].sum()
+        return len(photos_with_text) if shared > SHARED_CAPTIONS * len(texts) else None
+
     def describe(self):
         """Return the lines that a run logs about the folder, which are two and the notes."""
         counts = {split: int(self.captions_of(names)[1].sum())
                   for split, names in self.splits.items()}
         parts = [f"{split} {len(names):,} photos, {counts[split]:,} captions"
                  for split, names in self.splits.items()]
+        shared = []
+        if self.different_captions is not None:
+            shared = [f"{self.different_captions:,} different captions for "
+                      f"{len(self.names('all')):,} photos: a caption is right for every photo that "
+                      "has it"]
         by_hash = " (split by a hash of the photos' names)" if self.by_hash else ""
         return [f"{self.root}: layout of {self.layout}, {len(self.names('all')):,} photos, "
                 f"{sum(counts.values()):,} captions", "; ".join(parts) + by_hash,
-                *self.notes]
+                *self.notes, *shared]
 
 
 def split_by_hash(names, missing):

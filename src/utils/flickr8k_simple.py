@@ -8,6 +8,7 @@ import torch
 
 from src.utils.errors import DataError
 from src.utils.ragged import Ragged
+from src.utils.tokenizers import different_pairs, number_texts
 
 GPU_SHARE = 0.5  # the photos are kept on the GPU if they take at most this share of its free memory
 TEXT_BUCKET = 16  # the length of a batch's text is a multiple of this, which makes few shapes
@@ -23,6 +24,10 @@ class Flickr8kImageTextDataset:
     pretrained encoder that is fine-tuned takes the captions themselves. `fisher_vectors`, of the
     photos (N, width), are None except in what `with_fisher_vectors` returns.
 
+    text_ids: positive integers (M,), equal for equal captions, and texts_of_photo: those of each
+    photo, as a `Ragged`. Both are None unless photos share captions, see
+    `Folder.different_captions`.
+
     Raises DataError for a caption that has no tokens."""
 
     def __init__(self, pairs, tokenizer, text_encoder=None):
@@ -34,6 +39,13 @@ class Flickr8kImageTextDataset:
         fine_tuned = text_encoder is not None and not text_encoder.frozen
         self.prepare_texts = text_encoder.prepare if fine_tuned else None
         self.texts = Ragged.from_sequences(self._token_ids(tokenizer), "H")
+        self.text_ids = self.texts_of_photo = None
+        if any(folder.different_captions is not None for folder in self.folders):
+            numbers = number_texts(self.captions)
+            photos, texts = different_pairs(self.photo_of_caption.numpy(), numbers)
+            counts = np.bincount(photos, minlength=len(self.names))
+            self.text_ids = torch.from_numpy(numbers)
+            self.texts_of_photo = Ragged(texts, np.cumsum(counts) - counts, counts)
 
     def _token_ids(self, tokenizer):
         for i, caption in enumerate(self.captions):
@@ -58,6 +70,9 @@ class Flickr8kImageTextDataset:
         part.photos = self.photos.choose(slice(number))
         part.captions, part.texts = self.captions.take(captions), self.texts.take(captions)
         part.photo_of_caption = self.photo_of_caption[captions]
+        if self.text_ids is not None:
+            part.text_ids = self.text_ids[captions]
+            part.texts_of_photo = self.texts_of_photo.take(slice(number))
         if self.text_features is not None:
             part.text_features = self.text_features.choose(captions)
         if self.fisher_vectors is not None:
@@ -89,25 +104,44 @@ class Flickr8kImageTextDataset:
             inputs["text_features"] = self.prepare_texts([self.captions[i] for i in captions])
         return inputs
 
+    def shared_texts(self, captions, photos):
+        """Return what the loss needs to know where photos share captions, and else an empty dict:
+        "text_ids" of captions (B,), and "texts_of_photo" (P, C), the text_ids of all captions of
+        each photo, padded with 0. Both are chosen by rows. C is the same in all batches."""
+        if self.text_ids is None:
+            return {}
+        most = int(self.texts_of_photo.lengths.max())
+        texts_of_photo = self.texts_of_photo.padded(np.asarray(photos), most)
+        return {"text_ids": self.text_ids[captions],
+                "texts_of_photo": torch.from_numpy(texts_of_photo)}
+
     def __len__(self):
         return len(self.captions)
 
     def counts(self):
         """Return what config.json tells about the split. "captions_per_photo" maps a number of
-        captions to the number of photos that have so many."""
-        captions = torch.bincount(self.photo_of_caption)
-        photos = dict(enumerate(torch.bincount(captions).tolist()))
+        captions to the number of photos that have so many. If photos share captions, there are also
+        "texts_per_photo", of different captions, and "photos_per_text", which maps a number of
+        photos to the number of different captions that so many photos have."""
         form = "pixels" if self.photos.dtype == torch.uint8 else "features"
-        return {"photos": len(self.names), form: self.photos.shape[-1], "captions": len(self),
-                "skipped": len(self.skipped),
-                "captions_per_photo": {str(k): n for k, n in photos.items() if n}}
+        counts = {"photos": len(self.names), form: self.photos.shape[-1], "captions": len(self),
+                  "skipped": len(self.skipped),
+                  "captions_per_photo": histogram(np.bincount(self.photo_of_caption))}
+        if self.text_ids is not None:
+            photos_of_text = np.bincount(self.texts_of_photo.concatenated(slice(None)))
+            counts["texts_per_photo"] = histogram(self.texts_of_photo.lengths)
+            counts["photos_per_text"] = histogram(photos_of_text[photos_of_text > 0])
+        return counts
 
     def fingerprint(self):
-        """Return a hash of the photos' names, their order, the captions and the photos' files."""
+        """Return a hash of the photos' names, their order, the captions and the photos' files. It
+        also tells whether equal captions count as one."""
         content = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogatepass"))
         content.update(np.ascontiguousarray(self.digests))
         content.update(self.photo_of_caption.numpy())
         self.captions.update_hash(content)
+        if self.text_ids is not None:
+            content.update(self.text_ids.numpy())
         return content.hexdigest()
 
 
@@ -150,6 +184,13 @@ def epoch_batches(photo_of_caption, captions_per_image, batch_size, seed, shard_
     return pairs[:len(pairs) // batch_size * batch_size].view(-1, batch_size)
 
 
+def histogram(numbers):
+    """Return how often each number occurs, {number: times}, with the numbers as strings for JSON.
+    """
+    values, times = np.unique(numbers, return_counts=True)
+    return dict(zip(map(str, values.tolist()), times.tolist()))
+
+
 def map_tensors(function, value):
     """Apply a function to a tensor, or to each tensor in a dict, which may be nested."""
     if isinstance(value, dict):
@@ -173,12 +214,14 @@ def iterate_batches(data, photos, batches, device):
     - "photo_ids": (P,) the rows of these photos in the dataset
     - "text": (B, L), where L is a multiple of TEXT_BUCKET, and perhaps "text_features", see
       `Flickr8kImageTextDataset.text_inputs`
-    - "photo_of_pair": (B,) the photo of each caption, rising from 0 to P - 1"""
+    - "photo_of_pair": (B,) the photo of each caption, rising from 0 to P - 1
+    - perhaps "text_ids" and "texts_of_photo", see `Flickr8kImageTextDataset.shared_texts`"""
     def prepare(pairs):
         photo_ids, photo_of_pair = torch.unique_consecutive(data.photo_of_caption[pairs],
                                                             return_inverse=True)
         batch = {"photo_ids": photo_ids, "photo_of_pair": photo_of_pair}
         batch |= data.text_inputs(pairs, TEXT_BUCKET)
+        batch |= data.shared_texts(pairs, photo_ids)
         if photos.device.type == "cpu":
             batch["images"] = photos[photo_ids]
         if device.type == "cuda":  # a copy from pinned memory does not block the host

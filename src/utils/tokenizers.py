@@ -4,9 +4,13 @@ Id 0 is padding. Both tokenizers have `vocab_size`, the number of ids with paddi
 `word_start`, a list that says for each id whether it begins a word.
 """
 import collections
+import hashlib
 import heapq
 import re
 import unicodedata
+from array import array
+
+import numpy as np
 
 PAD_ID = 0
 NUM_BYTES = 256
@@ -29,6 +33,24 @@ def normalize_text(text):
         text = unicodedata.normalize("NFKC", text).translate(TYPOGRAPHY)
         text = unicodedata.normalize("NFKC", text.lower())
     return " ".join(text.lower().split())
+
+
+def number_texts(texts):
+    """Return a number for each text, from 1 to the number of different texts (M,). Texts are equal
+    if `normalize_text` makes them equal."""
+    keys = array("Q")
+    for text in texts:
+        content = normalize_text(text).encode("utf-8", "surrogatepass")
+        keys.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))
+    return np.unique(np.frombuffer(keys, np.uint64), return_inverse=True)[1].astype(np.int64) + 1
+
+
+def different_pairs(photo_of_caption, numbers):
+    """Return the photos (P,) and the texts (P,) that belong together, sorted, each pair once.
+    numbers: those of the captions, see `number_texts`."""
+    most = numbers.max(initial=0) + 1
+    pairs = np.unique(photo_of_caption * most + numbers)
+    return pairs // most, pairs % most
 
 
 class CharTokenizer:
