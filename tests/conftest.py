@@ -15,10 +15,11 @@ from PIL import Image
 
 import train_flickr8k_sgd
 from src.settings import make_settings
-from src.utils.caption_files import table_rows, token_rows
+from src.utils.caption_files import token_rows
 from src.utils.captions import SPLIT_FILES
 from src.utils.splits import open_split
 from src.utils.synthetic import write_synthetic
+from src.utils.tables import table_rows
 from src.utils.tokenizers import CharTokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -30,14 +30,14 @@ from src.utils.caption_files import (
     bar_rows,
     coco_rows,
     karpathy_rows,
-    read_lines,
-    table_rows,
     text_rows,
     texts_beside_photos,
     token_rows,
 )
 from src.utils.errors import DataError
 from src.utils.ragged import Texts
+from src.utils.tables import table_rows
+from src.utils.text_files import read_lines
 from src.utils.tokenizers import different_pairs, number_texts
 
 SPLIT_FILES = {
