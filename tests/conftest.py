@@ -160,6 +160,16 @@ def write_dataset(root, counts=None, captions=5):
     return root
 
 
+def give_class_names(root, names=("a red one", "A  RED one", "a green one")):
+    """Replace the captions of a dataset of `write_dataset`: photo i has the name i modulo their
+    number. Return the folder."""
+    path = root / "Flickr8k.token.txt"
+    photos = sorted({line.split("#")[0] for line in path.read_text().splitlines()})
+    path.write_text("".join(f"{photo}#0\t{names[i % len(names)]}\n"
+                            for i, photo in enumerate(photos)))
+    return root
+
+
 def read_captions(path):
     """Read Flickr8k.token.txt, or Kaggle's captions.txt. Return {name of a photo: [captions]}, in
     the order of the file."""

@@ -357,7 +357,7 @@ def test_what_is_noted_while_rows_are_read_follows_the_two_lines(tmp_path):
     notes = []
 
     def rows():
-        yield from ((f"{i}.jpg", "a photo", None) for i in range(10))
+        yield from ((f"{i}.jpg", f"photo {i}", None) for i in range(10))
         notes.append("2 lines are empty, such as line 3")
 
     folder = Folder(tmp_path, "a table", tmp_path, rows(), notes=notes)
@@ -451,3 +451,29 @@ def test_a_caption_of_a_table_without_tokens_is_reported_with_its_line(tmp_path,
     assert main("--data_dir", root, "--output_dir", tmp_path / "run", "--model", "tiny",
                 "--tokenizer", "char") == 2
     assert "captions.csv, line 11, 9.jpg: the text '\u72d7' has no char" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("captions, different", [
+    (["a dog", "A dog ", "a cat", "a cat"], 2),
+    (["one", "two", "three", "two"], 3),  # more than a tenth are shared
+    ([f"caption {i}" for i in range(39)] + ["caption 0"], None),  # by chance
+    (["a dog"] * 4, 1),
+])
+def test_photos_that_share_captions_are_noticed(tmp_path, captions, different):
+    splits = ["val", "test"] + ["train"] * len(captions)
+    lines = [f"{i}.jpg,{captions[i]},{splits[i]}" for i in range(len(captions))]
+    folder = read_folder(write_table(tmp_path / "own", "image,caption,split", *lines))
+    assert folder.different_captions == different
+    said = folder.describe()[2:]
+    if different is None:
+        assert said == []
+    else:
+        assert said == [f"{different} different captions for {len(captions)} photos: a caption is "
+                        "right for every photo that has it"]
+
+
+def test_a_caption_that_one_photo_has_twice_is_not_shared(tmp_path):
+    lines = [f"{i}.jpg,caption {i},{split}" for i, split in enumerate(["val", "test", "train"])]
+    table = write_table(tmp_path / "own", "image,caption,split", *lines, *lines)
+    folder = read_folder(table)
+    assert folder.different_captions is None

@@ -59,11 +59,19 @@ def compute(rank, world, folder):
     if world > 1:
         encode = torch.nn.parallel.DistributedDataParallel(encode, broadcast_buffers=False)
     results = {}
-    for chunk_size in (0, 4):
+    # Photos may share captions: here the class names 1 to 3, and one photo has a text in addition.
+    class_of_photo = batch["photo_ids"] % 3 + 1
+    texts_of_photo = torch.stack([class_of_photo, torch.tensor([0, 0, 1, 0, 0, 0, 0, 0])], 1)
+    shared = share | {
+        "texts_of_photo": texts_of_photo[rank * half : (rank + 1) * half],
+        "text_ids": class_of_photo.repeat_interleave(2)[rank * 2 * half :][: 2 * half],
+    }
+    for case, given, chunk_size in (("", share, 0), ("", share, 4), ("shared", shared, 0)):
         model.zero_grad()
-        loss = contrastive_backward(encode, share, 0.1, chunk_size)
-        results[f"loss {chunk_size}"] = loss
-        results |= {f"{name} {chunk_size}": p.grad.clone() for name, p in model.named_parameters()}
+        loss = contrastive_backward(encode, given, 0.1, chunk_size)
+        results[f"loss {chunk_size} {case}"] = loss
+        results |= {f"{name} {chunk_size} {case}": p.grad.clone()
+                    for name, p in model.named_parameters()}
     # The shares of two processes have the same number of pairs but may have different numbers of
     # photos. All processes must split theirs into as many chunks as the one with the fewest photos,
     # which is here the share of rank 1. The process alone takes that one.

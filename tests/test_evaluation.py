@@ -104,3 +104,20 @@ def test_other_captions_are_found_by_a_caption_by_the_photo_and_by_both():
 
 def test_without_a_second_caption_there_are_no_other_captions_to_find():
     assert compare_photo_and_text(torch.eye(3), torch.eye(3), torch.arange(3)) is None
+
+
+def test_a_text_is_right_for_every_photo_that_has_it(shapes):
+    run, splits = start_run(shapes, device="cpu")
+    data = splits["val"]
+    bank = make_bank(run.model, splits["train"], 32)
+    plain = compare_bank(run.model, data, bank)
+    data.text_ids = data.photo_of_caption // 4 + 1  # of 12 photos, four have the same text
+    shared = compare_bank(run.model, data, bank)
+    assert shared["without_bank"] == evaluate(run.model, data)
+    photos, texts, photo_of_caption = embed_dataset(run.model, data)
+    for column, given in (("without_bank", None), ("with_bank", bank)):
+        assert shared[column] == retrieval_metrics(
+            photos, texts, photo_of_caption, given, data.text_ids)
+        assert shared[column]["t2i_r5"] > plain[column]["t2i_r5"]
+    assert shared["hub_share"]["without_bank"] == 100  # three texts have at most three photos
+    assert shared["photo_and_text"] is None  # no photo has two different captions

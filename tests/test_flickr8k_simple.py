@@ -10,7 +10,7 @@ from src.utils.captions import read_split
 from src.utils.flickr8k_simple import TEXT_BUCKET, epoch_batches, iterate_batches, place_photos
 from src.utils.photo_store import STORE_FOLDER
 from src.utils.tokenizers import CharTokenizer
-from tests.conftest import colour_of_photo, open_dataset
+from tests.conftest import colour_of_photo, give_class_names, open_dataset
 
 CPU = torch.device("cpu")
 
@@ -207,3 +207,52 @@ def test_iterating_over_batches_can_be_stopped(dataset_dir):
 def test_without_pairs_there_are_no_batches(dataset_dir):
     data = open_dataset(dataset_dir)
     assert list(iterate_batches(data, data.photos, [], CPU)) == []
+
+
+# Captions that photos share.
+
+
+def test_captions_that_are_not_shared_have_no_ids(dataset_dir):
+    data = open_dataset(dataset_dir)
+    assert data.text_ids is None and data.texts_of_photo is None
+    batch = next(iterate_batches(data, data.photos, [np.arange(4)], CPU))
+    assert batch.keys() == {"photo_ids", "photo_of_pair", "text", "images"}
+    assert data.counts().keys() == {"photos", "pixels", "captions", "skipped", "captions_per_photo"}
+
+
+def test_equal_captions_have_equal_ids(dataset_dir):
+    """Capitals and spaces do not make captions differ. All splits of a folder have ids if photos
+    share captions in any of them."""
+    fingerprint = open_dataset(give_class_names(dataset_dir)).fingerprint()
+    data = open_dataset(dataset_dir)
+    assert data.text_ids.tolist() in ([1, 1, 2] * 2, [2, 2, 1] * 2)
+    assert [ids.tolist() for ids in data.texts_of_photo] == [[i] for i in data.text_ids.tolist()]
+    counts = data.counts()
+    assert counts["captions_per_photo"] == counts["texts_per_photo"] == {"1": 6}
+    assert counts["photos_per_text"] == {"2": 1, "4": 1}
+    assert open_dataset(dataset_dir, "test").text_ids.unique().tolist() == [1]
+    data.text_ids = None  # as in a version whose metrics counted equal captions as different
+    assert data.fingerprint() != fingerprint
+
+
+def test_a_batch_tells_all_texts_of_its_photos(dataset_dir):
+    """Also those that are not in the batch. The rows have equal lengths in all batches."""
+    path = dataset_dir / "Flickr8k.token.txt"
+    texts = {0: "a b", 1: "b b", 2: "c a d", 3: "d", 4: "a", 5: "b"}  # "b" is there twice
+    lines = path.read_text().splitlines(True)[30:]
+    for photo, names in texts.items():
+        lines += [f"{1000 + photo}_abc.jpg#{i}\t{name}\n" for i, name in enumerate(names.split())]
+    path.write_text("".join(lines))
+    data = open_dataset(dataset_dir)
+    name_of = dict(zip(data.text_ids.tolist(), data.captions)) | {0: "-"}
+    for pairs in ([0, 4], [2, 3, 7], [8, 9]):
+        (batch,) = iterate_batches(data, data.photos, torch.tensor([pairs]), CPU)
+        assert [name_of[i] for i in batch["text_ids"].tolist()] == [data.captions[i] for i in pairs]
+        for photo, row in zip(batch["photo_ids"].tolist(), batch["texts_of_photo"].tolist()):
+            names = [name_of[i] for i in row]
+            assert len(names) == 3 and {*names} - {"-"} == {*texts[photo].split()}
+    part = data.first(3)
+    assert part.text_ids.tolist() == data.text_ids[:7].tolist()
+    assert [ids.tolist() for ids in part.texts_of_photo
+            ] == [ids.tolist() for ids in data.texts_of_photo][:3]
+    assert data.counts()["texts_per_photo"] == {"1": 4, "2": 1, "3": 1}

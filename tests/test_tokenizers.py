@@ -1,5 +1,6 @@
 import unicodedata
 
+import numpy as np
 import pytest
 
 from src.utils.tokenizers import (
@@ -7,7 +8,9 @@ from src.utils.tokenizers import (
     BPETokenizer,
     CharTokenizer,
     build_tokenizer,
+    different_pairs,
     normalize_text,
+    number_texts,
     tokenizer_from_state,
 )
 
@@ -197,3 +200,16 @@ def test_a_run_of_an_earlier_version_keeps_the_tokens_that_it_has_learned(learne
     assert old.encode(soft_hyphen) != learned.encode(soft_hyphen) == learned.encode("caf\u00e9")
     again = tokenizer_from_state(old.state_dict())
     assert again.encode(soft_hyphen) == old.encode(soft_hyphen)
+
+
+def test_texts_are_numbered():
+    texts = ["A dog", "a  dog", "a cat", "a dog.", "\uff41 \uff24og", "\ud800"]
+    numbers = number_texts(texts).tolist()
+    assert numbers[0] == numbers[1] == numbers[4]
+    assert sorted(set(numbers)) == [1, 2, 3, 4]
+    assert number_texts(texts[:1]).tolist() == [1] and number_texts([]).tolist() == []
+
+
+def test_pairs_of_photos_and_texts_are_there_once():
+    photos, texts = different_pairs(np.array([2, 0, 2, 2]), np.array([3, 1, 3, 2]))
+    assert photos.tolist() == [0, 2, 2] and texts.tolist() == [1, 2, 3]

@@ -122,6 +122,19 @@ def test_backward_without_chunks_equals_the_plain_loss():
         assert torch.allclose(gradient, p.grad, rtol=1e-5, atol=1e-6)
 
 
+def test_the_loss_of_a_step_knows_the_texts_that_photos_share():
+    encoder, batch = StubEncoder(), stub_batch()
+    photo = batch["photo_of_pair"]
+    ids = batch["photo_ids"] % 3 + 1
+    batch |= {"text_ids": ids[photo], "texts_of_photo": torch.stack([ids, ids + 1], 1)}
+    loss = contrastive_backward(encoder, batch, 0.1)
+    images, text, scale, _ = encoder(batch["images"], batch["text"], None)
+    assert torch.equal(loss, info_nce_loss(
+        images[photo], text, scale, batch["photo_ids"][photo], ids[photo],
+        batch["texts_of_photo"][photo]))
+    assert loss < contrastive_backward(encoder, stub_batch(), 0.1)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 5, 12, 13, 99])
 @pytest.mark.parametrize("factor", [1.0, 1024.0])
 def test_chunks_give_the_loss_and_gradients_of_the_whole_batch(chunk_size, factor):
@@ -530,6 +543,8 @@ def test_a_step_never_synchronises_with_the_host(preset, monkeypatch):
                     batch["images"], batch["text"], None)
                 photo_ids = batch["photo_ids"][photo]
                 loss = info_nce_loss(images[photo], text, scale, photo_ids) + memory_losses.sum()
+                loss += info_nce_loss(images[photo], text, scale, photo_ids, photo_ids + 1,
+                                      photo_ids[:, None] + 1)
                 average.update()
             assert loss.device.type == images.device.type == "cuda" and loss.shape == ()
     augment._per_channel.cache_clear()
