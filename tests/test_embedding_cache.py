@@ -7,7 +7,7 @@ import torch
 
 from src import embedding_cache
 from src.embedding_cache import PHOTOS, TEXTS, CachedEmbeddings, CacheFile
-from src.utils.caption_files import TarMember
+from src.utils.samples import TarMember
 
 
 def some_rows(*items, gallery=True):

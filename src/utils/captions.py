@@ -11,31 +11,25 @@
     a table      captions.csv, .tsv, .txt or .jsonl with the columns image and caption, and
                  optionally split
     texts        NAME.jpg with NAME.txt beside it, one caption a line, in the folder or below it
-    shards       .tar files of NAME.jpg and NAME.txt, as img2dataset writes them
+    shards       .tar files of NAME.jpg and NAME.txt, as img2dataset and webdataset write them
 
 The photos are looked for in the folder itself, in one of PHOTO_FOLDERS inside it (in upper or lower
-case), or in one such folder inside another. The single files are read by `caption_files.py`. This
-module must not import torch."""
+case), or in one such folder inside another. The single files are read by `caption_files.py`, texts
+and shards by `samples.py`. This module must not import torch."""
 import collections
 import functools
 import hashlib
+import itertools
 import shlex
 from array import array
 from pathlib import Path
 
 import numpy as np
 
-from src.utils.caption_files import (
-    archive_rows,
-    bar_rows,
-    coco_rows,
-    karpathy_rows,
-    text_rows,
-    texts_beside_photos,
-    token_rows,
-)
+from src.utils.caption_files import bar_rows, coco_rows, karpathy_rows, token_rows
 from src.utils.errors import DataError
 from src.utils.ragged import Texts
+from src.utils.samples import archive_rows, find_archives, folder_rows, list_files
 from src.utils.tables import table_rows
 from src.utils.text_files import read_lines
 from src.utils.tokenizers import different_pairs, number_texts
@@ -317,20 +311,27 @@ def read_table(root):
 
 
 def read_texts(root):
-    texts = texts_beside_photos(root)
-    if not texts:
+    photos, notes = {}, []  # filled by `folder_rows`
+    rows = folder_rows(root, photos, notes)
+    first = next(rows, None)
+    if first is None:
         return None
-    rows = (row for name, path in texts.items() for row in text_rows(path.read_bytes(), name, path))
-    return Folder(root, "texts beside photos", root, rows)
+    rows = itertools.chain([first], rows)
+    return Folder(root, "texts beside photos", root, rows, photos=photos, notes=notes)
 
 
 def read_shards(root):
-    archives = sorted(root.rglob("*.tar"))
-    if not archives:
+    archives, compressed = find_archives(root)
+    if not archives and not compressed:
         return None
-    photos = {}  # filled by `archive_rows`
-    rows = archive_rows(archives, root, photos)
-    return Folder(root, "shards of img2dataset", root, rows, photos=photos)
+    photos, notes = {}, []  # filled by `archive_rows`
+    if compressed:
+        note = f"compressed archives ({len(compressed):,}, such as {compressed[0]}) are not read"
+        if not archives:
+            raise DataError(f"{root}: {note}; please unpack them")
+        notes.append(note)
+    rows = archive_rows(archives, root, photos, notes)
+    return Folder(root, "shards of img2dataset", root, rows, photos=photos, notes=notes)
 
 
 # Each returns a `Folder`, or None if the folder does not have its layout.
@@ -353,8 +354,8 @@ def read_folder(root_dir):
         if folder is not None:
             return folder
     raise DataError(
-        f"{root}: this folder holds no captions in a known layout. Known are "
-        f"{' or '.join(CAPTION_FILES)} (Flickr8k), {' or '.join(FLICKR30K_FILES)} (Flickr30k), "
-        f"{', '.join(KARPATHY_FILES)} (Karpathy's), annotations/captions_train2014.json or "
-        "captions_train2017.json (COCO), captions.csv, .tsv or .jsonl, NAME.jpg with NAME.txt "
-        "beside it, and .tar files of these")
+        f"{root}: this folder holds no captions in a known layout. It has {list_files(root)}. "
+        f"Known are {' or '.join(CAPTION_FILES)} (Flickr8k), {' or '.join(FLICKR30K_FILES)} "
+        f"(Flickr30k), {', '.join(KARPATHY_FILES)} (Karpathy's), "
+        "annotations/captions_train2014.json or captions_train2017.json (COCO), captions.csv, "
+        ".tsv or .jsonl, NAME.jpg with NAME.txt beside it, and .tar files of these")

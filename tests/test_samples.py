@@ -1,0 +1,297 @@
+"""Photos with texts of the same name, in folders and in .tar files."""
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from src.utils.captions import read_folder
+from src.utils.errors import DataError
+from src.utils.samples import (
+    ORIENTATIONS,
+    archive_rows,
+    captions_in,
+    is_label,
+    match_texts,
+    orientation_in,
+)
+
+
+def jpeg(color=(200, 0, 0), **options):
+    file = io.BytesIO()
+    Image.new("RGB", (60, 40), color).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def write_archive(path, files):
+    """Write a .tar file of {name: bytes or str}."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            content = content.encode() if isinstance(content, str) else content
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def write_files(root, files):
+    """Write {name: bytes or str} into a folder."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def read_samples(root, kind, files):
+    """Write files into a folder or a shard and read them. Return ({photo: captions}, notes)."""
+    if kind == "folder":
+        write_files(root, files)
+        prefix = ""
+    else:
+        write_archive(root / "00000.tar", files)
+        prefix = "00000.tar/"
+    folder = read_folder(root)
+    for name in folder.names("all"):
+        assert folder.path(name).read_bytes() == files[name.removeprefix(prefix)]
+    texts = {name.removeprefix(prefix): folder.texts_of(name) for name in folder.names("all")}
+    return texts, [note.replace(prefix, "") for note in folder.notes]
+
+
+def in_all(number, members):
+    """Repeat {suffix: content} for several keys, as a split needs some photos."""
+    return {f"{i:09d}{suffix}": content for i in range(number)
+            for suffix, content in members.items()}
+
+
+# {what it is: (the suffixes of the members of a key, the photo's suffix, its captions)}
+VARIANTS = {
+    "plain": ({".jpg": b"", ".txt": "a dog\n\n two\tcats \n"}, ".jpg", ["a dog", "two cats"]),
+    "the photo's whole name": ({".jpg": b"", ".jpg.txt": "a dog"}, ".jpg", ["a dog"]),
+    "caption": ({".jpg": b"", ".caption": "a dog"}, ".jpg", ["a dog"]),
+    "cap": ({".jpg": b"", ".cap": "a dog"}, ".jpg", ["a dog"]),
+    "caption.txt": ({".jpg": b"", ".caption.txt": "a dog"}, ".jpg", ["a dog"]),
+    "captions.txt": ({".jpg": b"", ".captions.txt": "a dog\na cat"}, ".jpg", ["a dog", "a cat"]),
+    "several": ({".jpg": b"", ".caption0.txt": "0", ".caption10.txt": "ten dogs",
+                 ".caption2.txt": "two dogs"}, ".jpg", ["0", "two dogs", "ten dogs"]),
+    "several with _": ({".jpg": b"", ".caption_1.txt": "one dog", ".caption_2.txt": "two dogs"},
+                       ".jpg", ["one dog", "two dogs"]),
+    "numbers": ({".jpg": b"", ".0.txt": "a dog", ".1.txt": "a cat"}, ".jpg", ["a dog", "a cat"]),
+    "capitals": ({".JPG": b"", ".TXT": "a dog"}, ".JPG", ["a dog"]),
+    "image.jpg": ({".image.jpg": b"", ".txt": "a dog"}, ".image.jpg", ["a dog"]),
+    "another word": ({".input.jpg": b"", ".prompt.txt": "a dog"}, ".input.jpg", ["a dog"]),
+    "a language": ({".jpg": b"", ".en.txt": "a dog"}, ".jpg", ["a dog"]),
+    "image.png, caption.txt": ({".image.png": b"", ".caption.txt": "a dog"}, ".image.png",
+                               ["a dog"]),
+    "of two pictures": ({".depth.png": b"d", ".image.jpg": b"", ".caption.txt": "a dog"},
+                        ".image.jpg", ["a dog"]),
+    "json": ({".jpg": b"", ".json": '{"url": "a b", "caption": " a\\ndog "}'}, ".jpg", ["a dog"]),
+    "a list in json": ({".jpg": b"", ".json": '{"captions": ["a dog", "", "a cat"]}'}, ".jpg",
+                       ["a dog", "a cat"]),
+    "text in json": ({".image.jpg": b"", ".json": '{"Text": "a dog"}'}, ".image.jpg", ["a dog"]),
+    "jpg.json": ({".jpg": b"", ".jpg.json": '{"title": "7.jpg", "description": "a dog"}'}, ".jpg",
+                 ["a dog"]),
+    "txt before json": ({".jpg": b"", ".json": '{"caption": "a cat"}', ".txt": "a dog"}, ".jpg",
+                        ["a dog"]),
+    "txt beside bad json": ({".jpg": b"", ".json": "{", ".txt": "a dog"}, ".jpg", ["a dog"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_captions_of_a_photo_are_found(tmp_path, kind, variant):
+    members, photo, captions = VARIANTS[variant]
+    texts, _ = read_samples(tmp_path, kind, in_all(12, members))
+    assert texts == {f"{i:09d}{photo}": captions for i in range(12)}
+
+
+def test_names_are_matched_by_exactly_one_text():
+    def match(*names):
+        photos = [name for name in names if name.lower().endswith((".jpg", ".png"))]
+        return match_texts(photos, [name for name in names if name not in photos])
+
+    # The last dot separates photos of which some have no text; a number is no field of webdataset.
+    assert match("DSC.001.jpg", "DSC.001.txt", "DSC.002.jpg", "DSC.003.txt") == {
+        "DSC.001.jpg": ["DSC.001.txt"]}
+    assert match("DSC.001.jpg", "DSC.001.caption", "DSC.002.jpg") == {
+        "DSC.001.jpg": ["DSC.001.caption"]}
+    # A folder's dots do not count.
+    assert match("a.b/c.image.jpg", "a.b/c.txt", "a.c/d.jpg", "a.b/d.txt") == {
+        "a.b/c.image.jpg": ["a.b/c.txt"]}
+    # Capitals matter where the text of another photo is meant.
+    assert match("a.jpg", "A.jpg", "A.txt") == {"A.jpg": ["A.txt"]}
+    assert match("a.jpg", "A.TXT", "b.JPG", "B.Jpg.Txt") == {"a.jpg": ["A.TXT"],
+                                                            "b.JPG": ["B.Jpg.Txt"]}
+    # Composed and decomposed accents are the same name.
+    assert match("caf\u00e9.jpg", "cafe\u0301.txt") == {"caf\u00e9.jpg": ["cafe\u0301.txt"]}
+    # The choice has to be clear.
+    assert match("a.jpg", "A.txt", "A.TXT") == {}
+    assert match("a.jpg", "a.caption", "a.caption.txt") == {}
+    assert match("a.jpg", "a.en.txt", "a.de.txt") == {}
+    assert match("a.left.jpg", "a.right.jpg", "a.txt") == {}
+    assert match("Dr. Who.jpg", "Dr. No.txt") == {}
+    # NAME.txt comes first, and one text may be that of two photos.
+    assert match("a.jpg", "a.png", "a.txt", "a.caption", "b.jpg", "b.caption", "b.text") == {
+        "a.jpg": ["a.txt"], "a.png": ["a.txt"], "b.jpg": ["b.caption"]}
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_what_does_not_match_is_counted(tmp_path, kind):
+    photos = [jpeg((20 * i, 0, 0)) for i in range(12)]
+    files = {f"{i}.jpg": photo for i, photo in enumerate(photos)}
+    files |= {f"{i}.txt": f"photo {i}" for i in range(8)}
+    files |= {"8.jpg.TXT": "eight", "Classes.txt": "dog\ncat", "3.caption": "three", "9.txt": " \n"}
+    files["._3.jpg"] = files["._3.txt"] = b"\xff"  # macOS's
+    texts, notes = read_samples(tmp_path, kind, files)
+    assert texts == {f"{i}.jpg": [f"photo {i}"] for i in range(8)} | {"8.jpg": ["eight"],
+                                                                      "9.jpg": []}
+    assert sorted(notes) == [
+        "photos whose text has another name: 1, such as 8.jpg with 8.jpg.TXT",
+        "photos without a text, which are left out: 2, such as 10.jpg",
+        "texts that are empty: 1, such as 9.txt",
+        "texts that are not read, because no photo has their name, or because it has another text: "
+        "2, such as 3.caption"]
+
+
+def test_where_all_is_plain_nothing_is_noted(tmp_path):
+    texts, notes = read_samples(tmp_path, "folder", in_all(9, {".jpg": b"1", ".txt": "a dog",
+                                                               ".json": "{}"}))
+    assert len(texts) == 9 and notes == []
+
+
+def test_a_text_in_a_shard_belongs_to_one_photo(tmp_path):
+    files = in_all(9, {".png": b"mask", ".jpg": b"photo", ".txt": "a dog"})
+    texts, notes = read_samples(tmp_path, "shard", files)
+    assert set(texts) == {f"{i:09d}.jpg" for i in range(9)}
+    assert notes == ["pictures that are left out, because another one has the same text: 9, such "
+                     "as 000000000.png beside 000000000.jpg"]
+
+
+@pytest.mark.parametrize("line, label", [
+    ("0 0.51 0.43 0.2 0.1", True), ("684,8,273,116,0,0,0,0", True), ("7", True), ("-1.5e-3", True),
+    ("Car 0.00 0 -1.57 599.41 156.40", True), ("10 10 20 10 20 20 10 20 small-vehicle 0", True),
+    ("a dog", False), ("2 dogs", False), ("2 dogs and 3 cats on 4 mats 5", False), ("1st", False)])
+def test_labels_of_detectors_are_told_from_captions(line, label):
+    assert is_label(line) == label
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_labels_of_detectors_are_refused(tmp_path, kind):
+    files = in_all(10, {".jpg": b"", ".txt": "0 0.51 0.43 0.2 0.1\n2 0.1 0.9 0.05 0.07\n"})
+    files |= {f"{i:09d}.txt": "" for i in range(3, 10)} | {"classes.txt": "dog\ncat"}
+    with pytest.raises(DataError, match=r"3 of the 3 texts hold numbers instead of captions, such "
+                                        r"as \S*0.txt \('0 0.51 0.43 0.2 0.1'\)"):
+        read_samples(tmp_path, kind, files)
+
+
+def test_a_few_numbers_among_captions_are_noted(tmp_path):
+    files = in_all(10, {".jpg": b"", ".txt": "a dog"}) | {"000000004.txt": "42"}
+    texts, notes = read_samples(tmp_path, "folder", files)
+    assert texts["000000004.jpg"] == ["42"]
+    assert notes == ["texts that hold numbers instead of words: 1, such as 000000004.txt ('42')"]
+
+
+@pytest.mark.parametrize("members, message", [
+    ({".jpg": b"", ".cls": "3"}, "hold no photos with texts, but 20 .jpg, 20 .cls. Expected are"),
+    ({".left.jpg": b"", ".right.jpg": b"", ".txt": "a dog"},
+     "but 20 .left.jpg, 20 .right.jpg, 20 .txt."),
+    ({".npy": b""}, "but 20 .npy."),
+    ({".jpg": b"", ".json": '{"caption": null}'}, "but 20 .jpg, 20 .json."),
+    ({"": b""}, "but 20 without a suffix."),
+    ({f".{i}.jpg": b"" for i in range(9)}, "but 180 .jpg."),
+])
+def test_a_shard_without_pairs_is_refused(tmp_path, members, message):
+    write_archive(tmp_path / "00000.tar", in_all(20, members))
+    with pytest.raises(DataError) as error:
+        read_folder(tmp_path)
+    assert message in str(error.value) and "(1, such as 00000.tar)" in str(error.value)
+
+
+def test_compressed_archives_are_named(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a.tar.gz").touch()
+    (tmp_path / "b.tgz").touch()
+    with pytest.raises(DataError, match=r"archives \(2, such as \S*b.tgz\) are not read; please "
+                                        "unpack"):
+        read_folder(tmp_path)
+    write_archive(tmp_path / "00000.tar", in_all(9, {".jpg": b"", ".txt": "a dog"}))
+    assert len(read_folder(tmp_path).notes) == 1
+
+
+def test_a_folder_without_pairs_says_what_it_has(tmp_path):
+    write_files(tmp_path, {f"images/{i}.jpg": b"" for i in range(9)}
+                | {f"labels/{i}.txt": "0 1 1 2 3" for i in range(8)})
+    with pytest.raises(DataError, match=r"no captions in a known layout. It has 9 .jpg, 8 .txt. "):
+        read_folder(tmp_path)
+
+
+def test_a_text_that_is_not_utf8_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"00000.tar, 000000000.txt: the file is not UTF-8 text"):
+        read_samples(tmp_path, "shard", in_all(9, {".jpg": b"", ".txt": b"caf\xe9"}))
+
+
+def test_captions_in_json():
+    assert captions_in({"caption": "", "text": ["a", " b\n"], "title": "c"}) == ["a", "b"]
+    assert captions_in({"captions": [{"caption": "a"}, {"caption": "b"}]}) == ["a", "b"]
+    for value in ({"caption": 3, "url": "a"}, None, ["", {}]):
+        assert captions_in(value) == []
+
+
+def test_photos_with_texts_are_read_from_an_archive(tmp_path):
+    (tmp_path / "below").mkdir()
+    path = tmp_path / "below" / "shard.tar"
+    contents = {f"00000{i}.jpg": jpeg((80 * i, 0, 0)) for i in range(3)}
+    write_archive(path, contents | {f"00000{i}.txt": f"photo {i}\n\nin two\twords\n"
+                                    for i in range(2)})
+    photos, notes = {}, []
+    rows = list(archive_rows([path], tmp_path, photos, notes))
+    names = [f"below/shard.tar/00000{i}.jpg" for i in range(2)]
+    assert rows == [(names[0], None, None), (names[0], "photo 0", None),
+                    (names[0], "in two words", None), (names[1], None, None),
+                    (names[1], "photo 1", None), (names[1], "in two words", None)]
+    assert list(photos) == names
+    assert notes == ["photos without a text, which are left out: 1, such as "
+                     "below/shard.tar/000002.jpg"]
+    for name, photo in photos.items():
+        assert str(photo) == str(tmp_path / name)
+        assert photo.is_file() and photo.parent == path and photo.orientation == 1
+        assert photo.read_bytes() == photo.open().read() == contents[photo.name]
+        assert photo.stat().st_size == len(contents[photo.name])
+        assert photo.stat().st_mtime_ns == path.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("place", ["within a photo", "between two entries"])
+def test_a_truncated_archive_is_refused(tmp_path, place):
+    path = tmp_path / "shard.tar"
+    write_archive(path, {f"{i}{suffix}": jpeg() for i in range(3) for suffix in (".jpg", ".txt")})
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+    end = last.offset if place == "between two entries" else last.offset_data + 100
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(DataError, match="shard.tar: this is not a complete .tar file"):
+        list(archive_rows([path], tmp_path, {}, []))
+
+
+@pytest.mark.parametrize("content, orientation", [
+    ({"exif": '{"Image Orientation": "Rotated 90 CW"}'}, 6),
+    ({"exif": {"Image Orientation": "Rotated 180", "Image Make": "x"}}, 3),
+    ({"exif": '{"Thumbnail Orientation": "Rotated 180"}'}, 1),
+    ({"exif": "Image Orientation"}, 1), ({"exif": None}, 1), (["Image Orientation"], 1),
+    ({"exif": '{"Image Orientation": ["Rotated 180"]}'}, 1),
+    ({"exif": '{"Image Orientation": "0"}'}, 1), ({"caption": "Image Orientation"}, 1)])
+def test_the_orientation_in_json(content, orientation):
+    assert orientation_in(json.dumps(content).encode()) == orientation
+    assert orientation_in(json.dumps(content).encode()[:-1]) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_photos_carry_the_orientation_of_their_json(tmp_path, kind):
+    files = {}
+    for i, spelling in enumerate([*ORIENTATIONS, ""]):
+        exif = json.dumps({"Image Orientation": spelling})
+        files |= {f"{i}.jpg": jpeg(), f"{i}.txt": "a dog",
+                  f"{i}.json": json.dumps({"exif": exif})}
+    texts, notes = read_samples(tmp_path, kind, files)
+    folder = read_folder(tmp_path)
+    found = {name[-5]: getattr(folder.path(name), "orientation", 1) for name in folder.names("all")}
+    assert found == {str(i): i + 1 for i in range(8)} | {"8": 1}
+    assert notes == ["photos that are turned as the exif in their .json says: 7, such as 1.jpg"]
