@@ -30,6 +30,7 @@ from src.utils.augment import normalize
 from src.utils.captions import cut_text, read_folder
 from src.utils.errors import DataError, UsageError
 from src.utils.flickr8k_simple import map_tensors
+from src.utils.photo_files import version_of
 from src.utils.photo_store import STORE_VERSION, decoding_threads, load_photo
 from src.utils.ragged import Ragged
 from src.utils.tokenizers import tokenizer_from_state
@@ -207,7 +208,7 @@ class EmbeddingCache:
     def _look_at(self, path, unreadable):
         """Find the key and the version of a photo file, which identify it in the cache."""
         try:
-            stat = path.stat()
+            version = version_of(path)
         except OSError as error:
             message = f"{path}: {error.strerror}"
             if unreadable is None:
@@ -216,7 +217,7 @@ class EmbeddingCache:
             self.items.pop(path, None)
             return
         # A photo in a .tar file has no `resolve` that would make its path absolute.
-        self.items[path] = os.path.realpath(str(path)), f"{stat.st_size} {stat.st_mtime_ns}"
+        self.items[path] = os.path.realpath(str(path)), " ".join(map(str, version))
 
     def photo_gallery(self, paths):
         """The bank's gallery rows (N, D + 1) of photos whose embeddings `photos` has returned."""

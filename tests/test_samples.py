@@ -3,13 +3,16 @@ import io
 import json
 import tarfile
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from src.utils.captions import read_folder
 from src.utils.errors import DataError
+from src.utils.photo_files import open_photo, version_of
 from src.utils.samples import (
     ORIENTATIONS,
+    TurnedPhoto,
     archive_rows,
     captions_in,
     is_label,
@@ -139,7 +142,7 @@ def test_what_does_not_match_is_counted(tmp_path, kind):
     photos = [jpeg((20 * i, 0, 0)) for i in range(12)]
     files = {f"{i}.jpg": photo for i, photo in enumerate(photos)}
     files |= {f"{i}.txt": f"photo {i}" for i in range(8)}
-    files |= {"8.jpg.TXT": "eight", "Classes.txt": "dog\ncat", "3.caption": "three", "9.txt": " \n"}
+    files |= {"8.jpg.TXT": "eight", "3.caption": "three", "classes.txt": "dog", "9.txt": " \n"}
     files["._3.jpg"] = files["._3.txt"] = b"\xff"  # macOS's
     texts, notes = read_samples(tmp_path, kind, files)
     assert texts == {f"{i}.jpg": [f"photo {i}"] for i in range(8)} | {"8.jpg": ["eight"],
@@ -295,3 +298,58 @@ def test_photos_carry_the_orientation_of_their_json(tmp_path, kind):
     found = {name[-5]: getattr(folder.path(name), "orientation", 1) for name in folder.names("all")}
     assert found == {str(i): i + 1 for i in range(8)} | {"8": 1}
     assert notes == ["photos that are turned as the exif in their .json says: 7, such as 1.jpg"]
+
+
+def turned_photo():
+    """A photo of four colours, upright, and {orientation: the bytes of its JPEG file, turned as if
+    a camera had written this orientation, but without EXIF}."""
+    upright = Image.new("RGB", (64, 32), "red")
+    upright.paste("green", (32, 0, 64, 16))
+    upright.paste("blue", (0, 16, 32, 32))
+    files = {}
+    for orientation in range(1, 9):
+        # The inverse of a turn by 90 degrees is the one by 270; all others are their own inverses.
+        inverse = {6: 8, 8: 6}.get(orientation, orientation)
+        exif = Image.Exif()
+        exif[0x0112] = inverse
+        file = io.BytesIO()
+        upright.save(file, "PNG", exif=exif)
+        with Image.open(file) as photo:
+            file = io.BytesIO()
+            ImageOps.exif_transpose(photo).save(file, "JPEG", quality=95, subsampling=0)
+        files[orientation] = file.getvalue()
+    return np.asarray(upright, np.int16), files
+
+
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_photos_are_turned_by_their_json(tmp_path, kind):
+    upright, contents = turned_photo()
+    files = {}
+    for spelling, orientation in ORIENTATIONS.items():
+        exif = json.dumps({"Image Make": "x", "Image Orientation": spelling})
+        files |= {f"{orientation}.jpg": contents[orientation], f"{orientation}.txt": "a dog",
+                  f"{orientation}.json": json.dumps({"caption": "a dog", "exif": exif})}
+    read_samples(tmp_path, kind, files)
+    folder = read_folder(tmp_path)
+    versions = set()
+    for name in folder.names("all"):
+        photo = folder.path(name)
+        assert np.abs(np.asarray(open_photo(photo, 64), np.int16) - upright).max() < 40, name
+        versions.add(version_of(photo)[2:])
+    assert versions == {(), *((i,) for i in range(2, 9))}
+
+
+def test_a_photo_that_has_kept_its_exif_is_not_turned_twice(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = TurnedPhoto(tmp_path / "a.jpg")
+    path.orientation = 6
+    path.write_bytes(jpeg(exif=exif))
+    assert open_photo(path, 64).size == (40, 60)
+    exif[0x0112] = 1
+    path.write_bytes(jpeg(exif=exif))
+    assert open_photo(path, 64).size == (60, 40)
+    Image.new("RGB", (60, 40)).save(path, "TIFF", tiffinfo={0x0112: 6})
+    assert open_photo(path, 64).size == (40, 60)
+    path.write_bytes(jpeg())
+    assert open_photo(path, 64).size == (40, 60)

@@ -354,7 +354,7 @@ def read_folder(root_dir):
         if folder is not None:
             return folder
     raise DataError(
-        f"{root}: this folder holds no captions in a known layout. It has {list_files(root)}. "
+        f"{root}: this folder holds no captions in a known layout.{list_files(root)} "
         f"Known are {' or '.join(CAPTION_FILES)} (Flickr8k), {' or '.join(FLICKR30K_FILES)} "
         f"(Flickr30k), {', '.join(KARPATHY_FILES)} (Karpathy's), "
         "annotations/captions_train2014.json or captions_train2017.json (COCO), captions.csv, "

@@ -17,7 +17,7 @@ import torch
 from src.utils.augment import resize
 from src.utils.duplicates import SIGNATURE, signature
 from src.utils.errors import DataError
-from src.utils.photo_files import open_photo
+from src.utils.photo_files import open_photo, version_of
 
 STORE_FOLDER = "photo_store"
 STORE_VERSION = 6  # to be raised whenever a photo gets other pixels or another signature
@@ -222,8 +222,8 @@ class Pixels:
 def shard_path(store, row_format, number, names, path_of):
     """Return the path of a store's shard. Its name changes with the photos' files and the row
     format."""
-    stats = [(name, path_of(name).stat()) for name in names]
-    key = store_key(row_format.key, [(name, s.st_size, s.st_mtime_ns) for name, s in stats])
+    versions = [(name, *version_of(path_of(name))) for name in names]
+    key = store_key(row_format.key, versions)
     suffix = np.dtype(row_format.dtype).name
     return store.with_name(f"{store.name}_{row_format.name}_{number:05d}_{key}.{suffix}")
 

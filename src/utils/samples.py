@@ -473,8 +473,9 @@ def archive_rows(archives, root, photos, notes):
                 yield from rows_of(prefix + photo, captions)
     if not photos:
         raise DataError(f"{root}: the .tar files ({len(archives):,}, such as {archives[0].name}) "
-                        f"hold no photos with texts, but {list_suffixes(files)}. Expected are "
-                        "NAME.jpg with NAME.txt, NAME.caption.txt, or a caption in NAME.json")
+                        f"hold no photos with texts, but {list_suffixes(files) or 'nothing'}. "
+                        "Expected are NAME.jpg with NAME.txt, NAME.caption.txt, or a caption in "
+                        "NAME.json")
     notes += findings.lines(root)
 
 
@@ -493,13 +494,13 @@ def list_suffixes(counter):
         counter = shorter
     listed = ", ".join(f"{number:,} {suffix if suffix > '.' else 'without a suffix'}"
                        for suffix, number in counter.most_common(MOST_SUFFIXES))
-    return listed + (" and others" if len(counter) > MOST_SUFFIXES else "") or "nothing"
+    return listed + (" and others" if len(counter) > MOST_SUFFIXES else "")
 
 
 def list_files(root):
-    """Say what the files in a folder and below it end in, as "20 .jpg, 20 .txt"."""
+    """Say what the files in a folder and below it end in, as " It has 20 .jpg, 20 .txt."."""
     counter = collections.Counter()
-    for _, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root):
         subfolders[:] = own_folders(folder, subfolders)
         count_suffixes([name for name in names if not name.startswith(".")], counter)
-    return list_suffixes(counter)
+    return f" It has {list_suffixes(counter)}." if counter else ""
