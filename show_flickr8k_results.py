@@ -14,6 +14,7 @@
 import argparse
 import collections
 import contextlib
+import functools
 import random
 import sys
 from pathlib import Path
@@ -158,9 +159,8 @@ def open_cache(args):
 
 
 def open_search(args, cache):
-    """Embed the photos to search -> (Search, description), such as "1,000 photos of val". Photos
-    of --photos that cannot be read are skipped with a message; those of the dataset raise
-    DataError."""
+    """Embed the photos to search -> (Search, place), see `open_gallery`. Photos of --photos that
+    cannot be read are skipped with a message; those of the dataset raise DataError."""
     photos, captions, place = open_gallery(args)
     search = Search(cache, photos, captions, args.bank)
     line = ProgressLine(stream=sys.stderr)
@@ -172,7 +172,7 @@ def open_search(args, cache):
     if unreadable:
         print(f"skipped photos that cannot be read ({len(unreadable):,}): "
               f"{printable(first_three(unreadable.values()))}", file=sys.stderr)
-    return search, f"{len(search.photos):,} photos {place}"
+    return search, place
 
 
 class Result(NamedTuple):
@@ -225,7 +225,7 @@ def show_photos(args):
         if not cache.tokenizer.knows(query):
             raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
                              "read")
-    search, gallery = open_search(args, cache)
+    search, place = open_search(args, cache)
     image = search.embed_photo(args.image) if args.image else None
     all_cosines, all_scores = search.score_photos(search.embed_texts(queries, image))
     rows = []
@@ -236,7 +236,7 @@ def show_photos(args):
             caption = captions[0] if captions else ""
             correct = comparable(query) in map(comparable, captions)
             results.append(Result(f"{name}  {caption}", name, photo, correct))
-        title = f'"{query}" in {gallery}'
+        title = f'"{query}" in {len(search.photos):,} photos {place}'
         if args.image:
             title = f"{args.image} and {title}"
         title, cells = print_ranking(title, cosines, scores, results, args)
@@ -290,7 +290,7 @@ def serve(args):
     """--serve: answer browsers until Ctrl-C."""
     run_dir = args.output_dir[0]
     with server.Server(args.serve) as http:
-        search, gallery = open_search(args, open_cache(args))
+        search, place = open_search(args, open_cache(args))
         if search.texts:
             example_queries = search.texts
             search.score_captions(search.photo_embeddings[:1])  # embeds the captions in advance
@@ -299,7 +299,8 @@ def serve(args):
             with contextlib.suppress(DataError, UsageError):
                 _, captions = photos_of_split(find_data_dir(args, run_dir), "val")
                 example_queries = [photo_captions[0] for photo_captions in captions]
-        http.pages = server.SearchPages(search, f"{run_dir} · {gallery}", example_queries)
+        find_photos = functools.partial(photos_of_folder, args.photos) if args.photos else None
+        http.pages = server.SearchPages(search, run_dir, place, example_queries, find_photos)
         print(f"http://{server.HOST}:{http.server_port} (press Ctrl-C to stop)", flush=True)
         http.serve_forever()
 

@@ -10,6 +10,7 @@
     print((bank.text_queries(texts) @ bank.photo_gallery(photos).T).argsort(descending=True))
 
 Everything is computed in float32."""
+import contextlib
 import functools
 import hashlib
 import os
@@ -208,20 +209,24 @@ class EmbeddingCache:
     def _look_at(self, path, unreadable):
         """Find the key and the version of a photo file, which identify it in the cache."""
         try:
-            version = version_of(path)
+            self.items[path] = _item(path)
         except OSError as error:
             message = f"{path}: {error.strerror}"
             if unreadable is None:
                 raise DataError(message) from None
             unreadable[path] = message
             self.items.pop(path, None)
-            return
-        # A photo in a .tar file has no `resolve` that would make its path absolute.
-        self.items[path] = os.path.realpath(str(path)), " ".join(map(str, version))
 
     def photo_gallery(self, paths):
         """The bank's gallery rows (N, D + 1) of photos whose embeddings `photos` has returned."""
         return self.photo_rows.gallery([self.items[path] for path in paths])
+
+    def is_current(self, path):
+        """Whether the file of a photo that `photos` has embedded is still there and unchanged."""
+        try:
+            return self.items[path] == _item(path)
+        except OSError:
+            return False
 
     def photo_version(self, path):
         """A short string that changes with the file of a photo that `photos` has embedded."""
@@ -239,6 +244,12 @@ class EmbeddingCache:
     def text_gallery(self, texts):
         """The bank's gallery rows (N, D + 1) of texts whose embeddings `texts` has returned."""
         return self.text_rows.gallery([(text, "") for text in texts])
+
+
+def _item(path):
+    """The key and the version of a photo file. Raises OSError if it is missing."""
+    # A photo in a .tar file has no `resolve` that would make its path absolute.
+    return os.path.realpath(str(path)), " ".join(map(str, version_of(path)))
 
 
 class Search:
@@ -270,6 +281,21 @@ class Search:
             self._set_gallery([self.photos[i] for i in kept], [self.captions[i] for i in kept])
         if self.bank is not None:
             self.photo_gallery = self.cache.photo_gallery(self.photos)
+
+    def add_photos(self, photos, unreadable):
+        """Embed more photos, without captions, and append them to the gallery, so that those which
+        are there keep their numbers. unreadable: see `EmbeddingCache.photos`."""
+        if not photos:
+            return
+        with contextlib.suppress(DataError):  # not one of them can be read
+            embeddings = self.cache.photos(photos, unreadable=unreadable)
+            photos = [photo for photo in photos if photo not in unreadable]
+            self.photo_embeddings = torch.cat([self.photo_embeddings, embeddings])
+            if self.bank is not None:
+                gallery = self.cache.photo_gallery(photos)
+                self.photo_gallery = torch.cat([self.photo_gallery, gallery])
+            self.captions = self.captions + [[] for _ in photos]
+            self.photos = self.photos + photos
 
     @functools.cached_property
     def text_embeddings(self):

@@ -21,10 +21,13 @@ from PIL import Image
 
 from src.page import document, paragraph, thumbnail
 from src.utils.captions import MAX_LENGTH, cut_text
-from src.utils.console import printable
+from src.utils.console import first_three, printable
 from src.utils.errors import DataError, UsageError
+from src.utils.photo_files import open_reduced
 
 HOST = "127.0.0.1"
+# The names of this machine for itself. The port may be another one, where a tunnel leads here.
+OWN_ADDRESS = r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]{1,5})?"
 RESULTS = 24  # photos that a search shows at first
 RANDOM_PHOTOS, EXAMPLE_QUERIES = 12, 3  # on the start page
 NEAREST_CAPTIONS = 10
@@ -75,7 +78,7 @@ def uploaded_picture(content_type, body):
     if not any(contents):
         raise Refused(400, "No picture was chosen.")
     try:
-        with Image.open(io.BytesIO(contents[0])) as picture:
+        with open_reduced(io.BytesIO(contents[0]), 2 ** 16) as picture:  # not reduced
             pixels = picture.width * picture.height
     except Exception:  # Pillow's decoders raise anything
         raise Refused(400, "That file is not a picture that can be read.") from None
@@ -87,16 +90,47 @@ def uploaded_picture(content_type, body):
 class SearchPages:
     """The pages of a search. Any number of threads may ask for them.
 
-    search: a `Search` whose photos are embedded. footer: the last line of every page.
-    example_queries: texts, a few of which the start page offers."""
+    search: a `Search` whose photos are embedded. run: the name of the run. place: where the photos
+    are, such as "of val". example_queries: texts, a few of which the start page offers.
+    find_photos: a function that returns the paths of the photos that are there now, or None if none
+    are ever added."""
 
-    def __init__(self, search, footer, example_queries):
+    def __init__(self, search, run, place, example_queries, find_photos=None):
         self.search = search
-        self.footer = footer
+        self.run, self.place = run, place
         self.example_queries = example_queries
+        self.find_photos = find_photos
+        self.gone = set()  # numbers of photos that were deleted or changed since they were embedded
+        self.note = ""  # what `look_for_photos` has found
         self.lock = threading.Lock()
         self.uploads = collections.OrderedDict()  # {key: (embedding, thumbnail)}
         self.thumbnail = functools.lru_cache(KEPT_THUMBNAILS)(thumbnail)
+
+    def footer(self):
+        """The last line of every page."""
+        return f"{self.run} · {len(self.search.photos) - len(self.gone):,} photos {self.place}"
+
+    def look_for_photos(self):
+        """Add the photos that were added to the folder to the gallery, and leave out those that
+        were deleted from it. A photo that was changed is both. The start page then says what was
+        found. Photos keep their numbers, since open pages refer to them."""
+        with self.lock:
+            paths = self.find_photos()
+            there = set(paths)
+            number_of = {photo: number for number, photo in enumerate(self.search.photos)
+                         if number not in self.gone}
+            gone = {number for photo, number in number_of.items()
+                    if photo not in there or not self.search.cache.is_current(photo)}
+            new = [path for path in paths if path not in number_of or number_of[path] in gone]
+            unreadable, before = {}, len(self.search.photos)
+            self.search.add_photos(new, unreadable)
+            self.gone |= gone
+            changed = len({self.search.photos[i] for i in gone} & set(self.search.photos[before:]))
+            self.note = (f"Found: {len(self.search.photos) - before - changed:,} new photos, "
+                         f"{changed:,} changed, {len(gone) - changed:,} deleted.")
+            if unreadable:
+                self.note += (f" {len(unreadable):,} cannot be read: "
+                              f"{printable(first_three(unreadable.values()))}.")
 
     def photo(self, number):
         """The path of a photo, by its number in an address."""
@@ -115,7 +149,8 @@ class SearchPages:
             svg = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 300 300">'
                    '<rect width="300" height="300" fill="#999"/>'
                    '<text x="150" y="150" text-anchor="middle">'
-                   f"{escape(printable(photo.name))}</text></svg>")
+                   f"{escape(printable(photo.name))}</text>"
+                   '<text x="150" y="180" text-anchor="middle">missing or unreadable</text></svg>')
             return "image/svg+xml", svg.encode()
 
     def add_upload(self, content_type, body):
@@ -170,7 +205,8 @@ class SearchPages:
 
         if scores is not None:
             order = scores[0].argsort(descending=True, stable=True).tolist()
-            order = [i for i in order if not photo or i != int(photo)]
+            left_out = self.gone | {int(photo)} if photo else self.gone
+            order = [i for i in order if i not in left_out]
             shown = max(1, int(top)) if re.fullmatch("[0-9]{1,6}", top) else RESULTS
             with_bank = ", ranked with the bank" if words and self.search.bank else ""
             body += (f"<h2>{min(shown, len(order)):,} of {len(order):,} photos, best first"
@@ -179,6 +215,7 @@ class SearchPages:
                 more = search_link(q=words, photo=photo, upload=upload, top=2 * shown)
                 body += f'<p><a href="{more}">more</a></p>'
         elif readable:
+            notes += paragraph(self.note) if self.note else ""
             body += self.start()
         return self.page(words, {"photo": photo, "upload": upload}, notes, body)
 
@@ -199,8 +236,9 @@ class SearchPages:
                                 min(EXAMPLE_QUERIES, len(self.example_queries)))
         links = "".join(f'<li><a href="{search_link(q=query)}">{escape(query)}</a></li>'
                         for query in queries)
-        total = len(self.search.photos)
-        drawn = random.sample(range(total), min(RANDOM_PHOTOS, total))
+        numbers = [i for i in range(len(self.search.photos)) if i not in self.gone]
+        total = len(numbers)
+        drawn = random.sample(numbers, min(RANDOM_PHOTOS, total))
         return (f"<h2>For example</h2><ul>{links}</ul>"
                 f"<h2>{len(drawn)} of {total:,} photos, at random</h2>{self.grid(drawn)}")
 
@@ -226,6 +264,8 @@ class SearchPages:
         """A photo with its name, its captions, and a link to a search by it."""
         photo, captions = self.search.photos[number], self.search.captions[number]
         name = escape(printable(photo.name))
+        if not photo.is_file():
+            return f"<li><p><b>{similarity}</b> {name}: the file is missing</p></li>"
         captions_html = ""
         if captions:
             others = "".join(map(paragraph, captions[1:]))
@@ -244,6 +284,10 @@ class SearchPages:
         hidden = "".join(f'<input type="hidden" name="{name}" value="{escape(value)}">'
                          for name, value in picture_fields.items() if value)
         label = "Words for the picture" if hidden else "Words"
+        look = ""
+        if self.find_photos is not None:
+            look = ('<form action="/look" method="post"><button>Look for new photos</button>'
+                    "</form>")
         return document(words or "Search photos", f"""<h1><a href="/">Search photos</a></h1>
 <form role="search"><label for="q">{label}</label>
 <input type="search" id="q" name="q" value="{escape(words)}" autofocus>{hidden}
@@ -253,7 +297,7 @@ class SearchPages:
 <input type="file" id="image" name="image" accept="image/*" required>
 <button>Search by picture</button></form>
 <main><div id="status" role="status">{notes}</div>{body}</main>
-<footer>{escape(printable(self.footer))}</footer>""", SCRIPT)
+<footer>{look}{escape(printable(self.footer()))}</footer>""", SCRIPT)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -271,13 +315,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def guarded(self, method):
         """Call the method. Whatever it raises becomes an error page."""
-        hosts = [f"{name}:{self.server.server_port}" for name in (HOST, "localhost")]
-        origins = [f"http://{host}" for host in hosts]
-        host, origin = self.headers.get("Host"), self.headers.get("Origin")
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        is_own = re.fullmatch(OWN_ADDRESS, host, re.IGNORECASE) and (
+            origin is None or re.fullmatch(f"https?://{OWN_ADDRESS}", origin, re.IGNORECASE))
         try:
             # Another site must not read the photos by a name that it made lead here (DNS
             # rebinding).
-            if host not in hosts or origin not in (None, *origins):
+            if not is_own:
                 raise Refused(403, "This server answers only requests to its own address and from "
                                    "its own pages.")
             method()
@@ -306,6 +350,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "There is no such page.")
 
     def post(self):
+        if self.path == "/look" and self.server.pages.find_photos is not None:
+            self.server.pages.look_for_photos()
+            self.reply(303, "text/html", b"", {"Location": "/"})
+            return
         length = self.headers.get("Content-Length", "")
         content_type = self.headers.get("Content-Type", "")
         if self.path != "/upload" or not content_type.startswith("multipart/form-data"):

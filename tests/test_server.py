@@ -28,9 +28,9 @@ from tests.conftest import start_script
 
 
 @contextlib.contextmanager
-def served(search, example_queries=()):
+def served(search, example_queries=(), find_photos=None):
     with server.Server(0) as http:
-        http.pages = server.SearchPages(search, "a run · some photos", example_queries)
+        http.pages = server.SearchPages(search, "a run", "of val", example_queries, find_photos)
         thread = threading.Thread(target=http.serve_forever, args=[0.01])
         thread.start()
         try:
@@ -161,7 +161,8 @@ def test_the_first_page(site):
     assert len(shown(html)) == 12 and "12 of 12 photos, at random" in html
     examples = [unescape(text) for text in re.findall(r'"/\?q=[^"]*">(.*?)</a>', html)]
     assert len(examples) == 3 and set(examples) <= set(site.search.texts)
-    assert "a run · some photos" in html and "autofocus" in html
+    assert "a run · 12 photos of val" in html and "Look for new photos" not in html
+    assert "autofocus" in html
     assert look(site, q="   ").count("at random") == 1
     headers = ask(site, "/")[1]
     policy = headers["Content-Security-Policy"]
@@ -269,12 +270,86 @@ def test_addresses(site, path, status):
 
 
 @pytest.mark.parametrize("host, status", [
-    ("example.com", 403), ("127.0.0.1", 403), ("127.0.0.1:1", 403), ("", 403),
-    ("localhost:PORT", 200), ("example.com:PORT", 403), ("localhost.example.com:PORT", 403)])
+    # Port 80 is not named, and a tunnel may have any port.
+    ("127.0.0.1", 200), ("localhost", 200), ("127.0.0.1:1", 200), ("LOCALHOST:9000", 200),
+    ("[::1]:9000", 200), ("127.0.1.1:PORT", 200), ("localhost:PORT", 200),
+    ("example.com", 403), ("", 403), ("example.com:PORT", 403), ("my-box.lan:PORT", 403),
+    ("localhost.example.com:PORT", 403), ("127.0.0.1.example.com:PORT", 403),
+    ("example.com@localhost:PORT", 403), ("localhost:PORT@example.com", 403),
+    ("127.example.com", 403), ("128.0.0.1:PORT", 403), ("10.127.0.0.1", 403),
+    ("localhost:x", 403), ("localhost/", 403), ("[::2]", 403), ("0.0.0.0:PORT", 403)])
 def test_only_requests_to_the_loopback_address_are_answered(site, host, status):
     for path in ("/", "/photo/0"):
         found, _, content = ask(site, path, Host=host.replace("PORT", str(site.port)))
         assert found == status and (status == 200 or b"photo" not in content.split(b"<h1>")[0][-9:])
+
+
+@pytest.mark.parametrize("origin, status", [
+    ("http://127.0.0.1:PORT", 303), ("http://localhost:9000", 303), ("http://localhost", 303),
+    ("https://localhost:9000", 303), ("http://[::1]:9000", 303),
+    ("null", 403), ("", 403), ("http://example.com", 403), ("http://example.com:PORT", 403),
+    ("http://localhost.example.com", 403), ("http://127.0.0.1@example.com", 403),
+    ("http://127.0.0.1:PORT.example.com", 403), ("file://", 403), ("localhost", 403)])
+def test_only_pages_of_the_loopback_address_may_send_a_picture(site, origin, status):
+    origin = origin.replace("PORT", str(site.port))
+    assert ask(site, "/upload", "POST", Origin=origin, **form(png()))[0] == status
+
+
+def test_photos_are_added_changed_and_deleted_while_it_serves(run, shapes, tmp_path, capfd):
+    sources = photos_of_split(shapes, "val")[0]
+    for name, photo in zip(("a.png", "b.png", "c.png"), sources):
+        shutil.copy(photo, tmp_path / name)
+    photos = photos_of_folder(tmp_path)
+    search = Search(EmbeddingCache(run), photos, [[] for _ in photos], use_bank=True)
+    search.embed_photos()
+    with served(search, find_photos=lambda: photos_of_folder(tmp_path)) as site:
+        def press():
+            status, headers, _ = ask(site, "/look", "POST", Origin=f"http://localhost:{site.port}")
+            assert (status, headers["Location"]) == (303, "/")
+            return look(site)
+
+        assert "Look for new photos" in look(site)
+        assert "Found: 0 new photos, 0 changed, 0 deleted." in press()
+        old = {number: site.pages.photo(str(number)) for number in range(3)}
+
+        (tmp_path / "a.png").unlink()
+        html = look(site, q="red")
+        assert "a.png: the file is missing" in html and len(shown(html)) == 2
+        assert b"missing or unreadable" in ask(site, "/photo/0")[2]
+        assert "a.png: the file is missing" in look(site, 410, photo=0)
+
+        shutil.copy(sources[3], tmp_path / "0.png")
+        shutil.copy(sources[4], tmp_path / "b.png")
+        (tmp_path / "bad.png").write_text("no photo")
+        html = press()
+        assert "Found: 1 new photos, 1 changed, 1 deleted." in html
+        assert "1 cannot be read: " in html and "bad.png: not an image" in html
+        assert "a run · 3 photos of val" in html
+        html = look(site, q="red")
+        assert "3 of 3 photos, best first" in html and "a.png" not in html
+        assert sorted(number for number, _ in shown(html)) == [2, 3, 4]
+        assert [site.pages.photo(str(number)).name for number in (3, 4)] == ["0.png", "b.png"]
+        assert {number: site.pages.photo(str(number)) for number in range(3)} == old
+        # What was appended is ranked as if it had been there from the start.
+        fresh = Search(search.cache, search.photos[2:], [[]] * 3, use_bank=True)
+        fresh.embed_photos()
+        rank = dict(expected(fresh, fresh.score_photos(fresh.embed_texts(["red"]))))
+        assert dict(shown(html)) == {i + 2: similarity for i, similarity in rank.items()}
+
+        shutil.copy(sources[0], tmp_path / "a.png")  # back again
+        assert "Found: 1 new photos, 0 changed, 0 deleted." in press()
+        for headers in ({"Origin": "http://example.com"}, {"Host": "example.com"}):
+            assert ask(site, "/look", "POST", **headers)[0] == 403
+        assert ask(site, "/look")[0] == 404
+        shutil.rmtree(tmp_path)
+        status, _, content = ask(site, "/look", "POST")
+        assert status == 410 and b"there is no such folder" in content
+        assert "the file is missing" in look(site, q="red")
+    assert capfd.readouterr().err == ""
+
+
+def test_there_is_nothing_to_look_for_in_a_split(site):
+    assert ask(site, "/look", "POST")[0] == 404
 
 
 def test_other_methods_get_an_error_page(site):
@@ -341,7 +416,8 @@ def test_serving_a_folder_takes_examples_from_the_data(run, shapes, tmp_path, mo
     given = ["--output_dir", str(run), "--serve", "0", "--photos", str(tmp_path)]
     (run / CACHE).unlink(missing_ok=True)
     assert show_flickr8k_results.main(given) == 0
-    assert len(pages[0].search.photos) == 1 and "1 photos in" in pages[0].footer
+    assert len(pages[0].search.photos) == 1 and "1 photos in" in pages[0].footer()
+    assert pages[0].find_photos() == [tmp_path / "a.png", tmp_path / "b.png"]
     first_captions = [captions[0] for captions in photos_of_split(shapes, "val")[1]]
     assert pages[0].example_queries == first_captions
 
