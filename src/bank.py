@@ -20,30 +20,33 @@ class Bank:
     2. Hubs are corrected for. These are photos that are near to almost any text, or texts that are
        near to almost any photo. How near an item is to the bank in general is subtracted from its
        similarities: the inverted softmax (Smith et al. 2017) with training queries (Bogolin et al.
-       2022).
+       2022). Where photos share captions this is left out, as a text is then rightly near to many
+       photos.
 
     The dot product of a query and of an item of the gallery, as the methods return them, is the
     cosine of the expanded latents minus the hubness of the item. All methods take latents (N, D) of
     unit length, return (N, D + 1), and raise ValueError if D is not that of the bank."""
 
-    def __init__(self, photos, texts, photo_of_text):
+    def __init__(self, photos, texts, photo_of_text, correct_hubs=True):
         """photos: (P, D). texts: (T, D). photo_of_text: (T,), the row of each text's photo.
+        correct_hubs: whether to correct for hubs.
 
         The latents get unit length. They are rounded to float16, in which `state_dict` returns
         them, so that a bank ranks the same before and after it is saved."""
         self.photos = F.normalize(photos.float(), dim=-1).half().float()
         self.texts = F.normalize(texts.float(), dim=-1).half().float()
-        self.photo_of_text = photo_of_text
+        self.photo_of_text, self.correct_hubs = photo_of_text, correct_hubs
         sums = torch.zeros_like(self.photos).index_add_(0, photo_of_text, self.texts)
         self.mean_texts = F.normalize(sums, dim=-1)  # of the texts of each photo
 
     @property
     def nbytes(self):
-        return sum(tensor.nbytes for tensor in self.state_dict().values())
+        state = self.state_dict().values()
+        return sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
 
     def state_dict(self):
         return {"photos": self.photos.half(), "texts": self.texts.half(),
-                "photo_of_text": self.photo_of_text}
+                "photo_of_text": self.photo_of_text, "correct_hubs": self.correct_hubs}
 
     def text_queries(self, texts):
         """Texts as queries, for a gallery of photos."""
@@ -65,8 +68,9 @@ class Bank:
     def _queries(expanded, hubness):
         return torch.cat([expanded, torch.ones_like(hubness)[:, None]], 1)
 
-    @staticmethod
-    def _gallery(expanded, hubness):
+    def _gallery(self, expanded, hubness):
+        if not self.correct_hubs:
+            hubness = torch.zeros_like(hubness)
         return torch.cat([expanded, -hubness[:, None]], 1)
 
     def _expand_photos(self, photos):

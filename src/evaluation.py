@@ -94,7 +94,8 @@ def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
     captions = captions[by_length]
     photo_latents, caption_latents = embed(model, dataset, photos, captions, amp_dtype, pixels)
     photo_of_text = torch.searchsorted(photos, photo_of_caption[captions])
-    return Bank(photo_latents.cpu(), caption_latents.cpu(), photo_of_text)
+    return Bank(photo_latents.cpu(), caption_latents.cpu(), photo_of_text,
+                correct_hubs=dataset.text_ids is None)
 
 
 def compare_bank(model, dataset, bank, amp_dtype=None):

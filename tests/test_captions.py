@@ -468,8 +468,8 @@ def test_photos_that_share_captions_are_noticed(tmp_path, captions, different):
     if different is None:
         assert said == []
     else:
-        assert said == [f"{different} different captions for {len(captions)} photos: a caption is "
-                        "right for every photo that has it"]
+        assert said == [f"photos share captions, {different} different ones for {len(captions)} "
+                        "photos: a caption is right for every photo that has it"]
 
 
 def test_a_caption_that_one_photo_has_twice_is_not_shared(tmp_path):

@@ -111,6 +111,7 @@ def test_a_text_is_right_for_every_photo_that_has_it(shapes):
     data = splits["val"]
     bank = make_bank(run.model, splits["train"], 32)
     plain = compare_bank(run.model, data, bank)
+    assert bank.correct_hubs
     data.text_ids = data.photo_of_caption // 4 + 1  # of 12 photos, four have the same text
     shared = compare_bank(run.model, data, bank)
     assert shared["without_bank"] == evaluate(run.model, data)
@@ -121,3 +122,4 @@ def test_a_text_is_right_for_every_photo_that_has_it(shapes):
         assert shared[column]["t2i_r5"] > plain[column]["t2i_r5"]
     assert shared["hub_share"]["without_bank"] == 100  # three texts have at most three photos
     assert shared["photo_and_text"] is None  # no photo has two different captions
+    assert not make_bank(run.model, data, 32).correct_hubs

@@ -186,7 +186,7 @@ class Folder:
                  for split, names in self.splits.items()]
         shared = []
         if self.different_captions is not None:
-            shared = [f"{self.different_captions:,} different captions for "
+            shared = [f"photos share captions, {self.different_captions:,} different ones for "
                       f"{len(self.names('all')):,} photos: a caption is right for every photo that "
                       "has it"]
         by_hash = " (split by a hash of the photos' names)" if self.by_hash else ""
