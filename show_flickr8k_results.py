@@ -34,6 +34,16 @@ from src.utils.console import (
 EXAMPLES = 4  # hits, and as many misses, on the page of a run
 OUTPUTS = Path("outputs")  # where the training script writes its runs, unless told otherwise
 PAGE_TITLE = "Image-text retrieval"
+# What each of these flags has an effect on, so that none is ignored without a word.
+USED_WITH = {
+    "data_dir": ("--query", "--image", "--serve", "--page"),
+    "split": ("--query", "--image", "--serve", "--page"),
+    "photos": ("--query", "--serve"),
+    "bank": ("--query", "--image", "--serve"),
+    "top": ("--query", "--image"),
+    "format": ("--compare",),
+}
+DEFAULTS = {"split": "test", "bank": True, "top": 5, "format": "terminal"}
 
 
 def parse_args(argv=None):
@@ -62,7 +72,7 @@ def parse_args(argv=None):
     add("--output_dir", type=text, nargs="+", metavar="DIR",
         help="folder of the run; several for --page and the tables (default: the newest run in "
         f"{OUTPUTS})")
-    add("--split", choices=list(SPLIT_FILES), default="test",
+    add("--split", choices=list(SPLIT_FILES),
         help="the split whose photos and captions are ranked (default: test)")
     add("--data_dir", type=text, metavar="DIR",
         help="folder of the dataset (default: the one that the run was trained on)")
@@ -70,24 +80,42 @@ def parse_args(argv=None):
         help="with --query or --serve: search the photos in this folder and below it instead")
 
     add = parser.add_argument_group("how to show it").add_argument
-    add("--bank", action=argparse.BooleanOptionalAction, default=True,
+    add("--bank", action=argparse.BooleanOptionalAction,
         help="rank with the run's bank of training photos and captions (default: on)")
-    add("--top", type=number(int, "[1, inf)"), default=5, metavar="K",
-        help="number of results (default: 5)")
-    add("--format", choices=["terminal", "markdown"], default="terminal",
+    add("--top", type=number(int, "[1, inf)"), metavar="K",
+        help="number of results of --query or --image (default: 5)")
+    add("--format", choices=["terminal", "markdown"],
         help="format of --compare (default: terminal)")
 
     args = parser.parse_args(argv)
     serve, search = args.serve is not None, bool(args.query or args.image)
     if args.output_dir and len(args.output_dir) > 1 and (search or serve):
         parser.error("--query, --image and --serve take one --output_dir")
-    if args.photos and not (args.query or serve):
-        parser.error("--photos needs --query or --serve")
     if (search or args.page) and (args.compare or serve):
         parser.error("--query, --image and --page cannot be combined with --compare or --serve")
     if args.page and not args.page.lower().endswith(".html"):
         parser.error(f"--page writes an HTML file, so {args.page} has to end in .html")
+    check_flags_are_used(parser, args)
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     return args
+
+
+def check_flags_are_used(parser, args):
+    """Raise the parser's error for a flag that would have no effect."""
+    what = ["--query", "--image", "--serve", "--page", "--compare"]
+    given = [flag for flag in what if getattr(args, flag[2:]) is not None]
+    for name, users in USED_WITH.items():
+        if getattr(args, name) is not None and not set(given) & set(users):
+            flag = "--no-bank" if args.bank is False and name == "bank" else f"--{name}"
+            parser.error(f"{flag} has no effect without {' or '.join(users)}")
+    if args.photos and args.split:
+        parser.error("--split has no effect with --photos, which are searched instead of a split")
+    if args.photos and args.data_dir and args.serve is None:
+        parser.error("--data_dir has no effect with --photos, which are searched instead of it")
+    if args.compare and args.output_dir:
+        parser.error("--output_dir has no effect with --compare, which takes the runs itself")
 
 
 if __name__ == "__main__":

@@ -248,7 +248,8 @@ def run_dir(finished, tmp_path):
 
 
 def use(run_dir, capsys, *given):
-    status = show_flickr8k_results.main(["--output_dir", str(run_dir), *map(str, given)])
+    which = [] if "--compare" in given else ["--output_dir", str(run_dir)]
+    status = show_flickr8k_results.main([*which, *map(str, given)])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -399,8 +400,10 @@ def test_an_unreadable_photo_of_a_folder_is_skipped_with_a_message(
         status, out, err = use(run_dir, capsys, *given)
         assert status == 0 and f'"red" in 2 photos in {folder}' in out
         assert sorted(rest for *_, rest in ranking(out)) == ["0.jpg", "2.jpg"]
-        first, second = err.splitlines()
+        first, hidden, second = err.splitlines()
         assert first == "skipped, because they are not photos that can be read: 1 .heic"
+        assert hidden == ("left out: 1 thumbnails, deleted or hidden photos, such as "
+                          f"{folder / '._0.jpg'}")
         assert second.startswith("skipped photos that cannot be read (1): ")
         assert f"{folder / '1.jpg'}: image file is truncated" in second
 
@@ -579,3 +582,46 @@ def test_wrong_arguments(given, capsys):
         show_flickr8k_results.main(given)
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("given, message", [
+    (["--data_dir", "d"], "--data_dir has no effect without --query or --image or --serve or"),
+    (["--split", "val"], "--split has no effect without --query or --image or --serve or --page"),
+    (["--top", "3"], "--top has no effect without --query or --image"),
+    (["--bank"], "--bank has no effect without --query or --image or --serve"),
+    (["--no-bank"], "--no-bank has no effect without"),
+    (["--format", "terminal"], "--format has no effect without --compare"),
+    (["--photos", "p"], "--photos has no effect without --query or --serve"),
+    (["--image", "i", "--photos", "p"], "--photos has no effect without"),
+    (["--page", "a.html", "--top", "3"], "--top has no effect"),
+    (["--page", "a.html", "--no-bank"], "--no-bank has no effect"),
+    (["--serve", "--top", "3"], "--top has no effect"),
+    (["--query", "q", "--format", "markdown"], "--format has no effect"),
+    (["--compare", "a", "--data_dir", "d"], "--data_dir has no effect"),
+    (["--compare", "a", "--output_dir", "b"], "--output_dir has no effect with --compare"),
+    (["--query", "q", "--photos", "p", "--split", "val"], "--split has no effect with --photos"),
+    (["--serve", "--photos", "p", "--split", "val"], "--split has no effect with --photos"),
+    (["--query", "q", "--photos", "p", "--data_dir", "d"], "--data_dir has no effect with"),
+])
+def test_a_flag_that_would_have_no_effect_is_an_error(given, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        show_flickr8k_results.parse_args(given)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith(f"error: {message}"), err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("given", [
+    ["--query", "q", "--data_dir", "d", "--split", "val", "--top", "3", "--no-bank"],
+    ["--image", "i", "--data_dir", "d", "--split", "val", "--top", "3", "--no-bank"],
+    ["--query", "q", "--image", "i", "--photos", "p", "--top", "3", "--page", "a.html"],
+    ["--page", "a.html", "--data_dir", "d", "--split", "val"],
+    ["--serve", "--data_dir", "d", "--split", "val", "--bank"],
+    ["--serve", "--photos", "p", "--data_dir", "d"],  # whose captions are the examples
+    ["--compare", "a", "b", "--format", "markdown"],
+])
+def test_flags_that_go_together(given):
+    args = show_flickr8k_results.parse_args(given)
+    assert args.split == ("val" if "val" in given else "test")
+    assert args.top == (3 if "3" in given else 5) and args.bank == ("--no-bank" not in given)
+    assert args.format == ("markdown" if "markdown" in given else "terminal")
