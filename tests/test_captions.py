@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from src.runs import CONFIG, HISTORY
-from src.utils.captions import SPLIT_FILES, Folder, find_photo_folder, read_folder, read_split
+from src.utils.captions import SPLIT_FILES, Folder, read_folder, read_split
 from src.utils.duplicates import near_duplicates, signature
 from src.utils.errors import DataError
 from src.utils.synthetic import write_synthetic
@@ -103,8 +103,7 @@ def test_the_folder_with_the_photos_is_preferred_to_an_empty_one(dataset_dir, fu
     (dataset_dir / empty).mkdir()
     (dataset_dir / empty / "README.jpg").write_text("the only file here")
     assert len(open_dataset(dataset_dir)) == 30
-    names = read_split(dataset_dir, "val")
-    assert find_photo_folder(dataset_dir, names) == dataset_dir / full
+    assert read_folder(dataset_dir).photo_folder == dataset_dir / full
 
 
 def test_the_names_of_photos_may_contain_a_folder(dataset_dir):
@@ -337,13 +336,26 @@ def test_check_describes_the_folder_without_training(catalogue, tmp_path, capsys
     write_tsv(tmp_path / "data", photos, rows)
     before = sorted(tmp_path.rglob("*"))
     given = ["--data_dir", tmp_path / "data", "--output_dir", tmp_path / "run", "--check"]
-    assert main(*given) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-3:] == [
+    assert main(*given) == 2
+    printed = capsys.readouterr()
+    lines = [
         f"{tmp_path / 'data'}: layout of a table of captions, 40 photos, 201 captions",
         "train 32 photos, 165 captions; val 4 photos, 20 captions; test 4 photos, 16 captions "
-        "(split by a hash of the photos' names)",
-        f"1 of the 40 photos are missing in {tmp_path / 'data' / 'Images'}, such as {rows[6][0]}"]
+        "(split by a hash of the photos' names)"]
+    missing = (f"{tmp_path / 'data'}: 1 of the 40 photos are missing, such as {rows[6][0]}; they "
+               f"were looked for in {tmp_path / 'data' / 'Images'} and everywhere below "
+               f"{tmp_path / 'data'}")
+    assert printed.out.splitlines() == lines
+    assert printed.err == f"error: {missing}.\n--allow_incomplete trains without them.\n"
+    assert main(*given, "--allow_incomplete") == 0
+    lines.append(f"{missing}; --allow_incomplete trains without them")
+    assert capsys.readouterr().out.splitlines() == lines
+    shutil.copy(photos / rows[5][0], tmp_path / "data" / "Images" / rows[6][0])
+    with open(tmp_path / "data" / "Images" / rows[6][0], "ab") as file:
+        file.write(b"x")
+    assert main(*given) == 0
+    assert capsys.readouterr().out.splitlines() == lines[:2]
+    (tmp_path / "data" / "Images" / rows[6][0]).unlink()
     assert sorted(tmp_path.rglob("*")) == before
 
 

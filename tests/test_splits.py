@@ -75,7 +75,7 @@ def test_missing_captions_and_a_missing_folder_of_photos_are_reported(tmp_path, 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no captions in a known layout"):
         open_dataset(tmp_path / "empty")
-    (dataset_dir / PHOTOS).rename(dataset_dir / "elsewhere")
+    (dataset_dir / PHOTOS).rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match="6 of the 6 photos of train are missing"):
         open_dataset(dataset_dir)
 

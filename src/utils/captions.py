@@ -13,9 +13,8 @@
     texts        NAME.jpg with NAME.txt beside it, one caption a line, in the folder or below it
     shards       .tar files of NAME.jpg and NAME.txt, as img2dataset and webdataset write them
 
-The photos are looked for in the folder itself, in one of PHOTO_FOLDERS inside it (in upper or lower
-case), or in one such folder inside another. The single files are read by `caption_files.py`, texts
-and shards by `samples.py`. This module must not import torch."""
+The single files are read by `caption_files.py`, texts and shards by `samples.py`, and the photos are
+found by `photo_names.py`. This module must not import torch."""
 import collections
 import functools
 import hashlib
@@ -28,6 +27,7 @@ import numpy as np
 
 from src.utils.caption_files import bar_rows, coco_rows, karpathy_rows, token_rows
 from src.utils.errors import DataError
+from src.utils.photo_names import PhotoFiles, find_copies
 from src.utils.ragged import Texts
 from src.utils.samples import archive_rows, find_archives, folder_rows, list_files
 from src.utils.tables import table_rows
@@ -43,13 +43,10 @@ CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt")
 FLICKR30K_FILES = ("results_20130124.token", "results.csv")
 KARPATHY_FILES = ("dataset_flickr8k.json", "dataset_flickr30k.json", "dataset_coco.json")
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.txt")
-PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images", "flickr30k_images",
-                 "Images")
 TEXT_FOLDERS = ("", "Flickr8k_text", "flickr30k_images")
 MAX_LENGTH = 1000  # characters of a text that are read; the longest of Flickr8k has 199
 MAX_HELD_OUT = 1000  # the most photos that a hash takes for val, and as many for test
 SHARED_CAPTIONS = 0.1  # Flickr8k has 0.01, the built-in shapes have 0.05, class names have 1
-SAMPLE = 1000  # photos that are looked for in order to find their folder
 
 
 def cut_text(text):
@@ -69,16 +66,18 @@ class Folder:
     come from. splits: {"train", "val", "test": [names of photos]}. by_hash: whether some of the
     splits were made by a hash of the photos' names. row_of: {name of a photo: its row}.
     cut_captions: how many captions were longer than MAX_LENGTH and were cut. photo_folder: the
-    folder that the photos are in. notes: sentences on what was read otherwise than a user may
+    folder that the photos are in. missing: {name of a photo that is not there: how a message
+    describes it}. notes: sentences on what was read otherwise than a user may
     expect, each with a number and an example."""
 
     def __init__(self, root, layout, source, rows, splits=None, photos=None,
-                 notes=None):
+                 notes=None, merge_copies=True):
         """rows: an iterable of rows as the readers in `caption_files.py` yield them. splits: given
         if the layout lists the splits in files of their own. photos: {name: path}; by default the
         folder of the photos is looked for. notes: a list to which the iterable may append sentences
-        while its rows are read. Raises DataError if a photo is in two splits, or if a
-        split would be empty."""
+        while its rows are read. merge_copies: whether photos of equal content are read as one photo
+        with all their captions, unless their splits differ. Raises DataError if a photo is in two
+        splits, or if a split would be empty."""
         self.root, self.layout, self.source = root, layout, source
         self.notes = [] if notes is None else notes
         self.row_of, split_of = {}, []
@@ -100,15 +99,49 @@ class Folder:
         # The captions are kept photo by photo, those of each photo in the file's order.
         owners, lengths = np.array(owners, np.int32), np.array(lengths, np.int32)
         captions = Texts(np.frombuffer(texts, np.uint8), np.cumsum(lengths) - lengths, lengths)
+        self.photos, self.photo_folder, self.missing = photos, root, {}
+        if photos is None:
+            names = splits.values() if splits else [self.row_of]
+            files = PhotoFiles(root, list(itertools.chain(*names)))
+            self.photos, self.photo_folder, self.missing = files.others, files.folder, files.missing
+            self.notes += files.notes
+        if merge_copies:
+            captions, owners, split_of = self._merge_copies(captions, owners, split_of)
         self.captions = captions.take(np.argsort(owners, kind="stable"))
         self.counts = np.bincount(owners, minlength=len(self.row_of))
         self.first = np.cumsum(self.counts) - self.counts
         self.by_hash = False
         self.splits = self._splits(split_of) if splits is None else splits
-        self.photos, self.photo_folder = photos, root
-        if photos is None:
-            names = self.names("all")
-            self.photo_folder = find_photo_folder(root, names[::len(names) // SAMPLE + 1])
+
+    def _merge_copies(self, captions, owners, split_of):
+        """Make one photo of those that have equal content and the same split. It has the name of
+        the first of them, and each of their captions once.
+
+        captions: M texts. owners: (M,) rows of their photos. split_of: the split of each row.
+        Changes row_of, and returns what is left of the three."""
+        photos = {name: self.path(name) for name in self.row_of if name not in self.missing}
+        copies = find_copies(photos, dict(zip(self.row_of, split_of)))
+        if not copies:
+            return captions, owners, split_of
+        name, first = next(iter(copies.items()))
+        self.notes.append(
+            f"{len(copies):,} of the {len(self.row_of):,} photos have the same content as another "
+            f"one and add their captions to it; for example, {name} is {first}")
+        split_of = [split for name, split in zip(self.row_of, split_of) if name not in copies]
+        names = list(self.row_of)
+        self.row_of = {name: row for row, name in enumerate(
+            name for name in names if name not in copies)}
+        row_of_owner = np.array([self.row_of[copies.get(name, name)] for name in names])
+        owners = row_of_owner[owners]
+        merged = {self.row_of[first] for first in copies.values()}
+        kept, seen = [], set()
+        for i, owner in enumerate(owners.tolist()):
+            if owner in merged:
+                if (owner, captions[i]) in seen:
+                    continue
+                seen.add((owner, captions[i]))
+            kept.append(i)
+        return captions.take(kept), owners[kept], split_of
 
     def _splits(self, split_of):
         """Sort the photos into splits. split_of: for each row, the name of its split or None."""
@@ -140,7 +173,8 @@ class Folder:
 
     def path(self, name):
         """Return where a photo lies, which is a Path, or a TarMember of a shard."""
-        return self.photo_folder / name if self.photos is None else self.photos[name]
+        photo = self.photos.get(name)
+        return self.photo_folder / name if photo is None else photo
 
     def captions_of(self, names):
         """Return the captions of N photos.
@@ -215,25 +249,6 @@ def split_by_hash(names, missing):
         names[source] = [name for name in names[source] if name not in taken]
 
 
-def find_photo_folder(root, names):
-    """Return the folder that holds the most photos of these names: root, one of PHOTO_FOLDERS in
-    it, or one such folder in another."""
-    order = [name.lower() for name in PHOTO_FOLDERS]
-
-    def photo_folders_in(folder):
-        paths = [path for path in folder.iterdir() if path.name.lower() in order and path.is_dir()]
-        return sorted(paths, key=lambda path: order.index(path.name.lower()))
-
-    def count_photos(folder):
-        return sum((folder / name).is_file() for name in names)
-
-    folders = photo_folders_in(root)
-    folders += [inner for folder in folders for inner in photo_folders_in(folder)]
-    # If there are no photos at all, this is the first of PHOTO_FOLDERS that exists, which is the
-    # folder that an error message should name.
-    return max([*folders, root], key=count_photos)
-
-
 def find_text_file(root, names):
     """Return the path of the first of these files that is in one of TEXT_FOLDERS, or None."""
     for name in names:
@@ -273,7 +288,7 @@ def read_flickr8k(root):
             return None
         rows = table_rows(source)
     splits = {split: read_split(root, split) for split in SPLIT_FILES}
-    return Folder(root, "Flickr8k", source, rows, splits)
+    return Folder(root, "Flickr8k", source, rows, splits, merge_copies=False)
 
 
 def read_flickr30k(root):
@@ -281,7 +296,7 @@ def read_flickr30k(root):
     if source is None:
         return None
     rows = bar_rows(source) if source.suffix == ".csv" else token_rows(source)
-    return Folder(root, "Flickr30k", source, rows)
+    return Folder(root, "Flickr30k", source, rows, merge_copies=False)
 
 
 def read_karpathy(root):
@@ -290,7 +305,8 @@ def read_karpathy(root):
         return None
     titles = {"flickr8k": "Flickr8k", "flickr30k": "Flickr30k", "coco": "COCO"}
     title = titles[source.stem.removeprefix("dataset_")]
-    return Folder(root, f"{title}, Karpathy's splits", source, karpathy_rows(source))
+    return Folder(root, f"{title}, Karpathy's splits", source, karpathy_rows(source),
+                  merge_copies=False)
 
 
 def read_coco(root):
@@ -299,7 +315,8 @@ def read_coco(root):
                  for split in ("train", "val")}
         paths = {split: path for split, path in paths.items() if path.is_file()}
         if paths:
-            return Folder(root, f"COCO {year}", next(iter(paths.values())), coco_rows(paths))
+            return Folder(root, f"COCO {year}", next(iter(paths.values())), coco_rows(paths),
+                          merge_copies=False)
     return None
 
 

@@ -117,6 +117,14 @@ class PairsOfSplit:
         return near_duplicates(self.signatures[[row]], other.signatures[[other_row]])[0] == 0
 
 
+def repair_of(folder):
+    """Return what to do about an incomplete folder, as the second line of an error message."""
+    repair = ""
+    if folder.layout == "Flickr8k":
+        repair = f"`{download_command(folder.root)}` repairs it; "
+    return f"{repair}--allow_incomplete trains without them."
+
+
 def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, progress=None,
                image_encoder=None, text_encoder=None):
     """Read a split of a dataset folder as `PairsOfSplit`. Each photo is decoded, or encoded, once.
@@ -140,20 +148,17 @@ def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, pr
         dropped = [name for name in names if name in faulty]
         if not allow_incomplete:
             details = [faulty[name] if isinstance(faulty, dict) else name for name in dropped]
-            repair = ""
-            if folder.layout == "Flickr8k":
-                repair = f"`{download_command(folder.root)}` repairs it; "
             raise DataError(
                 f"{folder.root} is incomplete: {len(dropped)} of the {len(names)} photos of "
                 f"{split} are {fault} ({first_three(details)}) in {place}.\n"
-                f"{repair}--allow_incomplete trains without them.")
+                + repair_of(folder))
         if len(dropped) == len(names):
             raise DataError(f"{folder.root}: no photo of {split} is usable")
         skipped.extend(dropped)
         return [name for name in names if name not in faulty]
 
     names = folder.names(split)
-    missing = {name for name in names if not folder.path(name).is_file()}
+    missing = {name: folder.missing[name] for name in names if name in folder.missing}
     names = drop_or_raise(names, "missing", missing, folder.photo_folder)
     counts = folder.captions_of(names)[1].tolist()
     without_captions = {name for name, count in zip(names, counts) if not count}
@@ -197,13 +202,31 @@ def read_folders(settings):
 
 
 def check_folders(settings):
-    """Log what the folders hold and how many photos are missing, as the flag --check does."""
-    for folder in read_folders(settings):
-        names = folder.names("all")
-        missing = [name for name in names if not folder.path(name).is_file()]
-        if missing:
-            log.info(f"{len(missing):,} of the {len(names):,} photos are missing in "
-                     f"{folder.photo_folder}, such as {missing[0]}")
+    """Log what the folders hold, as the flag --check does.
+
+    Raises DataError if photos that training would read are missing; with --allow_incomplete, only
+    if a split has no other photos."""
+    faults = []
+    for number, folder in enumerate(read_folders(settings)):
+        splits = list(folder.splits)
+        if number:  # a folder of --extra_data
+            splits = ["all"] if settings.extra_all else ["train"]
+        names = [name for split in splits for name in folder.names(split)]
+        missing = [folder.missing[name] for name in names if name in folder.missing]
+        if not missing:
+            continue
+        fault = (f"{folder.root}: {len(missing):,} of the {len(names):,} photos are missing, such "
+                 f"as {missing[0]}; they were looked for in {folder.photo_folder} and everywhere "
+                 f"below {folder.root}")
+        emptied = [split for split in splits if folder.missing.keys() >= set(folder.names(split))]
+        if settings.allow_incomplete and not emptied:
+            log.info(f"{fault}; --allow_incomplete trains without them")
+        elif settings.allow_incomplete:
+            faults.append(f"{fault}.\nNo photo of {emptied[0]} is usable.")
+        else:
+            faults.append(f"{fault}.\n{repair_of(folder)}")
+    if faults:
+        raise DataError("\n".join(faults))
 
 
 def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None):
