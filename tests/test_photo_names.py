@@ -15,15 +15,16 @@ from src.utils.splits import check_folders, load_splits
 from tests.conftest import write_dataset
 from tests.test_extra_data import noise
 
+PHOTO = noise(0)
 OTHERS = [f"photo {i}.jpg" for i in range(20)]
 
 
 def write_files(root, *names):
-    """Write files of different content, which only have the names of photos."""
+    """Write files of different content, which begin like photos."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"content of {name}")
+        path.write_bytes(PHOTO + name.encode())
 
 
 def write_table(root, names, name="captions.csv"):
@@ -169,7 +170,9 @@ def test_names_that_fit_are_not_touched_by_a_missing_one(tmp_path):
 @pytest.mark.parametrize("place", ["photos", "my images", "data/images", "a/b/c", "Images"])
 def test_the_photos_may_lie_in_any_folder(tmp_path, place):
     write_files(tmp_path / place, *OTHERS)
-    write_files(tmp_path, "a few others/photo 3.jpg", ".hidden/photo 1.jpg")
+    write_files(tmp_path, "a few others/photo 3.jpg")
+    write_files(tmp_path / ".hidden", *OTHERS)
+    write_files(tmp_path / "@eaDir", *OTHERS)
     folder = read_folder(write_table(tmp_path, OTHERS))
     assert folder.photo_folder == tmp_path / place and not folder.missing
     assert files_of(folder) == {name: f"{place}/{name}" for name in folder.names("all")}

@@ -11,12 +11,13 @@ import os
 import posixpath
 import re
 import unicodedata
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from src.utils.caption_files import TarMember, photo_suffixes
+from src.utils.caption_files import TarMember
+from src.utils.errors import DataError
+from src.utils.photo_files import photo_suffixes, photos_of_folder
 
 PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images", "flickr30k_images",
                  "Images")
@@ -58,19 +59,12 @@ def spell(name, suffixes):
     return Spelling(tuple(parts[:-1]), stem, Image.EXTENSION[suffix] if suffix else None)
 
 
-def list_files(root):
-    """Yield the files below a folder as paths relative to it, with slashes, in alphabetical order.
-    Hidden files and folders are ignored; links are followed, and each folder is entered once."""
-    entered = set()
-    for place, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(place) in entered:
-            folders.clear()
-            continue
-        entered.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield Path(place, name).relative_to(root).as_posix()
+def list_photos(root):
+    """Return the photos below a folder as paths relative to it, with slashes."""
+    try:
+        return [path.relative_to(root).as_posix() for path in photos_of_folder(root)]
+    except DataError:  # there are none
+        return []
 
 
 class Match(NamedTuple):
@@ -95,10 +89,7 @@ class Listing:
         self.by_stem = collections.defaultdict(list)
         self.by_number = collections.defaultdict(list)
         self.folder_names = set()
-        for file in list_files(root):
-            suffix = os.path.splitext(file)[1].lower()
-            if suffix and suffix not in self.suffixes:
-                continue
+        for file in list_photos(root):
             spelling = self.spelling_of[file] = spell(file, self.suffixes)
             self.by_stem[spelling.stem].append(file)
             if spelling.stem.isdecimal():
