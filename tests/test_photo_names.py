@@ -10,7 +10,8 @@ import pytest
 from src.settings import make_settings
 from src.utils.captions import SPLIT_FILES, read_folder
 from src.utils.errors import DataError
-from src.utils.photo_names import PHOTO_FOLDERS, Listing, PhotoFiles
+from src.utils.photo_names import PHOTO_FOLDERS, Listing, PhotoFiles, find_copies
+from src.utils.samples import TurnedPhoto
 from src.utils.splits import check_folders, load_splits
 from tests.conftest import write_dataset
 from tests.test_extra_data import noise
@@ -278,6 +279,14 @@ def test_photos_of_equal_size_whose_middles_agree_are_still_compared(tmp_path):
         (tmp_path / name).write_bytes(b"%02d" % (i // 2) + middle)
     folder = read_folder(write_table(tmp_path, OTHERS))
     assert list(folder.row_of) == OTHERS[::2]
+
+
+def test_equal_files_of_which_one_is_turned_are_two_photos(tmp_path):
+    paths = {name: TurnedPhoto(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg")}
+    for path in paths.values():
+        path.write_bytes(PHOTO)
+    paths["b.jpg"].orientation = 6
+    assert find_copies(paths, dict.fromkeys(paths)) == {"c.jpg": "a.jpg"}
 
 
 def test_empty_files_are_not_one_photo(tmp_path):

@@ -67,8 +67,8 @@ class Folder:
     splits were made by a hash of the photos' names. row_of: {name of a photo: its row}.
     cut_captions: how many captions were longer than MAX_LENGTH and were cut. photo_folder: the
     folder that the photos are in. missing: {name of a photo that is not there: how a message
-    describes it}. notes: sentences on what was read otherwise than a user may
-    expect, each with a number and an example."""
+    describes it}. notes: sentences on what was read otherwise than a user may expect, each with a
+    number and an example."""
 
     def __init__(self, root, layout, source, rows, splits=None, photos=None,
                  notes=None, merge_copies=True):

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from src.utils.caption_files import TarMember
 from src.utils.errors import DataError
 from src.utils.photo_files import photo_suffixes, photos_of_folder
+from src.utils.samples import TarMember
 
 PHOTO_FOLDERS = ("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k-images", "flickr30k_images",
                  "Images")
@@ -276,10 +276,12 @@ def digest(photo):
 def find_copies(photos, split_of):
     """Find the photos whose files have equal content, to the byte.
 
-    photos: {name: Path or TarMember}, without those that are missing. split_of: {name: its split
+    photos: {name: Path, TurnedPhoto or TarMember}, without those that are missing. split_of: {name: its split
     or None}; only photos of the same split count. Returns {name: the first name with this content},
     without the first names themselves. Only files of equal size are read."""
-    keys = {name: (split_of[name],) for name in photos}
+    # Of two equal files, one may have to be turned.
+    keys = {name: (split_of[name], getattr(photo, "orientation", 1))
+            for name, photo in photos.items()}
     for measure in (size, excerpt, digest):
         counts = collections.Counter(keys.values())
         longer = {}
