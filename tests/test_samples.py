@@ -61,9 +61,10 @@ def read_samples(root, kind, files):
 
 
 def in_all(number, members):
-    """Repeat {suffix: content} for several keys, as a split needs some photos."""
-    return {f"{i:09d}{suffix}": content for i in range(number)
-            for suffix, content in members.items()}
+    """Repeat {suffix: content} for several keys, as a split needs some photos. Photos, which are
+    bytes, get a number, as equal ones would be one photo."""
+    return {f"{i:09d}{suffix}": content + str(i).encode() if content[:0] == b"" else content
+            for i in range(number) for suffix, content in members.items()}
 
 
 # {what it is: (the suffixes of the members of a key, the photo's suffix, its captions)}
@@ -291,7 +292,7 @@ def test_photos_carry_the_orientation_of_their_json(tmp_path, kind):
     files = {}
     for i, spelling in enumerate([*ORIENTATIONS, ""]):
         exif = json.dumps({"Image Orientation": spelling})
-        files |= {f"{i}.jpg": jpeg(), f"{i}.txt": "a dog",
+        files |= {f"{i}.jpg": jpeg((20 * i, 0, 0)), f"{i}.txt": "a dog",
                   f"{i}.json": json.dumps({"exif": exif})}
     texts, notes = read_samples(tmp_path, kind, files)
     folder = read_folder(tmp_path)

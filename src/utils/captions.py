@@ -13,7 +13,7 @@
     texts        NAME.jpg with NAME.txt beside it, one caption a line, in the folder or below it
     shards       .tar files of NAME.jpg and NAME.txt, as img2dataset and webdataset write them
 
-The single files are read by `caption_files.py`, texts and shards by `samples.py`, and the photos are
+The single files are read by `caption_files.py`, texts and shards by `samples.py`; the photos are
 found by `photo_names.py`. This module must not import torch."""
 import collections
 import functools

@@ -276,9 +276,9 @@ def digest(photo):
 def find_copies(photos, split_of):
     """Find the photos whose files have equal content, to the byte.
 
-    photos: {name: Path, TurnedPhoto or TarMember}, without those that are missing. split_of: {name: its split
-    or None}; only photos of the same split count. Returns {name: the first name with this content},
-    without the first names themselves. Only files of equal size are read."""
+    photos: {name: Path, TurnedPhoto or TarMember}, without those that are missing. split_of: {name:
+    its split or None}; only photos of the same split count. Returns {name: the first name with this
+    content}, without the first names themselves. Only files of equal size are read."""
     # Of two equal files, one may have to be turned.
     keys = {name: (split_of[name], getattr(photo, "orientation", 1))
             for name, photo in photos.items()}
