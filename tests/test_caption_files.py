@@ -2,8 +2,8 @@
 import pytest
 from PIL import Image
 
-from src.utils.captions import read_folder
 from src.utils.errors import DataError
+from src.utils.layouts import read_folder
 
 
 @pytest.mark.parametrize("line", [

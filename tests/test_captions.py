@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from src.runs import CONFIG, HISTORY
-from src.utils.captions import SPLIT_FILES, Folder, read_folder, read_split
+from src.utils.captions import SPLIT_FILES, Folder
 from src.utils.duplicates import near_duplicates, signature
 from src.utils.errors import DataError
+from src.utils.layouts import read_folder, read_split
 from src.utils.synthetic import write_synthetic
 from tests.conftest import main, open_dataset, read_captions
 

@@ -5,7 +5,7 @@ The caption is None in a row that only names a photo, and the split is None if t
 Files may have any line ends and a byte order mark; empty lines are skipped. What cannot be parsed
 raises DataError, which names the file and, where there are lines, the line.
 
-Which of these files a folder has is decided in `captions.py`. This module must not import torch."""
+Which of these files a folder has is decided in `layouts.py`. This module must not import torch."""
 import re
 from pathlib import PurePosixPath
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from src.utils.captions import MAX_LENGTH, SPLIT_FILES, Folder, download_command, read_folder
+from src.utils.captions import MAX_LENGTH, SPLIT_FILES, Folder, download_command
 from src.utils.console import ProgressLine, first_three
 from src.utils.duplicates import flickr_number, has_flickr_form, near_duplicates
 from src.utils.errors import DataError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.layouts import read_folder
 from src.utils.photo_store import STORE_FOLDER, Pixels, Rows, open_photo_store
 from src.utils.ragged import Texts
 from src.utils.synthetic import write_synthetic
