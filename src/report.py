@@ -122,7 +122,7 @@ def recall_notes(run):
     n = _captions_of_each_photo(data["val"])
     if n is not None:
         notes.append(f"original: by the measure of the original run, 1/{n} of the standard one")
-    if "photos_per_text" in data["val"]:
+    if "different_captions" in data["val"]:
         notes.append("photos share captions: a caption is right for every photo that has it")
     if run.bank:
         notes.append("with the bank: ranked with help from training pairs")
@@ -146,15 +146,16 @@ def _captions_of_each_photo(split):
     """The number of captions of every photo, or None if it is not the same for all photos, or if
     photos share captions."""
     numbers = list(split["captions_per_photo"])
-    return int(numbers[0]) if len(numbers) == 1 and "photos_per_text" not in split else None
+    return int(numbers[0]) if len(numbers) == 1 and "different_captions" not in split else None
 
 
 def _chance(split):
     def numbers(name):
         return [int(n) for n, times in split[name].items() for _ in range(times)]
 
-    if "photos_per_text" in split:
-        return chance_metrics(numbers("texts_per_photo"), numbers("photos_per_text"))
+    if "different_captions" in split:
+        return chance_metrics(numbers("texts_per_photo"), numbers("photos_per_caption"),
+                              split["different_captions"])
     return chance_metrics(numbers("captions_per_photo"))
 
 
@@ -163,8 +164,8 @@ def _counts(split):
     if "pixels" in split:  # otherwise they are features of a pretrained encoder
         text += f" of {split['pixels']} px"
     text += f", {split['captions']:,} captions"
-    if "photos_per_text" in split:
-        text += f", {sum(split['photos_per_text'].values()):,} different ones"
+    if "different_captions" in split:
+        text += f", {split['different_captions']:,} different"
     if split["skipped"]:
         text += f", {split['skipped']:,} photos left out"
     return text

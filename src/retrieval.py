@@ -35,8 +35,7 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, bank=No
     Returns {"i2t": ranks, "t2i": ranks}:
     - "i2t": (photos with captions,), the rank of the nearest of the photo's texts among the
       different texts that it does not have
-    - "t2i": (M,), the rank of the nearest of the photos that have the text among those that do not.
-      A text that a photo has twice is there once.
+    - "t2i": (M,), the rank of the nearest of the photos that have the text among those that do not
 
     Raises ValueError if embeddings are not finite, if shapes do not fit, or if there are no photos
     or no captions."""
@@ -59,7 +58,7 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, bank=No
         photo_queries, text_gallery = bank.photo_queries(images), bank.text_gallery(texts)
         pair_similarity = (text_gallery[text_of_pair] * photo_queries[photo_of_pair]).sum(1)
         i2t = photo_to_text(photo_queries, text_gallery, pairs, pair_similarity)
-    return {"i2t": i2t, "t2i": t2i[text_of_pair]}
+    return {"i2t": i2t, "t2i": t2i[text_of_caption]}
 
 
 def check_inputs(image_embeddings, text_embeddings, photo_of_caption, text_ids):
@@ -167,15 +166,15 @@ def with_summaries(metrics):
     return metrics | {"avg_r1": avg_r1, "rsum": rsum}
 
 
-def chance_metrics(texts_of_photo, photos_of_text=None):
+def chance_metrics(texts_of_photo, photos_of_caption=(1,), num_texts=None):
     """The expected metrics of random embeddings: those of `retrieval_metrics`, except for the
-    median ranks. texts_of_photo: (N,), the number of different texts of each photo. photos_of_text:
-    (T,), the number of photos that have each different text; by default one."""
+    median ranks. texts_of_photo: (N,), the number of different texts of each photo.
+    photos_of_caption: (M,), the number of photos that have the text of each caption; by default
+    one. num_texts: the number of different texts, by default the sum of texts_of_photo."""
     texts_of_photo = torch.as_tensor(texts_of_photo, dtype=torch.double)
-    if photos_of_text is None:
-        photos_of_text = torch.ones(int(texts_of_photo.sum()), dtype=torch.double)
-    photos_of_text = torch.as_tensor(photos_of_text, dtype=torch.double)
-    num_photos, num_texts = len(texts_of_photo), len(photos_of_text)
+    photos_of_caption = torch.as_tensor(photos_of_caption, dtype=torch.double)
+    num_photos = len(texts_of_photo)
+    num_texts = int(texts_of_photo.sum()) if num_texts is None else num_texts
     texts_of_photo = texts_of_photo[texts_of_photo > 0]
 
     def hit_rate(correct, total, k):
@@ -188,9 +187,7 @@ def chance_metrics(texts_of_photo, photos_of_text=None):
     metrics = {}
     for k in KS:
         metrics[f"i2t_r{k}"] = 100 * hit_rate(texts_of_photo, num_texts, k).mean().item()
-        # A text is a query once for each photo that has it.
-        hits = hit_rate(photos_of_text, num_photos, k) * photos_of_text
-        metrics[f"t2i_r{k}"] = 100 * (hits.sum() / photos_of_text.sum()).item()
+        metrics[f"t2i_r{k}"] = 100 * hit_rate(photos_of_caption, num_photos, k).mean().item()
     return with_summaries(metrics)
 
 

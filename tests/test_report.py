@@ -67,10 +67,10 @@ def test_tables_of_photos_that_share_captions(tmp_path):
     """Of 100 photos, 60 have one text, 30 have another one, and 10 have both."""
     run, _ = write_two_runs(tmp_path)
     run.config["data"]["val"] |= {
-        "captions": 100, "captions_per_photo": {"1": 90, "2": 10},
-        "texts_per_photo": {"1": 90, "2": 10}, "photos_per_text": {"70": 1, "40": 1}}
+        "captions": 110, "captions_per_photo": {"1": 90, "2": 10}, "different_captions": 2,
+        "texts_per_photo": {"1": 90, "2": 10}, "photos_per_caption": {"70": 70, "40": 40}}
     title, columns, rows = recall_tables(run)[0]
-    assert title == "Validation: 100 photos of 91 px, 100 captions, 2 different ones"
+    assert title == "Validation: 100 photos of 91 px, 110 captions, 2 different"
     chance = {name: values[columns.index("chance")] for name, *values in rows}
     assert chance["I->T R@1 (%)"] == "55.00" and chance["I->T R@5 (%)"] == "100.00"
     assert chance["T->I R@1 (%)"] == f"{100 * (0.7 * 70 + 0.4 * 40) / 110:.2f}"

@@ -121,16 +121,18 @@ class Flickr8kImageTextDataset:
     def counts(self):
         """Return what config.json tells about the split. "captions_per_photo" maps a number of
         captions to the number of photos that have so many. If photos share captions, there are also
-        "texts_per_photo", of different captions, and "photos_per_text", which maps a number of
-        photos to the number of different captions that so many photos have."""
+        "different_captions", their number, "texts_per_photo", which counts only different captions
+        of a photo, and "photos_per_caption", which maps a number of photos to the number of
+        captions whose text so many photos have."""
         form = "pixels" if self.photos.dtype == torch.uint8 else "features"
         counts = {"photos": len(self.names), form: self.photos.shape[-1], "captions": len(self),
                   "skipped": len(self.skipped),
                   "captions_per_photo": histogram(np.bincount(self.photo_of_caption))}
         if self.text_ids is not None:
             photos_of_text = np.bincount(self.texts_of_photo.concatenated(slice(None)))
+            counts["different_captions"] = np.count_nonzero(photos_of_text)
             counts["texts_per_photo"] = histogram(self.texts_of_photo.lengths)
-            counts["photos_per_text"] = histogram(photos_of_text[photos_of_text > 0])
+            counts["photos_per_caption"] = histogram(photos_of_text[self.text_ids.numpy()])
         return counts
 
     def fingerprint(self):
