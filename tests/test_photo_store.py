@@ -1,5 +1,6 @@
 """The store of decoded photos: its shards, and what can go wrong."""
 import errno
+import logging
 import os
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from src.utils.photo_store import (
     DIGEST_BYTES,
     STORE_FOLDER,
     Rows,
+    announce_store,
     delete_other_shards,
+    files_of_store,
     open_photo,
     open_shard,
 )
@@ -202,10 +205,33 @@ def test_no_shard_with_a_damaged_photo_is_kept(dataset_dir):
     assert torch.equal(data.photos[:], uncached.photos[:])
 
 
-def test_photos_are_read_even_if_the_store_cannot_be_written(dataset_dir):
+def test_photos_are_read_even_if_the_store_cannot_be_written(dataset_dir, caplog):
     (dataset_dir / STORE_FOLDER).write_text("a file that is in the way of the folder")
-    assert torch.equal(open_dataset(dataset_dir).photos[:],
-                       open_dataset(dataset_dir, cache=False).photos[:])
+    with caplog.at_level(logging.INFO, "flickr8k_sgd"):
+        data = open_dataset(dataset_dir)
+        assert torch.equal(data.photos[:], open_dataset(dataset_dir, cache=False).photos[:])
+        open_dataset(dataset_dir, "val")
+    assert caplog.messages == [
+        f"{dataset_dir / STORE_FOLDER}: cannot be written (File exists), so decoded photos are not "
+        "kept there, and the next run decodes them again"]
+
+
+def test_a_new_store_is_announced_and_an_old_one_is_not(dataset_dir, caplog):
+    caplog.set_level(logging.INFO, "flickr8k_sgd")
+
+    def read(*splits):
+        caplog.clear()
+        before = files_of_store(dataset_dir)
+        for split in splits:
+            open_dataset(dataset_dir, split, image_size=100)
+        announce_store(dataset_dir, before)
+        return caplog.messages
+
+    line, = read("train", "val")
+    assert line == (f"{dataset_dir / STORE_FOLDER}: decoded photos are kept in this folder (0.3 MB)"
+                    " for the next run; it may be deleted")
+    assert read("train", "val") == []
+    assert len(read("test")) == 1
 
 
 def test_a_full_disk_is_reported(dataset_dir, monkeypatch):

@@ -143,3 +143,12 @@ def test_long_captions_are_cut_and_counted(dataset_dir, caplog):
     assert captions[5] == ("a dog " * 5000)[:MAX_LENGTH]
     assert captions[11] == "x" * MAX_LENGTH
     assert "1 captions were cut to 1,000 characters" in caplog.text
+
+
+def test_the_store_of_photos_is_announced_when_it_is_made(dataset_dir, caplog):
+    settings = make_settings(data_dir=str(dataset_dir), model="tiny")
+    for times in (1, 0):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "flickr8k_sgd"):
+            load_splits(settings)
+        assert caplog.text.count("photo_store: decoded photos are kept in this folder") == times

@@ -4,9 +4,11 @@ A store keeps one row for each photo of a split: its pixels, or the features of 
 consists of shards, files of SHARD_SIZE photos whose names change with the photos' files, so that a
 changed photo is read anew."""
 import contextlib
+import functools
 import hashlib
 import io
 import json
+import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from src.utils.duplicates import SIGNATURE, signature
 from src.utils.errors import DataError
 from src.utils.photo_files import open_photo, version_of
 
+log = logging.getLogger("flickr8k_sgd")
 STORE_FOLDER = "photo_store"
 STORE_VERSION = 6  # to be raised whenever a photo gets other pixels or another signature
 SHARD_SIZE = 1000  # photos in a shard, and at most so many are lost when the program is killed
@@ -102,9 +105,34 @@ def partial_file(path):
     try:
         path.parent.mkdir(exist_ok=True)
         partial.touch()
-    except OSError:
+    except OSError as error:
+        say_that_nothing_is_kept(path.parent, error.strerror)
         return None
     return partial
+
+
+@functools.cache  # once for each folder, not for each shard
+def say_that_nothing_is_kept(folder, reason):
+    log.info(f"{folder}: cannot be written ({reason}), so decoded photos are not kept there, and "
+             "the next run decodes them again")
+
+
+def files_of_store(root):
+    """The files of the store in a dataset's folder, {name: bytes}."""
+    files = {}
+    with contextlib.suppress(OSError):  # there is none, or another process is deleting a file
+        for path in (root / STORE_FOLDER).iterdir():
+            files[path.name] = path.stat().st_size
+    return files
+
+
+def announce_store(root, files_before):
+    """Say where decoded photos are kept and how much room they take, if some are new there.
+    files_before: what `files_of_store` returned before they were read."""
+    files = files_of_store(root)
+    if files.keys() - files_before:
+        log.info(f"{root / STORE_FOLDER}: decoded photos are kept in this folder "
+                 f"({sum(files.values()) / 1e6:,.1f} MB) for the next run; it may be deleted")
 
 
 def delete_other_shards(store, shards):

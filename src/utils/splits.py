@@ -16,7 +16,14 @@ from src.utils.duplicates import flickr_number, has_flickr_form, near_duplicates
 from src.utils.errors import DataError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
 from src.utils.layouts import read_folder
-from src.utils.photo_store import STORE_FOLDER, Pixels, Rows, open_photo_store
+from src.utils.photo_store import (
+    STORE_FOLDER,
+    Pixels,
+    Rows,
+    announce_store,
+    files_of_store,
+    open_photo_store,
+)
 from src.utils.ragged import Texts
 from src.utils.synthetic import write_synthetic
 from src.utils.tokenizers import build_tokenizer
@@ -240,13 +247,17 @@ def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None)
     line = ProgressLine()
 
     def load(folder, split, image_size):
-        pairs = read_pairs(folder, split, image_size, settings.allow_incomplete,
-                           progress=line.counter(f"reading {split}"), image_encoder=image_encoder,
-                           text_encoder=text_encoder)
-        line.clear()
-        return pairs
+        try:
+            return read_pairs(
+                folder, split, image_size, settings.allow_incomplete,
+                progress=line.counter(f"reading {split}"), image_encoder=image_encoder,
+                text_encoder=text_encoder)
+        finally:
+            line.clear()
 
+    files_before = files_of_store(folder.root)
     splits = {split: load(folder, split, settings.stored_pixels(split)) for split in SPLIT_FILES}
+    announce_store(folder.root, files_before)
     train, val, test = splits["train"], splits["val"], splits["test"]
     before = len(train.names) + len(val.names)
     val = hold_out(val, [test], settings.allow_incomplete)
@@ -257,7 +268,9 @@ def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None)
                  "photos in a later split (the order is train, val, test)")
     for extra_folder in extra_folders:
         split = "all" if settings.extra_all else "train"
+        files_before = files_of_store(extra_folder.root)
         extra = load(extra_folder, split, settings.stored_pixels("train"))
+        announce_store(extra_folder.root, files_before)
         train = join_extra(train, extra, [val, test])
     if len(train.names) < 2:
         raise DataError(f"{settings.data_dir}: training needs at least two photos")
