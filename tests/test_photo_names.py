@@ -12,7 +12,6 @@ from src.utils.captions import SPLIT_FILES
 from src.utils.errors import DataError
 from src.utils.layouts import read_folder
 from src.utils.photo_names import PHOTO_FOLDERS, Listing, PhotoFiles, find_copies
-from src.utils.samples import TurnedPhoto
 from src.utils.splits import check_folders, load_splits
 from tests.conftest import write_dataset
 from tests.test_extra_data import noise
@@ -283,10 +282,10 @@ def test_photos_of_equal_size_whose_middles_agree_are_still_compared(tmp_path):
 
 
 def test_equal_files_of_which_one_is_turned_are_two_photos(tmp_path):
-    paths = {name: TurnedPhoto(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg")}
+    paths = {name: tmp_path / name for name in ("a.jpg", "b.jpg", "c.jpg")}
     for path in paths.values():
         path.write_bytes(PHOTO)
-    paths["b.jpg"].orientation = 6
+    (tmp_path / "b.json").write_text('{"exif": {"Image Orientation": "Rotated 90 CW"}}')
     assert find_copies(paths, dict.fromkeys(paths)) == {"c.jpg": "a.jpg"}
 
 

@@ -9,15 +9,12 @@ from PIL import Image, ImageOps
 
 from src.utils.errors import DataError
 from src.utils.layouts import read_folder
+from src.utils.orientation import ORIENTATIONS
 from src.utils.photo_files import open_photo, version_of
 from src.utils.samples import (
-    ORIENTATIONS,
-    TurnedPhoto,
     archive_rows,
     captions_in,
     is_label,
-    match_texts,
-    orientation_in,
 )
 
 
@@ -108,36 +105,6 @@ def test_the_captions_of_a_photo_are_found(tmp_path, kind, variant):
     assert texts == {f"{i:09d}{photo}": captions for i in range(12)}
 
 
-def test_names_are_matched_by_exactly_one_text():
-    def match(*names):
-        photos = [name for name in names if name.lower().endswith((".jpg", ".png"))]
-        return match_texts(photos, [name for name in names if name not in photos])
-
-    # The last dot separates photos of which some have no text; a number is no field of webdataset.
-    assert match("DSC.001.jpg", "DSC.001.txt", "DSC.002.jpg", "DSC.003.txt") == {
-        "DSC.001.jpg": ["DSC.001.txt"]}
-    assert match("DSC.001.jpg", "DSC.001.caption", "DSC.002.jpg") == {
-        "DSC.001.jpg": ["DSC.001.caption"]}
-    # A folder's dots do not count.
-    assert match("a.b/c.image.jpg", "a.b/c.txt", "a.c/d.jpg", "a.b/d.txt") == {
-        "a.b/c.image.jpg": ["a.b/c.txt"]}
-    # Capitals matter where the text of another photo is meant.
-    assert match("a.jpg", "A.jpg", "A.txt") == {"A.jpg": ["A.txt"]}
-    assert match("a.jpg", "A.TXT", "b.JPG", "B.Jpg.Txt") == {"a.jpg": ["A.TXT"],
-                                                            "b.JPG": ["B.Jpg.Txt"]}
-    # Composed and decomposed accents are the same name.
-    assert match("caf\u00e9.jpg", "cafe\u0301.txt") == {"caf\u00e9.jpg": ["cafe\u0301.txt"]}
-    # The choice has to be clear.
-    assert match("a.jpg", "A.txt", "A.TXT") == {}
-    assert match("a.jpg", "a.caption", "a.caption.txt") == {}
-    assert match("a.jpg", "a.en.txt", "a.de.txt") == {}
-    assert match("a.left.jpg", "a.right.jpg", "a.txt") == {}
-    assert match("Dr. Who.jpg", "Dr. No.txt") == {}
-    # NAME.txt comes first, and one text may be that of two photos.
-    assert match("a.jpg", "a.png", "a.txt", "a.caption", "b.jpg", "b.caption", "b.text") == {
-        "a.jpg": ["a.txt"], "a.png": ["a.txt"], "b.jpg": ["b.caption"]}
-
-
 @pytest.mark.parametrize("kind", ["folder", "shard"])
 def test_what_does_not_match_is_counted(tmp_path, kind):
     photos = [jpeg((20 * i, 0, 0)) for i in range(12)]
@@ -162,8 +129,9 @@ def test_where_all_is_plain_nothing_is_noted(tmp_path):
     assert len(texts) == 9 and notes == []
 
 
-def test_a_text_in_a_shard_belongs_to_one_photo(tmp_path):
-    files = in_all(9, {".png": b"mask", ".jpg": b"photo", ".txt": "a dog"})
+@pytest.mark.parametrize("text", [{".txt": "a dog"}, {".json": '{"caption": "a dog"}'}])
+def test_a_text_in_a_shard_belongs_to_one_photo(tmp_path, text):
+    files = in_all(9, {".png": b"mask", ".jpg": b"photo"} | text)
     texts, notes = read_samples(tmp_path, "shard", files)
     assert set(texts) == {f"{i:09d}.jpg" for i in range(9)}
     assert notes == ["pictures that are left out, because another one has the same text: 9, such "
@@ -275,32 +243,6 @@ def test_a_truncated_archive_is_refused(tmp_path, place):
         list(archive_rows([path], tmp_path, {}, []))
 
 
-@pytest.mark.parametrize("content, orientation", [
-    ({"exif": '{"Image Orientation": "Rotated 90 CW"}'}, 6),
-    ({"exif": {"Image Orientation": "Rotated 180", "Image Make": "x"}}, 3),
-    ({"exif": '{"Thumbnail Orientation": "Rotated 180"}'}, 1),
-    ({"exif": "Image Orientation"}, 1), ({"exif": None}, 1), (["Image Orientation"], 1),
-    ({"exif": '{"Image Orientation": ["Rotated 180"]}'}, 1),
-    ({"exif": '{"Image Orientation": "0"}'}, 1), ({"caption": "Image Orientation"}, 1)])
-def test_the_orientation_in_json(content, orientation):
-    assert orientation_in(json.dumps(content).encode()) == orientation
-    assert orientation_in(json.dumps(content).encode()[:-1]) == 1
-
-
-@pytest.mark.parametrize("kind", ["folder", "shard"])
-def test_photos_carry_the_orientation_of_their_json(tmp_path, kind):
-    files = {}
-    for i, spelling in enumerate([*ORIENTATIONS, ""]):
-        exif = json.dumps({"Image Orientation": spelling})
-        files |= {f"{i}.jpg": jpeg((20 * i, 0, 0)), f"{i}.txt": "a dog",
-                  f"{i}.json": json.dumps({"exif": exif})}
-    texts, notes = read_samples(tmp_path, kind, files)
-    folder = read_folder(tmp_path)
-    found = {name[-5]: getattr(folder.path(name), "orientation", 1) for name in folder.names("all")}
-    assert found == {str(i): i + 1 for i in range(8)} | {"8": 1}
-    assert notes == ["photos that are turned as the exif in their .json says: 7, such as 1.jpg"]
-
-
 def turned_photo():
     """A photo of four colours, upright, and {orientation: the bytes of its JPEG file, turned as if
     a camera had written this orientation, but without EXIF}."""
@@ -330,7 +272,8 @@ def test_photos_are_turned_by_their_json(tmp_path, kind):
         exif = json.dumps({"Image Make": "x", "Image Orientation": spelling})
         files |= {f"{orientation}.jpg": contents[orientation], f"{orientation}.txt": "a dog",
                   f"{orientation}.json": json.dumps({"caption": "a dog", "exif": exif})}
-    read_samples(tmp_path, kind, files)
+    _, notes = read_samples(tmp_path, kind, files)
+    assert notes == ["photos that are turned as the exif in their .json says: 7, such as 2.jpg"]
     folder = read_folder(tmp_path)
     versions = set()
     for name in folder.names("all"):
@@ -338,19 +281,3 @@ def test_photos_are_turned_by_their_json(tmp_path, kind):
         assert np.abs(np.asarray(open_photo(photo, 64), np.int16) - upright).max() < 40, name
         versions.add(version_of(photo)[2:])
     assert versions == {(), *((i,) for i in range(2, 9))}
-
-
-def test_a_photo_that_has_kept_its_exif_is_not_turned_twice(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = TurnedPhoto(tmp_path / "a.jpg")
-    path.orientation = 6
-    path.write_bytes(jpeg(exif=exif))
-    assert open_photo(path, 64).size == (40, 60)
-    exif[0x0112] = 1
-    path.write_bytes(jpeg(exif=exif))
-    assert open_photo(path, 64).size == (60, 40)
-    Image.new("RGB", (60, 40)).save(path, "TIFF", tiffinfo={0x0112: 6})
-    assert open_photo(path, 64).size == (40, 60)
-    path.write_bytes(jpeg())
-    assert open_photo(path, 64).size == (40, 60)

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 
 from src.utils.console import printable
 from src.utils.errors import DataError
+from src.utils.orientation import lost_orientation
 
 # Formats that Pillow recognises but cannot decode by itself.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -229,15 +230,13 @@ def orientation_of(photo):
     return orientation
 
 
-def turn_upright(photo, lost_orientation=None):
-    """Return a photo turned as EXIF says. Unlike ImageOps.exif_transpose, this does not write the
-    EXIF anew, which fails for odd tags.
-
-    lost_orientation: the orientation of a photo whose file may have lost its EXIF."""
+def turn_upright(photo, path):
+    """Return a photo turned as EXIF says, or else as `lost_orientation` does. Unlike
+    ImageOps.exif_transpose, this does not write the EXIF anew, which fails for odd tags."""
     photo.load()  # a TIFF is turned while it is loaded
     orientation = orientation_of(photo)
     if orientation is None and photo.format != "TIFF":
-        orientation = lost_orientation
+        orientation = lost_orientation(path)
     method = None
     with contextlib.suppress(TypeError):  # not even hashable
         method = TRANSPOSE_OF_ORIENTATION.get(orientation)
@@ -247,14 +246,14 @@ def turn_upright(photo, lost_orientation=None):
 def open_photo(path, size):
     """Open a photo file of any mode that Pillow reads. Return a PIL image in RGB.
 
-    The photo is turned upright according to EXIF, or else to the attribute `orientation` that
-    `path` may have (see `samples.py`), and its transparent parts become white. A JPEG is decoded at
-    a smaller scale, which is faster, but not below `size` pixels. Raises DataError, with the name
-    of the file, if it is missing, empty, truncated, too large or not an image."""
+    The photo is turned upright according to EXIF, or to the NAME.json of img2dataset beside it, and
+    its transparent parts become white. A JPEG is decoded at a smaller scale, which is faster, but
+    not below `size` pixels. Raises DataError, with the name of the file, if it is missing, empty,
+    truncated, too large or not an image."""
     path = Path(path) if isinstance(path, str) else path
     try:
         with path.open("rb") as file, open_reduced(file, size) as photo:
-            photo = turn_upright(photo, getattr(path, "orientation", None))
+            photo = turn_upright(photo, path)
             if photo.mode in ("I", "F") or photo.mode.startswith("I;"):
                 photo = to_8_bits(photo)
             if photo.has_transparency_data:
@@ -278,8 +277,8 @@ def open_photo(path, size):
 
 def version_of(path):
     """Return a tuple that changes with what is read from a photo file: its size, the time of its
-    last change, and the orientation that `turn_upright` is given, if there is one."""
+    last change, and its `lost_orientation` if that is not 1."""
     stat = path.stat()
     version = stat.st_size, stat.st_mtime_ns
-    orientation = getattr(path, "orientation", 1)
+    orientation = lost_orientation(path)
     return version if orientation == 1 else (*version, orientation)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from src.utils.errors import DataError
+from src.utils.orientation import lost_orientation
 from src.utils.photo_files import photo_suffixes, photos_of_folder
 from src.utils.samples import TarMember
 
@@ -276,13 +277,11 @@ def digest(photo):
 def find_copies(photos, split_of):
     """Find the photos whose files have equal content, to the byte.
 
-    photos: {name: Path, TurnedPhoto or TarMember}, without those that are missing. split_of: {name:
-    its split or None}; only photos of the same split count. Returns {name: the first name with this
-    content}, without the first names themselves. Only files of equal size are read."""
-    # Of two equal files, one may have to be turned.
-    keys = {name: (split_of[name], getattr(photo, "orientation", 1))
-            for name, photo in photos.items()}
-    for measure in (size, excerpt, digest):
+    photos: {name: Path or TarMember}, without those that are missing. split_of: {name: its split or
+    None}; only photos of the same split count. Returns {name: the first name with this content},
+    without the first names themselves. Only files of equal size are read."""
+    keys = {name: (split_of[name],) for name in photos}
+    for measure in (size, excerpt, lost_orientation, digest):  # one of two may have to be turned
         counts = collections.Counter(keys.values())
         longer = {}
         for name, key in keys.items():

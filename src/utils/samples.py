@@ -1,64 +1,34 @@
 """Photos with texts of the same name: in folders, and in the .tar files of webdataset and
 img2dataset.
 
-A photo NAME.jpg, or NAME.image.jpg, is matched with NAME.txt; or else with NAME.caption,
-NAME.caption.txt, NAME.caption0.txt and so on, or NAME.jpg.txt; or else with one of these in other
-capitals. If it has no text at all, the captions in NAME.json count. A match needs exactly one
-text, or several with numbers; what is left over is counted.
+Which text belongs to which photo is decided in `text_names.py`. If a photo has no text at all, the
+captions in its NAME.json count. What is left over is counted.
 
 This module must not import torch."""
 import collections
 import itertools
-import json
 import os
 import re
 import tarfile
-import unicodedata
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
 from src.utils.errors import DataError
+from src.utils.orientation import orientation_in, parse_json
 from src.utils.photo_files import own_folders, photo_suffixes
 from src.utils.tables import COLUMNS, EXCERPT
 from src.utils.text_files import one_line
+from src.utils.text_names import TEXT_NAME, first_dot, fold, match_texts, photo_keys, photo_rank
 
-# The words that may stand for "txt" in NAME.txt; the first one that a photo has counts.
-TEXT_WORDS = ("txt", *COLUMNS["caption"], "cap", "prompt")
-TEXT_NAME = re.compile(rf"(.+?)\.({'|'.join(TEXT_WORDS)})[_-]?(\d*)(?:\.txt)?", re.IGNORECASE)
-# The words that NAME.image.jpg may have there, if other pictures belong to NAME as well.
-PHOTO_WORDS = ("image", "img", "photo", "picture", "rgb", "jpg", "jpeg")
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".webp", ".png")  # a photo is preferably one of these
-FIELD = re.compile(r"[a-z_][\w.-]*", re.IGNORECASE)  # what may follow the first dot in webdataset
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MOST_SUFFIXES = 8  # of those that a message lists
-# How the package exifread, and so img2dataset, spells the values of EXIF's orientation.
-ORIENTATIONS = {
-    "Horizontal (normal)": 1,
-    "Mirrored horizontal": 2,
-    "Rotated 180": 3,
-    "Mirrored vertical": 4,
-    "Mirrored horizontal then rotated 90 CCW": 5,
-    "Rotated 90 CW": 6,
-    "Mirrored horizontal then rotated 90 CW": 7,
-    "Rotated 90 CCW": 8,
-}
-
-
-class TurnedPhoto(type(Path())):
-    """The path of a photo whose file has lost its EXIF.
-
-    orientation: the value of EXIF's tag of this name, by which the photo has to be turned."""
-
-    orientation = 1
-
-
 class TarMember:
     """A photo inside a .tar file, with those methods of Path that are needed to read it.
 
     archive: path of the .tar file. name: name inside it. offset, size: where in the .tar file its
-    bytes are. mtime_ns: time of the last change of the .tar file, in nanoseconds. orientation: as
-    in `TurnedPhoto`."""
+    bytes are. mtime_ns: time of the last change of the .tar file, in nanoseconds. orientation: see
+    `lost_orientation`."""
 
     def __init__(self, archive, name, offset, size, mtime_ns, orientation=1):
         self.archive, self.name = archive, name
@@ -128,110 +98,6 @@ class Findings:
                 for what, (count, example) in self.found.items()]
 
 
-def first_dot(name):
-    """Split a name, which may contain folders, at the first dot of its last part, as webdataset
-    does: "a.b/c.image.jpg" -> ("a.b/c", "image.jpg")."""
-    folder, slash, base = name.rpartition("/")
-    key, _, field = base.partition(".")
-    return folder + slash + key, field
-
-
-def fold(name):
-    """Return a name without the difference between capitals and small letters, and between the two
-    ways in which Unicode writes an accent."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-
-
-def natural(name):
-    """A key for sorting, which puts a2 before a10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def text_keys(name):
-    """Yield (key, word, number) for each way to read the name of a text.
-
-    "a.caption0.txt" -> ("a", "caption", "0"). "a.en.txt" is read as ("a.en", "txt", "") and, with
-    webdataset, as ("a", "en", "")."""
-    match = TEXT_NAME.fullmatch(name)
-    if match:
-        yield match[1], match[2].lower(), match[3]
-    key, field = first_dot(name)
-    field = os.path.splitext(field)[0]
-    if field and not (match and match[1] == key):
-        word = field.rstrip("0123456789")
-        yield key, word.rstrip("_-").lower(), field[len(word):]
-
-
-def choose_texts(texts_of_word):
-    """Choose among the texts of a key, {word: [(number, name)]}: those of the first of TEXT_WORDS
-    that there is, or of any other word if it is the only one.
-
-    Returns a list of names in the order of their numbers, which is empty if the choice is not
-    clear."""
-    words = [word for word in TEXT_WORDS if word in texts_of_word] or list(texts_of_word)
-    if not words or (words[0] not in TEXT_WORDS and len(words) > 1):
-        return []
-    texts = dict(texts_of_word[words[0]])
-    if len(texts) < len(texts_of_word[words[0]]):  # two have the same number, or none
-        return []
-    return [texts[number] for number in sorted(texts, key=natural)]
-
-
-def photo_rank(name):
-    """A key for sorting the pictures of one key, the one that is most likely the photo first."""
-    field, suffix = os.path.splitext(first_dot(name)[1].lower())
-    suffix = suffix or f".{field}"
-    plain = first_dot(name)[0] == os.path.splitext(name)[0]
-    return (not plain, field not in PHOTO_WORDS,
-            PHOTO_SUFFIXES.index(suffix) if suffix in PHOTO_SUFFIXES else len(PHOTO_SUFFIXES))
-
-
-def photo_keys(photos, folded):
-    """Return {photo: [keys under which its text may stand, the closest first]}. folded: a function
-    that is applied to the names."""
-    photos_of_key = collections.defaultdict(list)
-    for photo in photos:
-        photos_of_key[folded(first_dot(photo)[0])].append(photo)
-    keys_of_photo = {}
-    for key, group in photos_of_key.items():
-        ranks = [photo_rank(photo)[:2] for photo in group]
-        for photo, rank in zip(group, ranks):
-            keys_of_photo[photo] = [folded(photo), folded(os.path.splitext(photo)[0])]
-            field = os.path.splitext(first_dot(photo)[1])[0]
-            # "DSC.001.jpg" is not the photo of the key "DSC", and "a.depth.png" is not that of "a"
-            # if there is "a.image.jpg".
-            if FIELD.fullmatch(field) and rank == min(ranks) and ranks.count(rank) == 1:
-                keys_of_photo[photo].append(key)
-    return keys_of_photo
-
-
-def match_texts(photos, texts):
-    """Find the texts of photos by their names.
-
-    photos, texts: names, which may contain folders. Returns {photo: [names of its texts]} for the
-    photos that have any, in the order of `photos`."""
-    texts = sorted(texts, key=natural)
-    plain = {os.path.splitext(text)[0]: text for text in texts if text.lower().endswith(".txt")}
-    texts_of_photo = {photo: [plain[os.path.splitext(photo)[0]]]
-                      for photo in photos if os.path.splitext(photo)[0] in plain}
-    for folded in (str, fold):
-        taken = {text for of_photo in texts_of_photo.values() for text in of_photo}
-        remaining = [text for text in texts if text not in taken]
-        if not remaining or len(texts_of_photo) == len(photos):
-            break
-        texts_of_key = collections.defaultdict(lambda: collections.defaultdict(list))
-        for text in remaining:
-            for key, word, number in text_keys(text):
-                texts_of_key[folded(key)][word].append((number, text))
-        for photo, keys in photo_keys(photos, folded).items():
-            if photo not in texts_of_photo:
-                found = (choose_texts(texts_of_key[key]) for key in keys if key in texts_of_key)
-                found = next(filter(None, found), None)
-                if found:
-                    texts_of_photo[photo] = found
-    return {photo: texts_of_photo[photo] for photo in photos if photo in texts_of_photo}
-
-
 def decode_text(content, place):
     """Return the captions of a text, which has one a line. Raises DataError, with the place of the
     text, if it is not UTF-8."""
@@ -270,28 +136,6 @@ def captions_in(value, photo_suffixes=()):
     return []
 
 
-def parse_json(content):
-    """Return the content of a JSON file, or None if it is not valid."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-
-
-def orientation_in(content):
-    """Return the value of EXIF's orientation that img2dataset has put into NAME.json, or 1.
-
-    img2dataset encodes a photo anew, as its pixels lie and without EXIF, and lists the tags that
-    the photo had in this file."""
-    if b"Image Orientation" not in content:
-        return 1
-    content = parse_json(content)
-    exif = content.get("exif") if isinstance(content, dict) else None
-    exif = parse_json(exif) if isinstance(exif, str) else exif
-    value = exif.get("Image Orientation") if isinstance(exif, dict) else None
-    return ORIENTATIONS.get(value, 1) if isinstance(value, str) else 1
-
-
 class Samples:
     """The photos that have captions, in one folder or in one .tar file.
 
@@ -326,9 +170,10 @@ class Samples:
                              "it has another text", prefix + name)
 
     def _choose_photos(self):
-        """Leave only one photo to each text."""
+        """Leave only one photo to each text, or to each NAME.json where there is no text."""
         photos_of_text = collections.defaultdict(list)
-        for photo, texts in self.texts_of_photo.items():
+        for photo in self.photos:
+            texts = self.texts_of_photo.get(photo) or [self._json_of(photo) or photo]
             photos_of_text[texts[0]].append(photo)
         left_out = set()
         for photos in photos_of_text.values():
@@ -340,13 +185,11 @@ class Samples:
                                       "same text", f"{self.prefix}{photo} beside {chosen}")
         self.photos = [photo for photo in self.photos if photo not in left_out]
 
-    def _read_json(self, photo):
-        """Return the bytes of the NAME.json of a photo, which are none if there is no such file."""
+    def _json_of(self, photo):
+        """Return the name of the NAME.json of a photo, or None."""
         keys = self.keys_of_photo[photo]
-        for key in [*keys, *map(fold, keys)]:
-            if key in self.json_of_key:
-                return self.read(self.json_of_key[key])
-        return b""
+        return next((self.json_of_key[key] for key in [*keys, *map(fold, keys)]
+                     if key in self.json_of_key), None)
 
     def _read_captions(self, photo, json_bytes):
         """Return the captions of a photo, or None if it has no text."""
@@ -367,12 +210,15 @@ class Samples:
         """Yield (name of a photo, its captions, its orientation by its NAME.json). A photo with an
         empty text has no captions; one without a text is left out."""
         for photo in self.photos:
-            json_bytes = self._read_json(photo)
+            json_name = self._json_of(photo)
+            json_bytes = self.read(json_name) if json_name else b""
             captions = self._read_captions(photo, json_bytes)
             if captions is None:
                 self.findings.add("photos without a text, which are left out", self.prefix + photo)
                 continue
-            orientation = orientation_in(json_bytes)
+            # As in `lost_orientation`, only img2dataset's own name counts.
+            is_plain = json_name == os.path.splitext(photo)[0] + ".json"
+            orientation = orientation_in(json_bytes) if is_plain else 1
             if orientation > 1:
                 self.findings.add("photos that are turned as the exif in their .json says",
                                   self.prefix + photo)
@@ -407,12 +253,8 @@ def folder_rows(root, photos, notes):
                                 f"({error.strerror})") from None
 
         samples = Samples(prefix, f"{folder}{os.sep}", sorted(names), read, False, findings)
-        for photo, captions, orientation in samples:
-            path = Path(folder, photo)
-            if orientation > 1:
-                path = TurnedPhoto(path)
-                path.orientation = orientation
-            photos[prefix + photo] = path
+        for photo, captions, _ in samples:
+            photos[prefix + photo] = Path(folder, photo)
             yield from rows_of(prefix + photo, captions)
     notes += findings.lines(root)
 
