@@ -122,12 +122,15 @@ if __name__ == "__main__":
     # --help and wrong arguments are answered before torch is imported, which takes seconds.
     parse_args()
 
+import numpy as np
+
 from src import page, report, server
 from src.retrieval import retrieval_ranks
 from src.runs import HISTORY, TRAIN_FIRST, check_data_dir, load_run
 from src.search import EmbeddingCache, Search, photos_of_split
 from src.utils.errors import DataError, UsageError
 from src.utils.photo_files import list_left_out, list_skipped, photos_of_folder
+from src.utils.tokenizers import number_texts
 
 
 def newest_run():
@@ -292,21 +295,22 @@ def show_captions(args):
     return [(title, [(args.image, "the photo", False), *cells])]
 
 
-def hits_and_misses(search, ranks):
+def hits_and_misses(search, ranks, text_ids):
     """Captions drawn at random, whose photo is ranked first or is not, as rows for
     `page.photo_sheet`. Beside the correct photo stands the best of the others. ranks: (M,), the
-    rank of each caption's photo."""
+    rank of each caption's photo. text_ids: (M,), equal for captions that count as equal."""
     cosines = search.text_embeddings @ search.photo_embeddings.T
-    best = cosines.topk(min(2, len(search.photos)), dim=1).indices.tolist()
-    rows = []
+    photo_of_text, rows = np.array(search.photo_of_text), []
     for outcome, chosen, other_rank in (("hit", ranks == 1, "ranked 2"),
                                         ("miss", ranks > 1, "ranked first")):
         candidates = chosen.nonzero().flatten().tolist()
         for i in random.Random(0).sample(candidates, min(EXAMPLES, len(candidates))):
-            correct = search.photo_of_text[i]
+            best = cosines[i].argsort(descending=True, stable=True).tolist()
+            with_text = set(photo_of_text[text_ids == text_ids[i]].tolist())
+            correct = next(photo for photo in best if photo in with_text)
             label = f"correct, ranked {int(ranks[i]):,}: {search.photos[correct].name}"
             cells = [(search.photos[correct], label, True)]
-            others = [photo for photo in best[i] if photo != correct]
+            others = [photo for photo in best if photo not in with_text]
             for photo in others[:1]:
                 label = f"{other_rank}: {search.captions[photo][0]}"
                 cells.append((search.photos[photo], label, False))
@@ -333,17 +337,23 @@ def serve(args):
         http.serve_forever()
 
 
-def photos_section(args, run_dir):
-    """How well a run finds the captions' photos, with hits and misses, as HTML. Raises UsageError
+def photos_section(args, run):
+    """How well a Run finds the captions' photos, with hits and misses, as HTML. Raises UsageError
     if the photos or the best model are missing."""
-    photos, captions = photos_of_split(find_data_dir(args, run_dir), args.split)
-    search = Search(EmbeddingCache(run_dir), photos, captions, use_bank=False)
+    photos, captions = photos_of_split(find_data_dir(args, run.dir), args.split)
+    search = Search(EmbeddingCache(run.dir), photos, captions, use_bank=False)
     search.embed_photos()
-    ranks = retrieval_ranks(
-        search.photo_embeddings, search.text_embeddings, search.photo_of_text)["t2i"]
+    with report.reading(run):
+        captions_are_shared = "different_captions" in run.config["data"][args.split]
+    if captions_are_shared:
+        text_ids = number_texts(search.texts)
+    else:
+        text_ids = np.arange(len(search.texts))
+    ranks = retrieval_ranks(search.photo_embeddings, search.text_embeddings, search.photo_of_text,
+                            text_ids=text_ids)["t2i"]
     title = f"Text to photo by category of caption: {len(photos):,} photos of {args.split}"
     return (page.recall_by_category(title, search.texts, ranks)
-            + page.photo_sheet(hits_and_misses(search, ranks)))
+            + page.photo_sheet(hits_and_misses(search, ranks, text_ids)))
 
 
 def write_page(args):
@@ -352,7 +362,7 @@ def write_page(args):
     for run_dir in args.output_dir:
         run = load_run(run_dir)
         try:
-            photos = photos_section(args, run_dir)
+            photos = photos_section(args, run)
         except UsageError as error:
             photos = page.paragraph(f"No photos are shown: {error}")
             print(f"{run_dir}: no photos on the page: {error}", file=sys.stderr)

@@ -130,7 +130,7 @@ class Flickr8kImageTextDataset:
                   "captions_per_photo": histogram(np.bincount(self.photo_of_caption))}
         if self.text_ids is not None:
             photos_of_text = np.bincount(self.texts_of_photo.concatenated(slice(None)))
-            counts["different_captions"] = np.count_nonzero(photos_of_text)
+            counts["different_captions"] = int((photos_of_text > 0).sum())
             counts["texts_per_photo"] = histogram(self.texts_of_photo.lengths)
             counts["photos_per_caption"] = histogram(photos_of_text[self.text_ids.numpy()])
         return counts
