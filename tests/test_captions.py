@@ -1,5 +1,6 @@
 """Dataset folders of every layout: where their photos, captions and splits are found."""
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -330,6 +331,49 @@ def test_training_is_the_same_in_every_layout(catalogue, tmp_path, capsys, layou
     assert ("by a hash of the photos' names" in out) == folder.by_hash
     config = json.loads((tmp_path / "data_run" / CONFIG).read_text())
     assert config["layout"] == folder.layout and config["data"]["train"]["photos"] > 20
+
+
+def first_by_hash(names, number):
+    """Return the names whose hashes come first, in the order of the names."""
+    first = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:number]
+    return [name for name in names if name in first]
+
+
+def without(names, taken):
+    return [name for name in names if name not in taken]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_is_read_as_it_was_written(catalogue, tmp_path, layout):
+    photos, rows = catalogue
+    LAYOUTS[layout](tmp_path, photos, rows)
+    folder = read_folder(tmp_path)
+    assert "are found under" not in str(folder.notes) and "same content" not in str(folder.notes)
+    captions_of = {name: captions for name, captions, _ in rows}
+    full_name = {name.rpartition("/")[2]: name for name in folder.names("all")}
+    splits = {split: [full_name[name] for name, _, its in rows if its == split and
+                      name in full_name] for split in SPLIT_FILES}
+    if layout.startswith("COCO 2014"):  # has no test split
+        val = [full_name[name] for name, _, split in rows if split != "train"]
+        test = first_by_hash(val, len(val) // 2)
+        splits = {"train": splits["train"], "val": without(val, test), "test": test}
+    elif folder.by_hash:
+        names = [full_name[name] for name in captions_of if name in full_name]
+        if "shards" in layout:  # one of them has the photos with even numbers
+            names.sort(key=lambda name: name.partition("/")[0])
+        test = first_by_hash(names, len(names) // 10)
+        val = first_by_hash(without(names, test), len(names) // 10)
+        splits = {"train": without(names, test + val), "val": val, "test": test}
+    assert folder.splits == splits
+    assert folder.missing.keys() == {name for name in full_name.values()
+                                     if name.endswith(rows[6][0])}
+    files = {path.name: path for path in tmp_path.rglob("*.jpg")}
+    for name, full in full_name.items():
+        assert folder.texts_of(full) == [" ".join(text.split()) for text in captions_of[name]]
+        if full not in folder.missing:
+            assert folder.path(full).read_bytes() == (photos / name).read_bytes()
+            if "shards" not in layout:
+                assert folder.path(full) == files[name]
 
 
 def test_check_describes_the_folder_without_training(catalogue, tmp_path, capsys):

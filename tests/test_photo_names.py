@@ -120,6 +120,7 @@ NOT_SURE = [  # (the names in the table, the files, {name: how it is described})
     (["/cam1/1.jpg", "/cam2/1.jpg"], ["1.jpg"],
      {"/cam1/1.jpg": "/cam1/1.jpg and /cam2/1.jpg both found as 1.jpg",
       "/cam2/1.jpg": "/cam2/1.jpg and /cam1/1.jpg both found as 1.jpg"}),
+    (["7.jpg", "007.jpg"], ["007.jpg"], {"7.jpg": "7.jpg and 007.jpg both found as 007.jpg"}),
     # A caption in the column of names is no file, and is too long to be one.
     (["a dog " * 60], [], {("a dog " * 60).strip(): ("a dog " * 60).strip()}),
 ]

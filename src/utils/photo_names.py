@@ -217,25 +217,30 @@ class PhotoFiles:
 
     def _find_clashes(self, found, matches):
         """Find the names that fit the same file as another name, but seem to mean another photo,
-        because their folders differ. The beginning of an absolute path tells nothing.
+        because their folders or their leading zeros differ. The beginning of an absolute path tells
+        nothing.
 
         found: {name: file}. matches: {name: Match}. Returns {name: the other name}."""
-        claims = collections.defaultdict(list)  # {file: [(name, its folders that the file lacks)]}
+        # {file: [(name, (its stem, those of its folders that the file lacks))]}
+        claims = collections.defaultdict(list)
         for name, file in found.items():
-            claims[file].append((name, matches[name].foreign_folders()))
+            meaning = matches[name].spelling.stem, matches[name].foreign_folders()
+            claims[file].append((name, meaning))
         for name in self.names if found else ():
             file = posixpath.normpath(posixpath.join(self._relative(self.folder), name))
             if name not in matches and file in claims:
-                claims[file].append((name, ()))
+                claims[file].append((name, (self.listing.spelling_of[file].stem, ())))
         clashes = {}
         for claim in claims.values():
-            folders = {foreign for _, foreign in claim}
-            if len(folders) == 1 or (len(folders) == 2 and () in folders
-                                     and all(map(is_absolute, folders - {()}))):
-                continue
-            for name, foreign in claim:
-                if name in found:
-                    clashes[name] = next(other for other, folders in claim if folders != foreign)
+            stems = {stem for _, (stem, _) in claim}
+            folders = {folders for _, (_, folders) in claim}
+            if () in folders:
+                folders = {foreign for foreign in folders if not (foreign and is_absolute(foreign))}
+            if len(stems) > 1 or len(folders) > 1:
+                for name, meaning in claim:
+                    others = [other for other, its in claim if its != meaning]
+                    if name in found and others:
+                        clashes[name] = others[0]
         return clashes
 
 
