@@ -35,11 +35,15 @@ def parse_args(argv=None):
         help="folder for the dataset (default: %(default)s)")
     add("--archive_dir", type=text,
         help="folder that holds the two zips (default: they are downloaded)")
-    add("--url", type=text, default=URL,
-        help="address of the folder that the two zips are downloaded from (default: %(default)s)")
+    add("--url", type=text,
+        help=f"address of the folder that the two zips are downloaded from (default: {URL})")
     add("--text_only", action="store_true",
         help="get the captions and splits only, 2 MB (default: the photos as well)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.archive_dir and args.url:
+        parser.error("--url has no effect with --archive_dir, which needs no network")
+    args.url = args.url or URL
+    return args
 
 
 if __name__ == "__main__":
@@ -163,8 +167,14 @@ def ensure(name, check, args):
         if data_dir.exists():
             print(f"not complete yet: {str(error).splitlines()[0]}")
     data_dir.mkdir(parents=True, exist_ok=True)
-    unpack(fetch(name, data_dir, args.archive_dir, args.url), data_dir)
-    return f"{data_dir}: {check(data_dir)}, complete"
+    archive = fetch(name, data_dir, args.archive_dir, args.url)
+    unpack(archive, data_dir)
+    try:
+        return f"{data_dir}: {check(data_dir)}, complete"
+    except DataError as error:  # which may advise to run this script
+        raise DataError(f"{str(error).splitlines()[0]}\n{archive} was unpacked just now, so "
+                        "downloading it again will not help; `python train_flickr8k_sgd.py "
+                        "--allow_incomplete` trains without them.") from None
 
 
 def main(argv=None):

@@ -253,3 +253,10 @@ def test_an_archive_that_lacks_a_photo_is_an_error(tmp_path):
     archives = make_archives(tmp_path / "archives", original)
     result = download("--data_dir", tmp_path / "data", "--archive_dir", archives, md5_of=archives)
     assert_error(result, 2, "1002_abc.jpg")
+    assert "downloading it again will not help" in result[2] and "repairs it" not in result[2]
+
+
+def test_an_address_is_of_no_use_with_archives_on_the_disk(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        download_flickr8k.parse_args(["--archive_dir", "a", "--url", "http://localhost"])
+    assert stopped.value.code == 2 and "--url has no effect" in capsys.readouterr().err
