@@ -17,10 +17,10 @@ import urllib.error
 import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from src.utils.captions import SPLIT_FILES
+from src.utils.captions import read_folder
 from src.utils.console import Parser, ProgressLine, prepare_output, text
 from src.utils.errors import DataError, RunError
-from src.utils.layouts import read_folder
+from src.utils.folder import SPLIT_FILES
 
 URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k"
 TEXT, PHOTOS = "Flickr8k_text.zip", "Flickr8k_Dataset.zip"

@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from src.utils.captions import MAX_LENGTH, SPLIT_FILES, cut_text
 from src.utils.console import (
     Parser,
     ProgressLine,
@@ -30,6 +29,7 @@ from src.utils.console import (
     printable,
     text,
 )
+from src.utils.folder import MAX_LENGTH, SPLIT_FILES, cut_text
 
 EXAMPLES = 4  # hits, and as many misses, on the page of a run
 OUTPUTS = Path("outputs")  # where the training script writes its runs, unless told otherwise

@@ -28,10 +28,10 @@ from src.model import combine_photo_and_text
 from src.runs import BEST, BEST_KEYS, check_folder, load_checkpoint
 from src.settings import settings_of
 from src.utils.augment import normalize
-from src.utils.captions import cut_text
+from src.utils.captions import read_folder
 from src.utils.errors import DataError, UsageError
 from src.utils.flickr8k_simple import map_tensors
-from src.utils.layouts import read_folder
+from src.utils.folder import cut_text
 from src.utils.photo_files import version_of
 from src.utils.photo_store import STORE_VERSION, decoding_threads, load_photo
 from src.utils.ragged import Ragged

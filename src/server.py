@@ -20,9 +20,9 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from PIL import Image
 
 from src.page import document, paragraph, thumbnail
-from src.utils.captions import MAX_LENGTH, cut_text
 from src.utils.console import first_three, printable
 from src.utils.errors import DataError, UsageError
+from src.utils.folder import MAX_LENGTH, cut_text
 from src.utils.photo_files import open_reduced
 
 HOST = "127.0.0.1"

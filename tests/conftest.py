@@ -16,7 +16,7 @@ from PIL import Image
 import train_flickr8k_sgd
 from src.settings import make_settings
 from src.utils.caption_files import token_rows
-from src.utils.captions import SPLIT_FILES
+from src.utils.folder import SPLIT_FILES
 from src.utils.splits import open_split
 from src.utils.synthetic import write_synthetic
 from src.utils.tables import table_rows
@@ -173,7 +173,7 @@ def give_class_names(root, names=("a red one", "A  RED one", "a green one")):
 def read_captions(path):
     """Read Flickr8k.token.txt, or Kaggle's captions.txt. Return {name of a photo: [captions]}, in
     the order of the file."""
-    rows = table_rows(path) if path.name == "captions.txt" else token_rows(path)
+    rows = table_rows(path, []) if path.name == "captions.txt" else token_rows(path)
     captions = {}
     for name, caption, _ in rows:
         captions.setdefault(name, []).append(caption)

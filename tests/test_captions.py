@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from src.runs import CONFIG, HISTORY
-from src.utils.captions import SPLIT_FILES, Folder
+from src.utils.captions import read_folder, read_split
 from src.utils.duplicates import near_duplicates, signature
 from src.utils.errors import DataError
-from src.utils.layouts import read_folder, read_split
+from src.utils.folder import SPLIT_FILES, Folder
 from src.utils.synthetic import write_synthetic
 from tests.conftest import main, open_dataset, read_captions
 
@@ -448,8 +448,8 @@ INVALID = {
                        "line 1: expected the header 'image,caption', found 'image,url"),
     "too many cells": (("captions.csv", "image,caption", "a.jpg,one, two"),
                        "captions.csv, line 2: expected 'image,caption', found 'a.jpg,one, two'"),
-    "no caption": (("captions.tsv", "image\tcaption", "a.jpg\t "),
-                   "captions.tsv, line 2: expected image and caption, found ['a.jpg', ' ']"),
+    "no name": (("captions.tsv", "image\tcaption", " \ta dog"),
+                "captions.tsv, line 2: expected image and caption, found [' ', 'a dog']"),
     "an open quote": (("captions.csv", "image,caption", 'a.jpg,"open'), "not valid CSV"),
     "no JSON": (("captions.jsonl", '{"image": "a.jpg", "caption": "a dog"', ""),
                 "captions.jsonl, line 1: the line is not valid JSON"),

@@ -9,7 +9,7 @@ from PIL import Image
 from src import report
 from src.runs import CONFIG, HISTORY, load_run
 from src.settings import make_settings
-from src.utils.captions import SPLIT_FILES
+from src.utils.folder import SPLIT_FILES
 from src.utils.splits import load_splits
 from tests.conftest import main
 from tests.test_duplicates import FLIP, bordered, cropped, middle_square, scene

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from src.utils import flickr8k_simple, photo_store
+from src.utils.captions import read_split
 from src.utils.flickr8k_simple import TEXT_BUCKET, epoch_batches, iterate_batches, place_photos
-from src.utils.layouts import read_split
 from src.utils.photo_store import STORE_FOLDER
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import colour_of_photo, give_class_names, open_dataset

@@ -8,9 +8,9 @@ import unicodedata
 import pytest
 
 from src.settings import make_settings
-from src.utils.captions import SPLIT_FILES
+from src.utils.captions import read_folder
 from src.utils.errors import DataError
-from src.utils.layouts import read_folder
+from src.utils.folder import SPLIT_FILES
 from src.utils.photo_names import PHOTO_FOLDERS, Listing, PhotoFiles, find_copies
 from src.utils.splits import check_folders, load_splits
 from tests.conftest import write_dataset

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from src.utils.captions import read_folder
 from src.utils.errors import DataError
-from src.utils.layouts import read_folder
 from src.utils.orientation import ORIENTATIONS
 from src.utils.photo_files import open_photo, version_of
 from src.utils.samples import (

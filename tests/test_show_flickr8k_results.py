@@ -18,7 +18,7 @@ from src.retrieval import chance_metrics, with_summaries
 from src.runs import BANK, BEST, CONFIG, HISTORY, TEST
 from src.search import load_model
 from src.settings import make_settings
-from src.utils.captions import MAX_LENGTH
+from src.utils.folder import MAX_LENGTH
 from tests.conftest import arguments, main, read_captions, run_script
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from src.settings import make_settings
-from src.utils.captions import MAX_LENGTH
 from src.utils.errors import DataError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from src.utils.folder import MAX_LENGTH
 from src.utils.splits import hold_out, load_splits, read_pairs
 from src.utils.tokenizers import CharTokenizer
 from tests.conftest import colour_of_photo, open_dataset, truncated_jpeg

@@ -21,10 +21,10 @@ import numpy as np
 from src.device import allow_fast_kernels, describe, find_device
 from src.experiments.benchmark import WARM_UP_STEPS, start_run, stored_batches, timed, train_steps
 from src.settings import make_settings
-from src.utils.captions import SPLIT_FILES
+from src.utils.captions import CAPTION_FILES
 from src.utils.console import Parser, number, prepare_output
 from src.utils.duplicates import SIGNATURE
-from src.utils.layouts import CAPTION_FILES
+from src.utils.folder import SPLIT_FILES
 from src.utils.photo_names import PHOTO_FOLDERS
 from src.utils.photo_store import DIGEST_BYTES, SHARD_SIZE, STORE_FOLDER, Pixels, shard_path
 from src.utils.splits import load_splits

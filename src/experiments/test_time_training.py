@@ -12,9 +12,9 @@ from pathlib import Path
 from src.evaluation import evaluate
 from src.runs import check_data_dir
 from src.search import load_model_and_encoders
-from src.utils.captions import SPLIT_FILES
 from src.utils.console import Parser, prepare_output, text
 from src.utils.errors import UsageError
+from src.utils.folder import SPLIT_FILES
 from src.utils.splits import open_split
 
 

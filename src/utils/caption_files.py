@@ -5,7 +5,7 @@ The caption is None in a row that only names a photo, and the split is None if t
 Files may have any line ends and a byte order mark; empty lines are skipped. What cannot be parsed
 raises DataError, which names the file and, where there are lines, the line.
 
-Which of these files a folder has is decided in `layouts.py`. This module must not import torch."""
+Which of these files a folder has is decided in `captions.py`. This module must not import torch."""
 import re
 from pathlib import PurePosixPath
 
@@ -18,12 +18,13 @@ TOKEN_LINE = re.compile(r"([^\t]+)#\d+\t\s*(\S.*)")
 BAR_LINE = re.compile(r"\s*([^|]+?)\s*\|\s*\d+\s*[|\s]\s*(\S.*)")
 
 
-def line_rows(path, pattern, expected, header_lines=0):
+def line_rows(path, pattern, expected, notes=None, header_lines=0):
     """Yield the rows of a file that has one caption a line.
 
     pattern: a regular expression whose groups are the photo's name and the caption. expected: the
-    form of a line, for the error message. header_lines: so many lines at the top need not match."""
-    for number, line in enumerate(read_lines(path), start=1):
+    form of a line, for the error message. notes: a list to which a sentence may be appended.
+    header_lines: so many lines at the top need not match."""
+    for number, line in enumerate(read_lines(path, notes), start=1):
         match = pattern.fullmatch(line.rstrip())
         if match:
             yield match[1], match[2], None
@@ -32,21 +33,22 @@ def line_rows(path, pattern, expected, header_lines=0):
                             f"{line.rstrip()[:EXCERPT]!r}")
 
 
-def token_rows(path):
+def token_rows(path, notes=None):
     """Yield the rows of Flickr8k.token.txt, or of the file of that format of Flickr30k."""
-    return line_rows(path, TOKEN_LINE, "'photo.jpg#0<tab>caption'")
+    return line_rows(path, TOKEN_LINE, "'photo.jpg#0<tab>caption'", notes)
 
 
-def bar_rows(path):
+def bar_rows(path, notes=None):
     """Yield the rows of results.csv, the captions of Flickr30k on Kaggle, where bars separate the
     columns."""
-    return line_rows(path, BAR_LINE, "'photo.jpg| 0| caption'", header_lines=1)
+    return line_rows(path, BAR_LINE, "'photo.jpg| 0| caption'", notes, header_lines=1)
 
 
-def karpathy_rows(path):
-    """Yield the rows of a JSON file in the format of Karpathy and Fei-Fei (2015)."""
+def karpathy_rows(path, content):
+    """Yield the rows of a JSON file in the format of Karpathy and Fei-Fei (2015). content: what
+    `read_json` has read."""
     try:
-        for image in read_json(path)["images"]:
+        for image in content["images"]:
             name = str(PurePosixPath(image.get("filepath", ""), image["filename"]))
             split = split_name(path, name, image["split"])
             yield name, None, split

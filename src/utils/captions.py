@@ -1,226 +1,239 @@
-"""A dataset folder: its photos, captions and splits, as a `Folder`.
+"""The known layouts of a dataset folder, each with a function that reads it as a `Folder`.
 
-Which layout a folder has is decided in `layouts.py`, and the photos are found by `photo_names.py`.
-This module must not import torch."""
-import functools
-import hashlib
+`read_folder` takes the first of these layouts that it finds:
+
+    Flickr8k     Flickr8k.token.txt, or Kaggle's captions.txt (CSV: image,caption), with
+                 Flickr_8k.{train,dev,test}Images.txt; all at the root or in Flickr8k_text/
+    Flickr30k    results_20130124.token, or Kaggle's results.csv (image_name| comment_number|
+                 comment, or with commas)
+    Karpathy's   dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json or dataset.json
+    COCO         annotations/captions_train2014.json, captions_val2014.json, or those of 2017,
+                 whichever photos are there
+    a table      captions.csv, .tsv, .jsonl, .txt or .json with the columns image and caption, and
+                 optionally split; .json may also hold {photo: captions}
+    ImageFolder  metadata.csv or .jsonl, as Hugging Face has it, with the columns file_name and
+                 text, at the root or in train/, validation/ and test/
+    texts        NAME.jpg with NAME.txt beside it, one caption a line, in the folder or below it
+    shards       .tar files of NAME.jpg and NAME.txt, as img2dataset and webdataset write them
+
+The single files are read by `caption_files.py`, texts and shards by `samples.py`; the photos are
+found by `photo_names.py`. This module must not import torch."""
+import collections
 import itertools
-import shlex
-from array import array
+import json
+import re
+from pathlib import Path
 
-import numpy as np
-
+from src.utils.caption_files import bar_rows, coco_rows, karpathy_rows, token_rows
 from src.utils.errors import DataError
-from src.utils.photo_names import PhotoFiles, find_copies
-from src.utils.ragged import Texts
-from src.utils.text_files import read_lines
-from src.utils.tokenizers import different_pairs, number_texts
+from src.utils.folder import SPLIT_FILES, Folder, download_command
+from src.utils.samples import archive_rows, find_archives, folder_rows, list_files
+from src.utils.tables import SPLIT_NAMES, find_header, table_rows
+from src.utils.text_files import read_json, read_lines
 
-SPLIT_FILES = {
-    "train": "Flickr_8k.trainImages.txt",
-    "val": "Flickr_8k.devImages.txt",
-    "test": "Flickr_8k.testImages.txt",
+CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt")
+FLICKR30K_FILES = ("results_20130124.token", "results.csv")
+KARPATHY_FILES = {
+    "dataset_flickr8k.json": "Flickr8k, Karpathy's splits",
+    "dataset_flickr30k.json": "Flickr30k, Karpathy's splits",
+    "dataset_coco.json": "COCO, Karpathy's splits",
+    "dataset.json": "Karpathy's splits",
 }
-MAX_LENGTH = 1000  # characters of a text that are read; the longest of Flickr8k has 199
-MAX_HELD_OUT = 1000  # the most photos that a hash takes for val, and as many for test
-SHARED_CAPTIONS = 0.1  # Flickr8k has 0.01, the built-in shapes have 0.05, class names have 1
+TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "captions.txt", "captions.json")
+METADATA = ("metadata.csv", "metadata.jsonl")
+BAR_HEADER = ("|", ("image_name", "comment_number", "comment"))
+FLICKR8K_NAME = re.compile(r"\d+_[0-9a-f]+\.jpg")
+TEXT_FOLDERS = ("", "Flickr8k_text", "flickr30k_images")
+SAMPLE = 1000  # rows of which the photos' names tell whether they are Flickr8k's
 
 
-def cut_text(text):
-    """Return the part of a text that is read, which is its first MAX_LENGTH characters."""
-    return text[:MAX_LENGTH]
+def find_text_file(root, names):
+    """Return the path of the first of these files that is in one of TEXT_FOLDERS, or None."""
+    for name in names:
+        for folder in TEXT_FOLDERS:
+            if (root / folder / name).is_file():
+                return root / folder / name
+    return None
 
 
-def download_command(root_dir, *flags):
-    """Return the command that downloads Flickr8k into a folder, quoted for a shell."""
-    return shlex.join(["python", "download_flickr8k.py", *flags, "--data_dir", str(root_dir)])
+def read_split(root_dir, split):
+    """Return the names of the photos of Flickr8k's "train", "val" or "test", in the order of its
+    file.
+
+    A name may contain a folder, as in sub/photo.jpg. Raises DataError if the file is missing, is
+    empty or lists a photo twice."""
+    path = find_text_file(Path(root_dir), [SPLIT_FILES[split]])
+    if path is None:
+        raise DataError(f"{root_dir}: {SPLIT_FILES[split]} is missing. "
+                        f"`{download_command(root_dir, '--text_only')}` downloads it (2 MB).")
+    names = [line.strip() for line in read_lines(path) if line.strip()]
+    if not names:
+        raise DataError(f"{path}: the file lists no photos")
+    name, count = collections.Counter(names).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{path}: the file lists {name} twice")
+    return names
 
 
-class Folder:
-    """The photos, captions and splits of a dataset folder.
-
-    root: its path. layout: the name of its layout. source: the file or folder that the captions
-    come from. splits: {"train", "val", "test": [names of photos]}. by_hash: whether some of the
-    splits were made by a hash of the photos' names. row_of: {name of a photo: its row}.
-    cut_captions: how many captions were longer than MAX_LENGTH and were cut. photo_folder: the
-    folder that the photos are in. missing: {name of a photo that is not there: how a message
-    describes it}. notes: sentences on what was read otherwise than a user may expect, each with a
-    number and an example."""
-
-    def __init__(self, root, layout, source, rows, splits=None, photos=None,
-                 notes=None, merge_copies=True):
-        """rows: an iterable of rows as the readers in `caption_files.py` yield them. splits: given
-        if the layout lists the splits in files of their own. photos: {name: path}; by default the
-        folder of the photos is looked for. notes: a list to which the iterable may append sentences
-        while its rows are read. merge_copies: whether photos of equal content are read as one photo
-        with all their captions, unless their splits differ. Raises DataError if a photo is in two
-        splits, or if a split would be empty."""
-        self.root, self.layout, self.source = root, layout, source
-        self.notes = [] if notes is None else notes
-        self.row_of, split_of = {}, []
-        owners = array("i")  # the row of each caption's photo
-        self.cut_captions = 0
-        texts, lengths = bytearray(), array("i")
-        for name, caption, split in rows:
-            row = self.row_of.setdefault(name, len(split_of))
-            if row == len(split_of):
-                split_of.append(split)
-            elif split_of[row] != split:
-                raise DataError(f"{source}: {name} is in two splits, {split_of[row]} and {split}")
-            if caption is not None:
-                owners.append(row)
-                self.cut_captions += len(caption) > MAX_LENGTH
-                caption = cut_text(caption).encode("utf-8", "surrogatepass")
-                texts += caption
-                lengths.append(len(caption))
-        # The captions are kept photo by photo, those of each photo in the file's order.
-        owners, lengths = np.array(owners, np.int32), np.array(lengths, np.int32)
-        captions = Texts(np.frombuffer(texts, np.uint8), np.cumsum(lengths) - lengths, lengths)
-        self.photos, self.photo_folder, self.missing = photos, root, {}
-        if photos is None:
-            names = splits.values() if splits else [self.row_of]
-            files = PhotoFiles(root, list(itertools.chain(*names)))
-            self.photos, self.photo_folder, self.missing = files.others, files.folder, files.missing
-            self.notes += files.notes
-        if merge_copies:
-            captions, owners, split_of = self._merge_copies(captions, owners, split_of)
-        self.captions = captions.take(np.argsort(owners, kind="stable"))
-        self.counts = np.bincount(owners, minlength=len(self.row_of))
-        self.first = np.cumsum(self.counts) - self.counts
-        self.by_hash = False
-        self.splits = self._splits(split_of) if splits is None else splits
-
-    def _merge_copies(self, captions, owners, split_of):
-        """Make one photo of those that have equal content and the same split. It has the name of
-        the first of them, and each of their captions once.
-
-        captions: M texts. owners: (M,) rows of their photos. split_of: the split of each row.
-        Changes row_of, and returns what is left of the three."""
-        photos = {name: self.path(name) for name in self.row_of if name not in self.missing}
-        copies = find_copies(photos, dict(zip(self.row_of, split_of)))
-        if not copies:
-            return captions, owners, split_of
-        name, first = next(iter(copies.items()))
-        self.notes.append(
-            f"{len(copies):,} of the {len(self.row_of):,} photos have the same content as another "
-            f"one and add their captions to it; for example, {name} is {first}")
-        split_of = [split for name, split in zip(self.row_of, split_of) if name not in copies]
-        names = list(self.row_of)
-        self.row_of = {name: row for row, name in enumerate(
-            name for name in names if name not in copies)}
-        row_of_owner = np.array([self.row_of[copies.get(name, name)] for name in names])
-        owners = row_of_owner[owners]
-        merged = {self.row_of[first] for first in copies.values()}
-        kept, seen = [], set()
-        for i, owner in enumerate(owners.tolist()):
-            if owner in merged:
-                if (owner, captions[i]) in seen:
-                    continue
-                seen.add((owner, captions[i]))
-            kept.append(i)
-        return captions.take(kept), owners[kept], split_of
-
-    def _splits(self, split_of):
-        """Sort the photos into splits. split_of: for each row, the name of its split or None."""
-        names = {split: [] for split in SPLIT_FILES}
-        without_split = []
-        for name, split in zip(self.row_of, split_of):
-            photos = without_split if split is None else names[split]
-            photos.append(name)
-        if len(without_split) == len(split_of):
-            names["train"] = without_split
-        elif without_split:
-            raise DataError(f"{self.source}: {len(without_split)} photos are in no split, such as "
-                            f"{without_split[0]}")
-        missing = [split for split in ("test", "val") if not names[split]]
-        if missing:
-            self.by_hash = True
-            split_by_hash(names, missing)
-        for split in names:
-            if not names[split]:
-                raise DataError(f"{self.source}: there are {len(split_of)} photos, and none is "
-                                f"left for {split}")
-        return names
-
-    def names(self, split):
-        """Return the names of the photos of a split, or those of all splits for "all"."""
-        if split != "all":
-            return self.splits[split]
-        return [name for names in self.splits.values() for name in names]
-
-    def path(self, name):
-        """Return where a photo lies, which is a Path, or a TarMember of a shard."""
-        photo = self.photos.get(name)
-        return self.photo_folder / name if photo is None else photo
-
-    def captions_of(self, names):
-        """Return the captions of N photos.
-
-        They come as `Texts`, photo by photo, and with the number of captions of each photo, an
-        array (N,). A photo that the folder does not know has no captions."""
-        rows = np.array([self.row_of.get(name, -1) for name in names], np.int64)
-        counts = np.where(rows < 0, 0, self.counts[rows] if len(self.counts) else 0)
-        ends = np.cumsum(counts)
-        shifts = np.repeat(self.first[rows] - (ends - counts), counts)
-        return self.captions.take(np.arange(len(shifts)) + shifts), counts
-
-    def texts_of(self, name):
-        """Return the captions of a photo as a list of strings."""
-        return list(self.captions_of([name])[0])
-
-    def place_of(self, name, caption):
-        """Describe where a caption stands, for a message: "captions.txt, line 12, photo.jpg". The
-        line is omitted for a caption of several lines, and for a file that has no lines."""
-        if self.source.is_file() and self.source.suffix in (".txt", ".token", ".csv", ".tsv"):
-            for number, line in enumerate(read_lines(self.source), start=1):
-                if name in line and caption in line:
-                    return f"{self.source}, line {number}, {name}"
-        return f"{self.source}, {name}"
-
-    @functools.cached_property
-    def different_captions(self):
-        """How many captions differ, if photos share captions, as class names are shared. It is None
-        if at most SHARED_CAPTIONS of them are also those of another photo, which happens by chance.
-        """
-        numbers = number_texts(self.captions)
-        photo_of_caption = np.repeat(np.arange(len(self.counts)), self.counts)
-        _, texts = different_pairs(photo_of_caption, numbers)
-        photos_with_text = np.bincount(texts)[1:]
-        shared = photos_with_text[photos_with_text > 1].sum()
-        return len(photos_with_text) if shared > SHARED_CAPTIONS * len(texts) else None
-
-    def describe(self):
-        """Return the lines that a run logs about the folder, which are two and the notes."""
-        counts = {split: int(self.captions_of(names)[1].sum())
-                  for split, names in self.splits.items()}
-        parts = [f"{split} {len(names):,} photos, {counts[split]:,} captions"
-                 for split, names in self.splits.items()]
-        shared = []
-        if self.different_captions is not None:
-            shared = [f"photos share captions, {self.different_captions:,} different ones for "
-                      f"{len(self.names('all')):,} photos: a caption is right for every photo that "
-                      "has it"]
-        by_hash = " (split by a hash of the photos' names)" if self.by_hash else ""
-        return [f"{self.root}: layout of {self.layout}, {len(self.names('all')):,} photos, "
-                f"{sum(counts.values()):,} captions", "; ".join(parts) + by_hash,
-                *self.notes, *shared]
-
-
-def split_by_hash(names, missing):
-    """Take photos for the missing ones of val and test, by a hash of the photos' names, so that
-    everybody who has these photos gets the same splits.
-
-    names: {split: [names of photos]}, which is changed in place. missing: ["test"], ["val"] or both
-    of them. If both are missing, each gets a tenth of the training photos, but at least one and at
-    most MAX_HELD_OUT. If one is missing, it gets half of the other."""
-    if len(missing) == 2:
-        source, share, most = "train", 10, MAX_HELD_OUT
+def read_flickr8k(root):
+    source = find_text_file(root, CAPTION_FILES)
+    if source is None:
+        return None
+    notes = []
+    if source.name == CAPTION_FILES[0]:
+        rows = token_rows(source, notes)
     else:
-        source, share = "test" if missing == ["val"] else "val", 2
-        most = len(names[source])
-    order = sorted(names[source], key=lambda name: hashlib.sha256(name.encode()).digest())
-    number = min(max(len(order) // share, 1), most)
-    for split in missing:
-        taken, order = set(order[:number]), order[number:]
-        names[split] = [name for name in names[source] if name in taken]
-        names[source] = [name for name in names[source] if name not in taken]
+        _, delimiter, names = find_header(source)
+        if delimiter is None or [name.lower() for name in names] != ["image", "caption"]:
+            return None  # not Kaggle's file, but a table for `read_table`
+        lists = [find_text_file(root, [name]) for name in SPLIT_FILES.values()]
+        names = [name for name, _, _ in itertools.islice(table_rows(source, []), SAMPLE)]
+        if not any(lists) and not all(map(FLICKR8K_NAME.fullmatch, names)):
+            return None
+        rows = table_rows(source, notes)
+    splits = {split: read_split(root, split) for split in SPLIT_FILES}
+    return Folder(root, "Flickr8k", source, rows, splits, notes=notes, merge_copies=False)
+
+
+def rows_of_table(path, notes):
+    """Return the rows of a table, which may have the bars of Kaggle's results.csv."""
+    is_text = path.suffix not in (".json", ".jsonl")
+    if is_text and find_header(path)[1:] == BAR_HEADER:
+        return bar_rows(path, notes)
+    return table_rows(path, notes)
+
+
+def read_flickr30k(root):
+    source = find_text_file(root, FLICKR30K_FILES)
+    if source is None:
+        return None
+    notes = []
+    if source.suffix == ".csv":
+        if find_header(source)[1] is None:
+            return None  # other results than Flickr30k's
+        rows = rows_of_table(source, notes)
+    else:
+        rows = token_rows(source, notes)
+    return Folder(root, "Flickr30k", source, rows, notes=notes, merge_copies=False)
+
+
+def read_karpathy(root):
+    source = find_text_file(root, KARPATHY_FILES)
+    if source is None:
+        return None
+    content = read_json(source)
+    if source.name == "dataset.json" and '"sentences"' not in json.dumps(content):
+        return None  # the name is used for much else
+    return Folder(root, KARPATHY_FILES[source.name], source, karpathy_rows(source, content),
+                  merge_copies=False)
+
+
+def read_coco(root):
+    folders = []
+    for year in ("2014", "2017"):
+        paths = {split: root / "annotations" / f"captions_{split}{year}.json"
+                 for split in ("train", "val")}
+        paths = {split: path for split, path in paths.items() if path.is_file()}
+        if paths:
+            folders.append(Folder(root, f"COCO {year}", next(iter(paths.values())),
+                                  coco_rows(paths), merge_copies=False))
+    if not folders:
+        return None
+    # The annotations of both years fit into one folder, and often only one year's photos are there.
+    folder = min(folders, key=lambda folder: len(folder.missing) / len(folder.row_of))
+    folder.notes += [f"the captions of {other.layout} are not read: {len(other.missing):,} of its "
+                     f"{len(other.row_of):,} photos are missing"
+                     for other in folders if other is not folder]
+    return folder
+
+
+def read_table(root):
+    tables = [root / name for name in TABLES if (root / name).is_file()]
+    if not tables:
+        return None
+    notes = [f"{path} is not read, as there is {tables[0].name}" for path in tables[1:]]
+    return Folder(root, "a table of captions", tables[0], rows_of_table(tables[0], notes),
+                  notes=notes)
+
+
+def metadata_rows(paths, root, notes):
+    """Yield the rows of the files metadata.csv or .jsonl, in which the photos' names are relative
+    to the file. Without a column for it, the split is that of the folder, if all photos are in
+    folders with the names of splits."""
+    rows = []
+    for path in paths:
+        folder = path.parent.relative_to(root)
+        rows += [((folder / name).as_posix(), caption, split)
+                 for name, caption, split in table_rows(path, notes)]
+    folder_splits = [SPLIT_NAMES.get(name.partition("/")[0].lower()) for name, _, _ in rows]
+    if all(folder_splits) and not any(split for _, _, split in rows):
+        rows = [(name, caption, split) for (name, caption, _), split in zip(rows, folder_splits)]
+    yield from rows
+
+
+def read_imagefolder(root):
+    folders = [path for path in sorted(root.iterdir())
+               if path.is_dir() and path.name.lower() in SPLIT_NAMES]
+    paths = [folder / name for folder in [root, *folders] for name in METADATA
+             if (folder / name).is_file()]
+    if not paths:
+        return None
+    # One file counts in each folder, and that at the root counts for the folders below it.
+    chosen = list({path.parent: path for path in reversed(paths)}.values())[::-1]
+    if chosen[0].parent == root:
+        chosen = chosen[:1]
+    notes = [f"{path} is not read, as there is {chosen[0]}" for path in paths if path not in chosen]
+    return Folder(root, "an ImageFolder of Hugging Face", chosen[0] if len(chosen) == 1 else root,
+                  metadata_rows(chosen, root, notes), notes=notes)
+
+
+def read_texts(root):
+    photos, notes = {}, []  # filled by `folder_rows`
+    rows = folder_rows(root, photos, notes)
+    first = next(rows, None)
+    if first is None:
+        return None
+    rows = itertools.chain([first], rows)
+    return Folder(root, "texts beside photos", root, rows, photos=photos, notes=notes)
+
+
+def read_shards(root):
+    archives, compressed = find_archives(root)
+    if not archives and not compressed:
+        return None
+    photos, notes = {}, []  # filled by `archive_rows`
+    if compressed:
+        note = f"compressed archives ({len(compressed):,}, such as {compressed[0]}) are not read"
+        if not archives:
+            raise DataError(f"{root}: {note}; please unpack them")
+        notes.append(note)
+    rows = archive_rows(archives, root, photos, notes)
+    return Folder(root, "shards of img2dataset", root, rows, photos=photos, notes=notes)
+
+
+# Each returns a `Folder`, or None if the folder does not have its layout.
+READERS = (read_flickr8k, read_flickr30k, read_karpathy, read_coco, read_table, read_imagefolder,
+           read_texts, read_shards)
+
+
+def read_folder(root_dir):
+    """Read a dataset folder in any known layout, see above, as a `Folder`.
+
+    Raises DataError if the folder does not exist, has no known layout, or has files that do not fit
+    their layout."""
+    root = Path(root_dir)
+    if not root.is_dir():
+        raise DataError(f"{root}: there is no such folder. To download Flickr8k: "
+                        f"{download_command(root)}\n"
+                        "To train on the built-in shapes: python train_flickr8k_sgd.py --synthetic")
+    for read in READERS:
+        folder = read(root)
+        if folder is not None:
+            return folder
+    raise DataError(
+        f"{root}: this folder holds no captions in a known layout.{list_files(root)} "
+        f"Known are {' or '.join(CAPTION_FILES)} (Flickr8k), {' or '.join(FLICKR30K_FILES)} "
+        f"(Flickr30k), {', '.join(KARPATHY_FILES)} (Karpathy's), "
+        "annotations/captions_train2014.json or captions_train2017.json (COCO), captions.csv, "
+        ".tsv, .jsonl or .json, metadata.csv or .jsonl (ImageFolder), NAME.jpg with NAME.txt "
+        "beside it, and .tar files of these")

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from src.utils.captions import MAX_LENGTH, SPLIT_FILES, Folder, download_command
+from src.utils.captions import read_folder
 from src.utils.console import ProgressLine, first_three
 from src.utils.duplicates import flickr_number, has_flickr_form, near_duplicates
 from src.utils.errors import DataError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
-from src.utils.layouts import read_folder
+from src.utils.folder import MAX_LENGTH, SPLIT_FILES, Folder, download_command
 from src.utils.photo_store import (
     STORE_FOLDER,
     Pixels,
@@ -133,6 +133,16 @@ def repair_of(folder):
     return f"{repair}--allow_incomplete trains without them."
 
 
+def fault_of_captions(folder, names):
+    """Return an error message if some captions of these photos are empty, else None."""
+    empty = [name for name in names if folder.empty_captions[name]]
+    if not empty:
+        return None
+    count = sum(folder.empty_captions[name] for name in empty)
+    return (f"{folder.source}: {count:,} captions are empty, such as one of {empty[0]}.\n"
+            + repair_of(folder))
+
+
 def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, progress=None,
                image_encoder=None, text_encoder=None):
     """Read a split of a dataset folder as `PairsOfSplit`. Each photo is decoded, or encoded, once.
@@ -171,6 +181,9 @@ def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, pr
     counts = folder.captions_of(names)[1].tolist()
     without_captions = {name for name, count in zip(names, counts) if not count}
     names = drop_or_raise(names, "without captions", without_captions, folder.source)
+    fault = fault_of_captions(folder, names)
+    if fault and not allow_incomplete:
+        raise DataError(fault)
     row_format = Pixels(image_size)
     if image_encoder is not None and image_encoder.frozen:
         row_format = image_encoder.photo_features(1 if split in ("val", "test") else 2)
@@ -221,6 +234,9 @@ def check_folders(settings):
             splits = ["all"] if settings.extra_all else ["train"]
         names = [name for split in splits for name in folder.names(split)]
         missing = [folder.missing[name] for name in names if name in folder.missing]
+        fault = fault_of_captions(folder, names)
+        if fault and not settings.allow_incomplete:
+            faults.append(fault)
         if not missing:
             continue
         fault = (f"{folder.root}: {len(missing):,} of the {len(names):,} photos are missing, such "

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from src.utils.captions import SPLIT_FILES
+from src.utils.captions import CAPTION_FILES, read_split
 from src.utils.errors import DataError
-from src.utils.layouts import CAPTION_FILES, read_split
+from src.utils.folder import SPLIT_FILES
 from src.utils.photo_names import PHOTO_FOLDERS
 
 NUM_PICTURES = {"train": 2000, "val": 200, "test": 200}

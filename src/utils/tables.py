@@ -1,23 +1,37 @@
-"""Readers of tables of captions: .csv, .tsv, .txt (read as CSV) and .jsonl files.
+"""Readers of tables of captions: .csv, .tsv, .txt (read as CSV), .jsonl and .json files.
 
-This module must not import torch."""
+Commas, semicolons, tabs or bars may separate the columns; the header tells which. For the names of
+the columns see COLUMNS. A photo may have several rows, several columns of captions (caption,
+caption_2, ...) or a list of captions in one cell. This module must not import torch."""
+import ast
 import csv
 import json
+import re
 from pathlib import PurePosixPath
 
 from src.utils.errors import DataError
-from src.utils.text_files import one_line, read_lines
+from src.utils.photo_files import photo_suffixes
+from src.utils.text_files import one_line, read_json, read_lines
 
 COLUMNS = {  # the names that a column of a table may have; the first one that is there counts
     "image": ("image", "image_name", "image_path", "image_file", "file_name", "filename",
-              "filepath", "file_path", "file", "path", "photo"),
-    "caption": ("caption", "captions", "comment", "text", "title", "sentence", "description"),
+              "filepath", "file_path", "file", "path", "photo", "image_file_name"),
+    "caption": ("caption", "captions", "comment", "text", "title", "sentence", "description",
+                "sentences", "texts", "comments", "descriptions", "raw"),
     "split": ("split", "set", "subset"),
 }
+CAPTION_NUMBER = re.compile(r"[ _.-]?\d+$")  # as in caption_2, and pandas' caption.1
 SPLIT_NAMES = {"train": "train", "training": "train", "restval": "train", "val": "val",
                "valid": "val", "validation": "val", "dev": "val", "test": "test",
                "testing": "test"}
+DELIMITERS = ",;\t|"
+UNQUOTED = "\t|"  # with these delimiters quotation marks are often part of the text
 EXCERPT = 80  # characters of a wrong line that a message shows
+# The text of a list of strings in Python's form, or in NumPy's, where no commas separate them.
+STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+STRING_LIST = re.compile(
+    rf"[\[(]\s*(?:(?:u?(?:{STRING})|np\.str_\((?:{STRING})\)|None|nan)[\s,]*)*[\])]", re.DOTALL)
+LIST_STARTS = ("['", '["', "[{")
 
 
 def split_name(path, place, value):
@@ -31,77 +45,269 @@ def split_name(path, place, value):
 
 
 def find_columns(names):
-    """Find the columns of a table that are of use, among the names of all of its columns.
+    """Find the columns of a table that are of use.
 
-    Returns {"image", "caption" or "split": name of the column in this table}; what the table lacks
-    is not in the dict."""
-    columns_by_name = {str(name).strip().lower(): name for name in names}
-    columns = {}
+    names: the names of all of its columns. Returns {"image", "caption" or "split": [rows in
+    `names`]}, and the list of the names of columns that might have been meant but are not used.
+    Only "caption" may have several columns. What the table lacks is not in the dict."""
+    columns, unused = {}, []
     for column, synonyms in COLUMNS.items():
-        for synonym in synonyms:
-            if synonym in columns_by_name:
-                columns.setdefault(column, columns_by_name[synonym])
-    return columns
+        found = []  # (how early the name stands among the synonyms, row)
+        for row, name in enumerate(names):
+            name = str(name).strip().lower()
+            if column == "caption":
+                name = CAPTION_NUMBER.sub("", name)
+            if name in synonyms:
+                found.append((synonyms.index(name), row))
+        if found:
+            best = min(found)[0]
+            chosen = [row for order, row in found if order == best]
+            columns[column] = chosen if column == "caption" else chosen[:1]
+            unused += [str(names[row]) for _, row in found if row not in columns[column]]
+    return columns, unused
 
 
-def jsonl_records(path):
-    """Yield (line number, {column: value}) for each line of a .jsonl file."""
-    for number, line in enumerate(read_lines(path), start=1):
+def parse_list(text):
+    """Return the list whose text this is, in Python's, NumPy's or JSON's form, or None if it is not
+    the text of a list of captions. "[two dogs]" is none."""
+    text = text.strip()
+    if text[:1] + text[-1:] not in ("[]", "()"):
+        return None
+    try:
+        values = json.loads(text)
+        if all(value is None or isinstance(value, (str, list, dict)) for value in values):
+            return values
+    except (ValueError, RecursionError):
+        pass
+    try:
+        if STRING_LIST.fullmatch(text):
+            strings = re.findall(STRING, text, re.DOTALL)
+            if text[0] == "(" and len(strings) < 2 and not text[:-1].rstrip().endswith(","):
+                return None  # ("a dog") is no tuple
+            # In Python's eyes, strings without commas between them are a single string.
+            return [ast.literal_eval(string) for string in strings]
+        if text.startswith("[{"):
+            return ast.literal_eval(text)  # of objects
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        pass
+    return None
+
+
+def captions_in(value):
+    """Return the captions in a cell of a table or in a value of JSON, as a list of strings in one
+    line each, without empty ones. The value is a string, the text of a list, a list, or an object
+    with a caption. Raises TypeError if it is something else."""
+    if value is None or value != value:  # NaN
+        return []
+    if isinstance(value, str):
+        values = parse_list(value)
+        if values is not None:
+            return captions_in(values)
+        text = one_line(value)
+        return [text] if text else []
+    if isinstance(value, dict):
+        columns, _ = find_columns(list(value))
+        value = [list(value.values())[row] for row in columns.get("caption", [])]
+        if not value:
+            raise TypeError("an object without a caption")
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{type(value).__name__} is not a caption")
+    return [caption for part in value for caption in captions_in(part)]
+
+
+def jsonl_records(path, notes):
+    """Yield (place in the file, names of columns, their values) for each line of a .jsonl file."""
+    for number, line in enumerate(read_lines(path, notes), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: the line is not valid JSON ({error})"
                             ) from None
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number}: the line is not a JSON object")
-        yield number, record
+        yield f"line {number}", tuple(record), list(record.values())
 
 
-def csv_records(path):
-    """Yield (line number, {column: value}) for each row below the header of a .csv file, or of a
-    .tsv file, where tabs separate the columns."""
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    reader = csv.reader(read_lines(path), strict=True, delimiter=delimiter)
-    try:
-        header = next(filter(any, reader), [])
-        columns = [column.strip() for column in header]
-        if not {"image", "caption"} <= find_columns(columns).keys():
-            raise DataError(f"{path}, line {max(reader.line_num, 1)}: expected the header "
-                            f"'image,caption', found {','.join(columns)[:EXCERPT]!r}")
-        for row in reader:
-            if not any(map(str.strip, row)):
+def json_records(path, notes):
+    """Yield records as `jsonl_records` does, of a .json file. It holds {photo: captions}, or a list
+    of objects, which may be in an object, or images and annotations as in COCO's files."""
+    lines = (line for line in read_lines(path) if line.strip())
+    first, second = next(lines, ""), next(lines, "")
+    if second and first.rstrip().endswith("}"):
+        yield from jsonl_records(path, notes)
+        return
+    content = read_json(path, notes)
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list) and value
+                 and isinstance(value[0], dict)
+                 and {"image", "caption"} <= find_columns(list(value[0]))[0].keys()]
+        if lists:
+            content = lists[0]
+        elif {"images", "annotations"} <= content.keys():
+            try:
+                names = {image["id"]: image["file_name"] for image in content["images"]}
+                content = [{"image": names[annotation["image_id"]],
+                            "caption": annotation["caption"]}
+                           for annotation in content["annotations"]]
+            except (KeyError, TypeError) as error:
+                raise DataError(f"{path}: the file is not in COCO's format "
+                                f"({type(error).__name__}: {error})") from None
+        else:
+            content = [value if isinstance(value, dict) and "image" in find_columns(list(value))[0]
+                       else {"image": name, **value} if isinstance(value, dict)
+                       else {"image": name, "caption": value} for name, value in content.items()]
+    for number, record in enumerate(content if isinstance(content, list) else [content], start=1):
+        if not isinstance(record, dict):
+            raise DataError(f"{path}: expected {{photo: captions}} or a list of objects with image "
+                            f"and caption, found {str(record)[:EXCERPT]!r}")
+        yield f"entry {number}", tuple(record), list(record.values())
+
+
+def find_header(path, notes=None):
+    """Find the header of a table in a text file.
+
+    Returns (number of its line, the delimiter, the names of the columns). The delimiter is one with
+    which there are columns of photos and of captions, or None. Then the names are those of the
+    usual delimiter."""
+    delimiters = DELIMITERS
+    if path.suffix.lower() == ".tsv":
+        delimiters = "\t" + DELIMITERS.replace("\t", "")
+    usual = []
+    for number, line in enumerate(read_lines(path, notes), start=1):
+        if not line.strip(f" \r\n\"{DELIMITERS}") or line.lower().startswith("sep="):
+            continue  # Excel writes sep=; above the header
+        for delimiter in delimiters:
+            try:
+                names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter))]
+            except csv.Error:
                 continue
-            if len(row) != len(columns):
-                raise DataError(f"{path}, line {reader.line_num}: expected "
-                                f"'{','.join(columns)}', found {','.join(row)[:EXCERPT]!r}")
-            yield reader.line_num, dict(zip(columns, row))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: the file is not valid CSV ({error})"
-                        ) from None
+            if {"image", "caption"} <= find_columns(names)[0].keys():
+                return number, delimiter, tuple(names)
+            usual = usual or names
+        return number, None, tuple(usual)
+    return 1, None, ()
 
 
-def table_rows(path):
-    """Yield the rows of a table, a .csv, .tsv, .txt (read as CSV) or .jsonl file. For the names of
-    its columns see COLUMNS. In a .jsonl file the caption may be a list of several."""
-    records = jsonl_records(path) if path.suffix == ".jsonl" else csv_records(path)
-    columns = {}
-    for number, record in records:
-        columns = columns or find_columns(record)
+def quoted_rows(path, header, delimiter, photo_column, number_of_columns):
+    """Yield (number of the last line, cells) for each row of a table in which cells may be enclosed
+    in quotation marks. header: the number of the header's line.
+
+    Raises DataError for a cell that runs on over what looks like other rows; if the delimiter is in
+    UNQUOTED, also for a quotation mark within a cell that is not enclosed."""
+    raw = []  # the lines of the row
+
+    def lines_below_header():
+        for number, line in enumerate(read_lines(path), start=1):
+            raw.append(line)
+            yield line if number > header else "\n"
+
+    def holds_rows():
+        """Whether the lines of this row look like rows of their own."""
+        lines = [line.split(delimiter) for line in raw if line.strip()]
+        if any(len(cells) < number_of_columns for cells in lines[:1]):
+            return False
+        names = [cells[photo_column].strip(' "\r\n').lower() for cells in lines
+                 if len(cells) >= number_of_columns]
+        if names[0].endswith(suffixes):
+            return any(name.endswith(suffixes) for name in names[1:])
+        # Without a suffix it is hard to tell a photo's name from a part of a caption.
+        return delimiter in UNQUOTED and all(len(cells) == number_of_columns for cells in lines)
+
+    suffixes = tuple(photo_suffixes())
+    cell = rf'(?:"(?:[^"]|"")*"|[^"\r\n{re.escape(delimiter)}]*)'
+    row_pattern = re.compile(rf"{cell}(?:{re.escape(delimiter)}{cell})*\s*")
+    reader = csv.reader(lines_below_header(), strict=True, delimiter=delimiter)
+    while True:
+        first = reader.line_num + 1
         try:
-            name = str(record[columns["image"]]).strip()
-            captions = record[columns["caption"]]
-            captions = captions if isinstance(captions, list) else [captions]
-            captions = [one_line(caption) for caption in captions]
-        except (KeyError, AttributeError):  # a column is missing, or a caption is not a string
-            name, captions = "", []
-        if not (name and captions and all(captions)):
-            expected = " and ".join(columns.get(column, column) for column in ("image", "caption"))
-            raise DataError(f"{path}, line {number}: expected {expected}, found "
-                            f"{str(list(record.values()))[:EXCERPT]}")
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {first}: the file is not valid CSV ({error})") from None
+        if cells is None:
+            return
+        fault = None
+        if len(raw) > 1 and first > header and holds_rows():
+            fault = f"opens a cell that goes on to line {reader.line_num}, over other rows"
+        elif delimiter in UNQUOTED and first > header and not row_pattern.fullmatch("".join(raw)):
+            fault = "stands within a cell"
+        if fault:
+            raise DataError(f"{path}, line {first}: the file is not valid CSV (a quotation mark "
+                            f"{fault})")
+        yield reader.line_num, cells
+        raw.clear()
+
+
+def text_table_records(path, notes):
+    """Yield records as `jsonl_records` does, of each row below the header of a .csv, .tsv or .txt
+    file.
+
+    Quotation marks enclose cells as in CSV. In a file with tabs or bars they do so only if all of
+    them can be understood so; otherwise they are part of the text."""
+    header, delimiter, names = find_header(path, notes)
+    if delimiter is None:
+        raise DataError(f"{path}, line {header}: expected the header 'image,caption', found "
+                        f"{','.join(names)[:EXCERPT]!r}")
+    photo_column = find_columns(names)[0]["image"][0]
+    arguments = (path, header, delimiter, photo_column, len(names))
+    rows, because = quoted_rows(*arguments), ""
+    if delimiter in UNQUOTED:
+        try:
+            for _ in quoted_rows(*arguments):
+                pass
+        except DataError as error:
+            place = str(error).removeprefix(f"{path}, ").replace(": the file is not valid CSV", "")
+            because = f"quotation marks are read as part of the text because of {place}"
+            notes.append(f"{path}: {because}")
+            rows = ((number, line.rstrip("\r\n").split(delimiter))
+                    for number, line in enumerate(read_lines(path), start=1) if number > header)
+    for number, cells in rows:
+        if not any(map(str.strip, cells)):
+            continue
+        if len(cells) != len(names):
+            raise DataError(f"{path}, line {number}: expected '{','.join(names)}', found "
+                            f"{','.join(cells)[:EXCERPT]!r}{because and f'; {because}'}")
+        yield f"line {number}", names, cells
+
+
+def table_rows(path, notes):
+    """Yield the rows of a table, see `caption_files.py`. A row without a caption has "" for it.
+
+    notes: a list to which sentences are appended, on columns that are not read and the like."""
+    readers = {".jsonl": jsonl_records, ".json": json_records}
+    records = readers.get(path.suffix.lower(), text_table_records)(path, notes)
+    columns_of, unused, like_lists = {}, {}, []
+    for place, names, values in records:
+        if names not in columns_of:
+            columns_of[names], other_names = find_columns(names)
+            unused.update(dict.fromkeys(other_names))
+        columns = columns_of[names]
+        try:
+            name = values[columns["image"][0]]
+            name = "" if name is None else str(name).strip()
+            cells = [values[row] for row in columns["caption"]]
+            captions = captions_in(cells)
+        except (KeyError, TypeError):  # a column is missing, or a caption is not a string
+            name = ""
+        if not name:
+            expected = " and ".join(
+                str(names[columns[column][0]]) if column in columns else column
+                for column in ("image", "caption"))
+            raise DataError(f"{path}, {place}: expected {expected}, found "
+                            f"{str(list(values))[:EXCERPT]}")
         split = None
         if "split" in columns:
-            split = split_name(path, f"line {number}", record.get(columns["split"]))
-        for caption in captions:
+            split = split_name(path, place, values[columns["split"][0]])
+        for caption in captions or [""]:
+            if caption.startswith(LIST_STARTS):
+                like_lists.append(f"{place}: {caption[:EXCERPT]}")
             yield str(PurePosixPath(name)), caption, split
+    if unused:
+        columns = next(iter(columns_of.values()))
+        chosen = " and ".join(str(next(iter(columns_of))[rows[0]]) for rows in columns.values())
+        notes.append(f"{path}: of the columns with such names, {chosen} are read and not "
+                     f"{', '.join(unused)}")
+    if like_lists:
+        notes.append(f"{path}: captions that begin like a list but cannot be read as one "
+                     f"({len(like_lists):,}, such as that of {like_lists[0]}) are left as they are")

@@ -12,8 +12,9 @@ import unicodedata
 
 from src.utils.tables import COLUMNS
 
-# The words that may stand for "txt" in NAME.txt; the first one that a photo has counts.
-TEXT_WORDS = ("txt", *COLUMNS["caption"], "cap", "prompt")
+# The words that may stand for "txt" in NAME.txt; the first one that a photo has counts. NAME.raw is
+# rather a photo as the camera took it.
+TEXT_WORDS = ("txt", *(word for word in COLUMNS["caption"] if word != "raw"), "cap", "prompt")
 TEXT_NAME = re.compile(rf"(.+?)\.({'|'.join(TEXT_WORDS)})[_-]?(\d*)(?:\.txt)?", re.IGNORECASE)
 # The words that NAME.image.jpg may have there, if other pictures belong to NAME as well.
 PHOTO_WORDS = ("image", "img", "photo", "picture", "rgb", "jpg", "jpeg")
