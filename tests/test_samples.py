@@ -201,9 +201,19 @@ def test_a_text_that_is_not_utf8_is_named(tmp_path):
         read_samples(tmp_path, "shard", in_all(9, {".jpg": b"", ".txt": b"caf\xe9"}))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_text_with_a_byte_order_mark(tmp_path, encoding):
+    text = "caf\u00e9\r\na dog".encode(encoding)
+    files = {f"{i}.jpg": bytes([i]) for i in range(9)} | {f"{i}.txt": text for i in range(9)}
+    texts, _ = read_samples(tmp_path, "folder", files)
+    assert set(map(tuple, texts.values())) == {("caf\u00e9", "a dog")}
+
+
 def test_captions_in_json():
     assert captions_in({"caption": "", "text": ["a", " b\n"], "title": "c"}) == ["a", "b"]
     assert captions_in({"captions": [{"caption": "a"}, {"caption": "b"}]}) == ["a", "b"]
+    assert captions_in({"Caption_10": "c", "caption_2": "b", "caption": "a", "captioned": "d"}) == [
+        "a", "b", "c"]
     for value in ({"caption": 3, "url": "a"}, None, ["", {}]):
         assert captions_in(value) == []
 

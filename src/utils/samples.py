@@ -5,7 +5,9 @@ Which text belongs to which photo is decided in `text_names.py`. If a photo has 
 captions in its NAME.json count. What is left over is counted.
 
 This module must not import torch."""
+import codecs
 import collections
+import functools
 import itertools
 import os
 import re
@@ -19,7 +21,15 @@ from src.utils.orientation import orientation_in, parse_json
 from src.utils.photo_files import own_folders, photo_suffixes
 from src.utils.tables import COLUMNS, EXCERPT
 from src.utils.text_files import one_line
-from src.utils.text_names import TEXT_NAME, first_dot, fold, match_texts, photo_keys, photo_rank
+from src.utils.text_names import (
+    TEXT_NAME,
+    first_dot,
+    fold,
+    match_texts,
+    natural,
+    photo_keys,
+    photo_rank,
+)
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MOST_SUFFIXES = 8  # of those that a message lists
@@ -100,18 +110,21 @@ class Findings:
 
 def decode_text(content, place):
     """Return the captions of a text, which has one a line. Raises DataError, with the place of the
-    text, if it is not UTF-8."""
+    text, if it is not UTF-8, nor UTF-16 with a byte order mark."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        lines = content.decode("utf-16" if is_utf16 else "utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: the file is not UTF-8 text ({error.reason} at byte "
-                        f"{error.start})") from None
+                        f"{error.start}); please save it as UTF-8") from None
     return [one_line(line) for line in lines if line.strip()]
 
 
 def is_label(line):
     """Whether a line is one of the labels that detectors learn from, such as "0 0.5 0.5 0.2 0.1" or
     "Car 0 0 587 173 614 200", or holds only numbers."""
+    if not re.search(r"\d", line):
+        return False
     tokens = [token for token in re.split(r"[\s,;]+", line) if token]
     numbers = sum(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", token, re.IGNORECASE)
                   is not None for token in tokens)
@@ -128,9 +141,10 @@ def captions_in(value, photo_suffixes=()):
     if isinstance(value, list):
         return [caption for item in value for caption in captions_in(item, photo_suffixes)]
     if isinstance(value, dict):
-        by_name = {name.strip().lower(): item for name, item in value.items()}
-        for name in COLUMNS["caption"]:
-            captions = captions_in(by_name.get(name), photo_suffixes)
+        for name in COLUMNS["caption"]:  # or caption_1, caption_2 and so on
+            pattern = re.compile(rf"\s*{name}[\s_-]?\d*\s*", re.IGNORECASE)
+            keys = sorted(filter(pattern.fullmatch, value), key=lambda key: natural(fold(key)))
+            captions = captions_in([value[key] for key in keys], photo_suffixes)
             if captions:
                 return captions
     return []
@@ -158,7 +172,6 @@ class Samples:
             elif suffix == ".json":
                 jsons.append(name)
         self.texts_of_photo = match_texts(self.photos, texts)
-        self.keys_of_photo = photo_keys(self.photos, str)
         self.json_of_key = {fold(name[:-5]): name for name in jsons}
         self.json_of_key |= {name[:-5]: name for name in jsons}
         if one_photo:
@@ -185,11 +198,20 @@ class Samples:
                                       "same text", f"{self.prefix}{photo} beside {chosen}")
         self.photos = [photo for photo in self.photos if photo not in left_out]
 
+    @functools.cached_property
+    def _keys_of_photo(self):
+        return photo_keys(self.photos, str)
+
     def _json_of(self, photo):
         """Return the name of the NAME.json of a photo, or None."""
-        keys = self.keys_of_photo[photo]
-        return next((self.json_of_key[key] for key in [*keys, *map(fold, keys)]
-                     if key in self.json_of_key), None)
+        if not self.json_of_key:
+            return None
+        name = self.json_of_key.get(os.path.splitext(photo)[0])
+        if name is None:
+            keys = self._keys_of_photo[photo]
+            found = (self.json_of_key.get(key) for key in [*keys, *map(fold, keys)])
+            name = next(filter(None, found), None)
+        return name
 
     def _read_captions(self, photo, json_bytes):
         """Return the captions of a photo, or None if it has no text."""

@@ -104,7 +104,7 @@ def match_texts(photos, texts):
 
     photos, texts: names, which may contain folders. Returns {photo: [names of its texts]} for the
     photos that have any, in the order of `photos`."""
-    texts = sorted(texts, key=natural)
+    texts = sorted(texts)  # so that NAME.txt comes after NAME.TXT
     plain = {os.path.splitext(text)[0]: text for text in texts if text.lower().endswith(".txt")}
     texts_of_photo = {photo: [plain[os.path.splitext(photo)[0]]]
                       for photo in photos if os.path.splitext(photo)[0] in plain}
