@@ -266,7 +266,8 @@ def parse_args(description, argv=None):
         help="continue the run in --output_dir with its own settings; --epochs may change, and so "
         "may --data_dir, --extra_data, --device and --amp")
     add("--check", action="store_true", default=False,
-        help="only describe what --data_dir holds: its layout, photos, captions and splits")
+        help="only describe what --data_dir holds: its layout, photos, captions and splits; it is "
+             "an error if photos are missing")
     add("--overwrite", action="store_true", default=False,
         help="delete the run in --output_dir first")
     args = parser.parse_args(argv)
