@@ -291,3 +291,34 @@ def test_photos_are_turned_by_their_json(tmp_path, kind):
         assert np.abs(np.asarray(open_photo(photo, 64), np.int16) - upright).max() < 40, name
         versions.add(version_of(photo)[2:])
     assert versions == {(), *((i,) for i in range(2, 9))}
+
+
+def test_photos_without_a_suffix_are_known_by_their_content(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(tmp_path / f"photo{i}", "JPEG")
+        (tmp_path / f"photo{i}.txt").write_text(f"caption {i}")
+    (tmp_path / "README").write_text("no photo")
+    (tmp_path / "README.txt").write_text("no caption")
+    folder = read_folder(tmp_path)
+    assert sorted(folder.names("all")) == ["photo0", "photo1", "photo2"]
+    assert folder.texts_of("photo2") == ["caption 2"] and folder.path("photo2").is_file()
+
+
+@pytest.mark.parametrize("deleted", ["#recycle", "$RECYCLE.BIN", "@eaDir", ".Trash-1000"])
+def test_deleted_photos_and_shards_are_no_data(tmp_path, deleted):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for i in range(3):
+            photo = io.BytesIO()
+            Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(photo, "PNG")
+            for name, data in ((f"{i}.png", photo.getvalue()), (f"{i}.txt", b"a caption")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    (tmp_path / deleted).mkdir()
+    for name in ("a.tar", f"{deleted}/b.tar"):
+        (tmp_path / name).write_bytes(content.getvalue())
+    assert {name.rpartition("/")[0] for name in read_folder(tmp_path).names("all")} == {"a.tar"}
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(DataError, match="no captions in a known layout"):
+        read_folder(tmp_path)

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from src.utils.errors import DataError
 from src.utils.orientation import orientation_in, parse_json
-from src.utils.photo_files import own_folders, photo_suffixes
+from src.utils.photo_files import is_photo, own_folders, photo_suffixes
 from src.utils.tables import COLUMNS, EXCERPT
 from src.utils.text_files import one_line
 from src.utils.text_names import (
@@ -155,9 +155,11 @@ class Samples:
 
     prefix: what precedes the names of the files in notes. place: the same in error messages. names:
     of all files. read: a function from a name to the bytes of a file. one_photo: whether a text
-    belongs to only one photo. findings: the `Findings` to add to."""
+    belongs to only one photo. findings: the `Findings` to add to. is_photo: a function that tells
+    whether a file without a suffix, given by its name, is a photo."""
 
-    def __init__(self, prefix, place, names, read, one_photo, findings):
+    def __init__(self, prefix, place, names, read, one_photo, findings,
+                 is_photo=lambda name: False):
         self.prefix, self.place, self.read, self.findings = prefix, place, read, findings
         self.suffixes = photo_suffixes()
         # macOS adds a file "._NAME" to NAME on foreign drives.
@@ -171,6 +173,8 @@ class Samples:
                 texts.append(name)
             elif suffix == ".json":
                 jsons.append(name)
+            elif is_photo(name):
+                self.photos.append(name)
         self.texts_of_photo = match_texts(self.photos, texts)
         self.json_of_key = {fold(name[:-5]): name for name in jsons}
         self.json_of_key |= {name[:-5]: name for name in jsons}
@@ -274,7 +278,8 @@ def folder_rows(root, photos, notes):
                 raise DataError(f"{Path(folder, name)}: the file cannot be read "
                                 f"({error.strerror})") from None
 
-        samples = Samples(prefix, f"{folder}{os.sep}", sorted(names), read, False, findings)
+        samples = Samples(prefix, f"{folder}{os.sep}", sorted(names), read, False, findings,
+                          lambda name, folder=folder: is_photo(Path(folder, name)))
         for photo, captions, _ in samples:
             photos[prefix + photo] = Path(folder, photo)
             yield from rows_of(prefix + photo, captions)
@@ -284,8 +289,11 @@ def folder_rows(root, photos, notes):
 def find_archives(root):
     """Return the sorted paths of the .tar files in a folder and below it, and of those that are
     compressed."""
-    paths = [path for path in root.rglob("*")
-             if path.name.endswith((".tar", *COMPRESSED)) and path.is_file()]
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = own_folders(folder, subfolders)
+        paths += [Path(folder, name) for name in names if name.endswith((".tar", *COMPRESSED))]
+    paths = [path for path in paths if path.is_file()]
     return (sorted(path for path in paths if path.suffix == ".tar"),
             sorted(path for path in paths if path.suffix != ".tar"))
 
