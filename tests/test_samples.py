@@ -13,8 +13,8 @@ from src.utils.orientation import ORIENTATIONS
 from src.utils.photo_files import open_photo, version_of
 from src.utils.samples import (
     archive_rows,
-    captions_in,
     is_label,
+    json_captions,
 )
 
 
@@ -198,7 +198,15 @@ def test_a_folder_without_pairs_says_what_it_has(tmp_path):
 
 def test_a_text_that_is_not_utf8_is_named(tmp_path):
     with pytest.raises(DataError, match=r"00000.tar, 000000000.txt: the file is not UTF-8 text"):
-        read_samples(tmp_path, "shard", in_all(9, {".jpg": b"", ".txt": b"caf\xe9"}))
+        read_samples(tmp_path, "shard", in_all(9, {".jpg": b"", ".txt": b"\x81\xe9\xe9"}))
+
+
+def test_a_text_of_windows_is_read_and_noted(tmp_path):
+    files = {f"{i}.jpg": bytes([i]) for i in range(9)} | {f"{i}.txt": "a dog" for i in range(9)}
+    texts, notes = read_samples(tmp_path, "folder", files | {"3.txt": b"a dog at a caf\xe9"})
+    assert texts["3.jpg"] == ["a dog at a caf\u00e9"]
+    assert notes[0] == ("texts that are neither UTF-8 nor have a byte order mark, which are read "
+                        "as Windows-1252 or UTF-16: 1, such as 3.txt")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -210,12 +218,14 @@ def test_a_text_with_a_byte_order_mark(tmp_path, encoding):
 
 
 def test_captions_in_json():
-    assert captions_in({"caption": "", "text": ["a", " b\n"], "title": "c"}) == ["a", "b"]
-    assert captions_in({"captions": [{"caption": "a"}, {"caption": "b"}]}) == ["a", "b"]
-    assert captions_in({"Caption_10": "c", "caption_2": "b", "caption": "a", "captioned": "d"}) == [
-        "a", "b", "c"]
+    assert json_captions({"caption": "", "text": ["a", " b\n"], "title": "c"}) == ["a", "b"]
+    assert json_captions({"captions": [{"caption": "a"}, {"caption": "b"}]}) == ["a", "b"]
+    numbered = {"Caption_10": "c", "caption_2": "b", "caption": "a", "captioned": "d"}
+    assert json_captions(numbered) == ["a", "b", "c"]
+    assert json_captions({"caption": "['a', 'b']"}) == ["a", "b"]
+    assert json_captions({"caption": None, "sentences": [{"raw": "a"}, {"raw": "b"}]}) == ["a", "b"]
     for value in ({"caption": 3, "url": "a"}, None, ["", {}]):
-        assert captions_in(value) == []
+        assert json_captions(value) == []
 
 
 def test_photos_with_texts_are_read_from_an_archive(tmp_path):

@@ -1,5 +1,5 @@
 """Which text belongs to which photo, by their names."""
-from src.utils.text_names import match_texts
+from src.utils.text_names import TEXT_NAME, match_texts
 
 
 def test_names_are_matched_by_exactly_one_text():
@@ -30,3 +30,7 @@ def test_names_are_matched_by_exactly_one_text():
     # NAME.txt comes first, and one text may be that of two photos.
     assert match("a.jpg", "a.png", "a.txt", "a.caption", "b.jpg", "b.caption", "b.text") == {
         "a.jpg": ["a.txt"], "a.png": ["a.txt"], "b.jpg": ["b.caption"]}
+
+
+def test_the_raw_file_of_a_camera_is_not_a_text():
+    assert TEXT_NAME.fullmatch("a.caption") and not TEXT_NAME.fullmatch("a.raw")

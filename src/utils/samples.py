@@ -5,8 +5,8 @@ Which text belongs to which photo is decided in `text_names.py`. If a photo has 
 captions in its NAME.json count. What is left over is counted.
 
 This module must not import torch."""
-import codecs
 import collections
+import contextlib
 import functools
 import itertools
 import os
@@ -19,8 +19,8 @@ from types import SimpleNamespace
 from src.utils.errors import DataError
 from src.utils.orientation import orientation_in, parse_json
 from src.utils.photo_files import is_photo, own_folders, photo_suffixes
-from src.utils.tables import COLUMNS, EXCERPT
-from src.utils.text_files import one_line
+from src.utils.tables import CAPTION_NUMBER, COLUMNS, EXCERPT, captions_in
+from src.utils.text_files import BYTE_ORDER_MARKS, guess_encoding, one_line
 from src.utils.text_names import (
     TEXT_NAME,
     first_dot,
@@ -108,15 +108,17 @@ class Findings:
                 for what, (count, example) in self.found.items()]
 
 
-def decode_text(content, place):
-    """Return the captions of a text, which has one a line. Raises DataError, with the place of the
-    text, if it is not UTF-8, nor UTF-16 with a byte order mark."""
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+def decode_text(content, place, notes):
+    """Return the captions of a text, which has one a line.
+
+    place: the text's name, for messages. notes: see `guess_encoding`. Raises DataError if its
+    encoding is unknown."""
     try:
-        lines = content.decode("utf-16" if is_utf16 else "utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: the file is not UTF-8 text ({error.reason} at byte "
-                        f"{error.start}); please save it as UTF-8") from None
+        encoding = next((encoding for mark, encoding in BYTE_ORDER_MARKS
+                         if content.startswith(mark)), "utf-8")
+        lines = content.decode(encoding).splitlines()
+    except UnicodeDecodeError:
+        lines = content.decode(guess_encoding(content, place, notes)).splitlines()
     return [one_line(line) for line in lines if line.strip()]
 
 
@@ -131,20 +133,24 @@ def is_label(line):
     return numbers == len(tokens) or (numbers >= 4 and len(tokens) - numbers <= 2)
 
 
-def captions_in(value, photo_suffixes=()):
-    """Return the captions in the content of a JSON file: a string, a list, or an object that has
-    them under one of the names that a table's column of captions may have. The name of a photo,
-    which some programs put into a field "title", is no caption."""
+def json_captions(value, suffixes=()):
+    """Return the captions in the content of a NAME.json: a string, a list, or an object that has
+    them under one of the names that a table's column of captions may have.
+
+    suffixes: those of photos. The name of a photo, which some programs put into a field "title", is
+    no caption."""
     if isinstance(value, str):
-        is_photo = os.path.splitext(value)[1].lower() in photo_suffixes
-        return [one_line(value)] if value.strip() and not is_photo else []
+        with contextlib.suppress(TypeError):  # for the text of a list of other things
+            return [caption for caption in captions_in(value)
+                    if os.path.splitext(caption)[1].lower() not in suffixes]
     if isinstance(value, list):
-        return [caption for item in value for caption in captions_in(item, photo_suffixes)]
+        return [caption for item in value for caption in json_captions(item, suffixes)]
     if isinstance(value, dict):
-        for name in COLUMNS["caption"]:  # or caption_1, caption_2 and so on
-            pattern = re.compile(rf"\s*{name}[\s_-]?\d*\s*", re.IGNORECASE)
-            keys = sorted(filter(pattern.fullmatch, value), key=lambda key: natural(fold(key)))
-            captions = captions_in([value[key] for key in keys], photo_suffixes)
+        keys = sorted(value, key=lambda key: natural(fold(key)))
+        for name in COLUMNS["caption"]:  # also caption_1, caption_2 and so on
+            values = [value[key] for key in keys
+                      if CAPTION_NUMBER.sub("", key.strip().lower()) == name]
+            captions = json_captions(values, suffixes)
             if captions:
                 return captions
     return []
@@ -220,11 +226,15 @@ class Samples:
     def _read_captions(self, photo, json_bytes):
         """Return the captions of a photo, or None if it has no text."""
         if photo not in self.texts_of_photo:
-            return captions_in(parse_json(json_bytes), self.suffixes) or None
+            return json_captions(parse_json(json_bytes), self.suffixes) or None
         captions = []
         texts = self.texts_of_photo[photo]
         for text in texts:
-            captions_of_text = decode_text(self.read(text), self.place + text)
+            notes = []
+            captions_of_text = decode_text(self.read(text), self.place + text, notes)
+            if notes:
+                self.findings.add("texts that are neither UTF-8 nor have a byte order mark, which "
+                                  "are read as Windows-1252 or UTF-16", self.prefix + text)
             self.findings.add_text(self.prefix + text, captions_of_text)
             captions += captions_of_text
         if os.path.splitext(texts[0])[0] != os.path.splitext(photo)[0]:
