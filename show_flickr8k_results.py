@@ -77,7 +77,8 @@ def parse_args(argv=None):
     add("--data_dir", type=text, metavar="DIR",
         help="folder of the dataset (default: the one that the run was trained on)")
     add("--photos", type=text, metavar="DIR",
-        help="with --query or --serve: search the photos in this folder and below it instead")
+        help="with --query or --serve: search the photos in this folder and below it instead, "
+        "without thumbnails and recycle bins")
 
     add = parser.add_argument_group("how to show it").add_argument
     add("--bank", action=argparse.BooleanOptionalAction,

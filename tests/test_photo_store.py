@@ -228,8 +228,8 @@ def test_a_new_store_is_announced_and_an_old_one_is_not(dataset_dir, caplog):
         return caplog.messages
 
     line, = read("train", "val")
-    assert line == (f"{dataset_dir / STORE_FOLDER}: decoded photos are kept in this folder (0.3 MB)"
-                    " for the next run; it may be deleted")
+    assert line == (f"{dataset_dir / STORE_FOLDER}: decoded photos, or their features, are kept in "
+                    "this folder (0.3 MB) for the next run; it may be deleted")
     assert read("train", "val") == []
     assert len(read("test")) == 1
 

@@ -131,8 +131,9 @@ def announce_store(root, files_before):
     files_before: what `files_of_store` returned before they were read."""
     files = files_of_store(root)
     if files.keys() - files_before:
-        log.info(f"{root / STORE_FOLDER}: decoded photos are kept in this folder "
-                 f"({sum(files.values()) / 1e6:,.1f} MB) for the next run; it may be deleted")
+        megabytes = sum(files.values()) / 1e6
+        log.info(f"{root / STORE_FOLDER}: decoded photos, or their features, are kept in this "
+                 f"folder ({megabytes:,.1f} MB) for the next run; it may be deleted")
 
 
 def delete_other_shards(store, shards):
