@@ -274,6 +274,14 @@ def test_only_merged_photos_lose_repeated_captions(tmp_path):
     assert folder.row_of.keys() == set(OTHERS)
 
 
+def test_copies_of_fewer_photos_than_there_are_splits_are_not_merged(tmp_path):
+    for i, name in enumerate(OTHERS):
+        (tmp_path / name).write_bytes(content(i % 2))
+    folder = read_folder(write_table(tmp_path, OTHERS))
+    assert list(folder.row_of) == OTHERS
+    assert len(folder.describe()) == 2
+
+
 def test_photos_of_equal_size_whose_middles_agree_are_still_compared(tmp_path):
     middle = bytes(100_000)
     for i, name in enumerate(OTHERS):

@@ -44,10 +44,9 @@ class Folder:
     come from. splits: {"train", "val", "test": [names of photos]}. by_hash: whether some of the
     splits were made by a hash of the photos' names. row_of: {name of a photo: its row}.
     cut_captions: how many captions were longer than MAX_LENGTH and were cut. empty_captions: {name
-    of a photo: how many of its captions are empty}. photo_folder: the
-    folder that the photos are in. missing: {name of a photo that is not there: how a message
-    describes it}. notes: sentences on what was read otherwise than a user may expect, each with a
-    number and an example."""
+    of a photo: how many of its captions are empty}. photo_folder: the folder that the photos are
+    in. missing: {name of a photo that is not there: how a message describes it}. notes: sentences
+    on what was read otherwise than a user may expect, each with a number and an example."""
 
     def __init__(self, root, layout, source, rows, splits=None, photos=None,
                  notes=None, merge_copies=True):
@@ -103,7 +102,8 @@ class Folder:
         Changes row_of, and returns what is left of the three."""
         photos = {name: self.path(name) for name in self.row_of if name not in self.missing}
         copies = find_copies(photos, dict(zip(self.row_of, split_of)))
-        if not copies:
+        # With fewer photos than splits, nothing could be trained; the copies are reported later on.
+        if not copies or len(self.row_of) - len(copies) < len(SPLIT_FILES):
             return captions, owners, split_of
         name, first = next(iter(copies.items()))
         self.notes.append(
