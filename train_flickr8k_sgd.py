@@ -102,6 +102,8 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
     """Load or make everything that the loop needs, and the run's folder -> (run, splits)."""
     rank, world = distributed.rank_and_world()
     settings, encoders = set_up_encoders(settings, args, device)
+    if checkpoint is not None:
+        encoders.check_unchanged(checkpoint["config"], output_dir)
     tokenizer = tokenizer_from_state(checkpoint["tokenizer"]) if checkpoint else None
     with distributed.local_main_process_first():  # it fills the cache, the others read it
         splits, tokenizer = load_splits(settings, tokenizer, encoders.image, encoders.text)
@@ -161,12 +163,18 @@ def set_up_encoders(settings, args, device):
 
 
 def describe_run(settings, encoders, model, splits, device, command):
-    """What config.json says about a run. Raises UsageError if the machines have different data."""
+    """What config.json says about a run. Raises UsageError if the processes have different data or
+    different encoders."""
     world = distributed.rank_and_world()[1]
     fingerprints = {name: split.fingerprint() for name, split in splits.items()}
     if any(other != fingerprints for other in distributed.gather_objects([fingerprints])):
         raise UsageError(f"{settings.data_dir}: photos, captions or their order differ between the "
                          "machines")
+    if any(other != encoders.describe()
+           for other in distributed.gather_objects([encoders.describe()])):
+        raise UsageError("the pretrained encoders differ between the processes; their files must "
+                         "be the same on all machines, and a function must not draw weights at "
+                         "random without a fixed seed")
     train = splits["train"]
     return describe(settings, device, world) | {
         "command": command, "encoders": encoders.describe(),

@@ -8,6 +8,7 @@
 import difflib
 import importlib.util
 import inspect
+import json
 import logging
 import sys
 import traceback
@@ -20,6 +21,14 @@ from torch import nn
 from src.device import autocast_dtype
 from src.pretrained import IMAGE, TEXT, Encoders, PretrainedEncoder, first_line
 from src.utils.errors import UsageError
+
+# Fields of the configuration files of transformers that have no effect here.
+VERSION_FIELDS = ("transformers_version", "torch_dtype", "dtype")
+# Texts that different tokenizers treat differently; the last one is too long for most of them.
+EXAMPLE_TEXTS = [
+    "A dog runs.", "the DOG's  running , \u00e9\u00e8 Caf\u00e9 \u212b\uff21 \u72ac",
+    "two hundred and 20,000 photographs: 3.5x #1 <unk> </s> [SEP] un\u00adusual\tthings\n",
+    " ".join(f"word{i} of a long text" for i in range(200))]
 
 
 def load_encoders(settings, device=torch.device("cpu")):
@@ -77,7 +86,7 @@ def load_from_file(name, modality):
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         raise UsageError(f"--{modality}_encoder {name} fails ({first_line(error)}, line {line})"
                          ) from None
-    preprocessing = function + Path(path).read_text(encoding="utf-8")
+    preprocessing = function + Path(path).read_text(encoding="utf-8", errors="replace")
     return PretrainedEncoder(name, modality, module.float(), prepare, preprocessing)
 
 
@@ -95,8 +104,7 @@ def load_from_torchvision(name):
         raise UsageError(f"--image_encoder {name}: this model has no linear layer whose input "
                          "could serve as features")
     model.set_submodule(linear[-1], nn.Identity())
-    transform = weights.transforms()
-    return PretrainedEncoder(name, IMAGE, model, transform, f"{weights} {transform}")
+    return PretrainedEncoder(name, IMAGE, model, weights.transforms(), str(weights))
 
 
 class TransformersEncoder(nn.Module):
@@ -183,12 +191,35 @@ def build_from_transformers(transformers, name, modality, local_files_only):
         def prepare(photo):
             return processor(images=photo, return_tensors="pt")["pixel_values"][0]
 
-        preprocessing = processor.to_json_string()
+        preprocessing = as_saved(processor.get_image_processor_dict(name, **options)[0])
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         prepare = make_tokenize(tokenizer, model, contrastive)
-        preprocessing = str(sorted(tokenizer.get_vocab().items()))
+        preprocessing = describe_tokenizer(tokenizer, prepare)
+    preprocessing += as_saved(model.config.get_config_dict(name, **options)[0])
     return PretrainedEncoder(name, modality, encoder, prepare, preprocessing, logit_scale)
+
+
+def as_saved(config):
+    """Return the content of a configuration file as a text, without what only tells which version
+    of transformers has written it."""
+    def essential(value):
+        if not isinstance(value, dict):
+            return value
+        return {name: essential(part) for name, part in value.items()
+                if not (name.startswith("_") or name in VERSION_FIELDS)}
+
+    return json.dumps(essential(config), sort_keys=True, default=str)
+
+
+def describe_tokenizer(tokenizer, tokenize):
+    """Return a text that differs for tokenizers that turn texts into different tensors.
+
+    It is made from what the tokenizer does, because its files differ between versions of
+    transformers.
+    """
+    tokens = {name: tensor.tolist() for name, tensor in tokenize(EXAMPLE_TEXTS).items()}
+    return f"{sorted(tokenizer.get_vocab().items())} {sorted(tokens.items())}"
 
 
 def make_tokenize(tokenizer, model, contrastive):

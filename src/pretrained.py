@@ -54,8 +54,9 @@ class PretrainedEncoder(nn.Module):
     name: the name that the user gave. modality: IMAGE or TEXT. module: the network; for texts it
     takes the tensors as keyword arguments. prepare: a function from a PIL photo to (3, H, W), or
     from a list of texts to the dict of tensors. preprocessing: a text that differs when `prepare`
-    does, as stored features must not be used then. logit_scale: the logarithm of the scale of a
-    contrastive model like CLIP, which embeds photos and texts in the same space; None for others.
+    does, or when the network computes something else from the same weights, but not when another
+    version of a library is installed. logit_scale: the logarithm of the scale of a contrastive
+    model like CLIP, which embeds photos and texts in the same space; None for others.
 
     Raises UsageError if the encoder does not do this.
     """
@@ -65,8 +66,8 @@ class PretrainedEncoder(nn.Module):
         self.name, self.modality, self.module, self.prepare = name, modality, module, prepare
         self.logit_scale = logit_scale
         self.train()
-        self.weights_hash = hash_weights(module)
-        self.key = store_key(STORE_VERSION, self.weights_hash, preprocessing)
+        self.weights_hash, self.preprocessing_hash = hash_weights(module), store_key(preprocessing)
+        self.key = store_key(STORE_VERSION, self.weights_hash, self.preprocessing_hash)
         self.configure(torch.device("cpu"), amp_dtype=None, frozen=True)
         try:
             with torch.no_grad():
@@ -185,6 +186,23 @@ class PretrainedEncoder(nn.Module):
                 progress(done_before + first + len(rows), total, "captions")
         return features
 
+    def describe_change(self, changed):
+        """Say what of the encoder's files is not as it was when a run was trained, and what to do.
+
+        changed: a list of "weights" and "preprocessing".
+        """
+        if ".py:" in self.name:
+            preprocessing, cure = "the text of the file", "Restore the file"
+            if "preprocessing" not in changed:
+                cure = "Restore them (if the function draws them at random, it needs a fixed seed)"
+        else:
+            part = "image processor" if self.modality == IMAGE else "tokenizer"
+            preprocessing, cure = f"the configuration or the {part}", "Restore its files"
+        names = {"weights": "the weights", "preprocessing": preprocessing}
+        what = " and ".join(names[part] for part in changed)
+        return (f"the {self.modality} encoder {self.name} is not the one that the run was trained "
+                f"with, as {what} changed.\n{cure}, or train a new run with another --output_dir.")
+
     def freeze_unused(self):
         """Train all weights but those that the features do not depend on."""
         self.requires_grad_(True)
@@ -195,12 +213,17 @@ class PretrainedEncoder(nn.Module):
 
 
 def hash_weights(module):
-    """Return 16 hexadecimal digits that identify a module's weights and buffers."""
-    weights = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        weights.update(key.encode())
-        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return weights.hexdigest()[:16]
+    """Return 16 hexadecimal digits that identify a module's weights and buffers.
+
+    Their names do not count, because versions of a library differ in the names that they give to
+    the same weights.
+    """
+    hashes = set()
+    for value in module.state_dict().values():
+        content = hashlib.sha256(f"{tuple(value.shape)} {value.dtype}".encode())
+        content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        hashes.add(content.hexdigest())
+    return store_key(sorted(hashes))
 
 
 class PhotoFeatures:
@@ -294,7 +317,26 @@ class Encoders:
     def describe(self):
         """Return what a run's config says about its encoders."""
         return {encoder.modality: {"name": encoder.name, "weights": encoder.weights_hash,
+                                   "preprocessing": encoder.preprocessing_hash,
                                    "width": encoder.width} for encoder in self}
+
+    def check_unchanged(self, config, run_dir):
+        """Raise UsageError unless these are the encoders that a run was trained with.
+
+        config: the run's config. The weights of a fine-tuned encoder are those in the run's
+        checkpoint, so that its files may hold others.
+        """
+        recorded, current = config.get("encoders") or {}, self.describe()
+        for encoder in self:
+            before, now = recorded.get(encoder.modality, {}), current[encoder.modality]
+            if not before.keys() >= now.keys():
+                raise UsageError(f"{run_dir}: the run is of another version of this project, which "
+                                 f"did not record what {encoder.name} consisted of; please retrain")
+            changed = [part for part in ("weights", "preprocessing") if before[part] != now[part]]
+            if not encoder.frozen and "weights" in changed:
+                changed.remove("weights")
+            if changed:
+                raise UsageError(f"{run_dir}: {encoder.describe_change(changed)}")
 
     def fit_settings(self, settings):
         """Return the settings with the sizes that these encoders require.

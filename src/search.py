@@ -68,10 +68,7 @@ def load_model_and_encoders(run_dir):
     settings = settings_of(config, run_dir)
     device = find_device()
     encoders = load_encoders(settings, device)
-    trained_with = config.get("encoders")
-    if encoders.describe() != trained_with:
-        raise UsageError(f"{run_dir}: the weights of its pretrained encoders are not those that it "
-                         f"was trained with: {trained_with}")
+    encoders.check_unchanged(config, run_dir)
     try:
         tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
         model = build_network(tokenizer.vocab_size, settings, encoders.feature_widths)
