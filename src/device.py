@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import datetime
+import errno
 import os
 import platform
 import re
@@ -10,6 +11,11 @@ from pathlib import Path
 import torch
 
 from src.utils.errors import UsageError
+
+# How exceptions of PyTorch say, in small letters, that a memory is full.
+GPU_IS_FULL = ("cuda error: out of memory", "cublas_status_alloc_failed", "mps backend out of mem")
+HOST_IS_FULL = ("defaultcpuallocator", "not enough memory", "cannot allocate memory", "bad_alloc",
+                "bad allocation")
 
 
 def find_device(name=None):
@@ -28,6 +34,22 @@ def find_device(name=None):
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {name} is not available on this machine") from None
     return device
+
+
+def full_memory(error):
+    """Return which memory an exception says is full, "the GPU's memory" or "this machine's memory".
+    Return None if it says something else."""
+    text = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory"
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return "this machine's memory"
+    if isinstance(error, RuntimeError):
+        if any(sign in text for sign in GPU_IS_FULL):
+            return "the GPU's memory"
+        if any(sign in text for sign in HOST_IS_FULL):
+            return "this machine's memory"
+    return None
 
 
 def amp_is_faster(device):

@@ -19,8 +19,8 @@ import torchvision
 from torch import nn
 
 from src.device import autocast_dtype
-from src.pretrained import IMAGE, TEXT, Encoders, PretrainedEncoder, first_line
-from src.utils.errors import UsageError
+from src.pretrained import IMAGE, TEXT, Encoders, PretrainedEncoder
+from src.utils.errors import UsageError, first_line
 
 # Fields of the configuration files of transformers that have no effect here.
 VERSION_FIELDS = ("transformers_version", "torch_dtype", "dtype")

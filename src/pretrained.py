@@ -5,6 +5,7 @@ photo, its mirror image and every caption once, and its features are kept in a f
 the photo store. With --finetune it becomes a part of the model and is trained with the rest.
 """
 import hashlib
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,37 +13,21 @@ import torch
 from PIL import Image
 from torch import nn
 
+from src.device import full_memory
+from src.feature_store import PhotoFeatures, open_text_store
 from src.utils.augment import normalize, resize
-from src.utils.errors import UsageError
+from src.utils.console import printable
+from src.utils.errors import DataError, UsageError, first_line
 from src.utils.flickr8k_simple import map_tensors
-from src.utils.photo_store import (
-    STORE_VERSION,
-    Rows,
-    decoding_threads,
-    delete_other_shards,
-    open_photo,
-    open_shard,
-    read_photo,
-    store_key,
-)
+from src.utils.photo_store import STORE_VERSION, open_photo, store_key
 
 IMAGE, TEXT = "image", "text"
-EXAMPLE_PIXELS = 256  # side of the plain grey photo that is used to try an encoder
-PHOTO_BATCH, TEXT_BATCH = 64, 128
-# On a CPU a larger batch takes twice as long per photo: the outputs of the layers become so large
-# that the allocator returns them to the system and has to get them again each time.
-CPU_PHOTO_BATCH = 4
-TEXT_SHARD = 10_000  # texts in each file of a feature store
+EXAMPLE_SIZES = (500, 375), (360, 480)  # width and height of the photos that try an encoder
 # The number of photos or captions whose features give the mean and the standard deviation by which
 # the model standardises features: those that a training encoder makes, and those that are stored.
 SAMPLE, SAMPLE_BATCH = 512, 32
 STORED_SAMPLE = 50_000
-
-
-def first_line(error):
-    """Describe an exception of other people's code by its type and its first line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+EXCERPT = 80  # characters of a text that a message shows
 
 
 class PretrainedEncoder(nn.Module):
@@ -68,39 +53,58 @@ class PretrainedEncoder(nn.Module):
         self.train()
         self.weights_hash, self.preprocessing_hash = hash_weights(module), store_key(preprocessing)
         self.key = store_key(STORE_VERSION, self.weights_hash, self.preprocessing_hash)
+        self.example_peak = 0.0
         self.configure(torch.device("cpu"), amp_dtype=None, frozen=True)
         try:
             with torch.no_grad():
                 features = self(self.example_input())
+        except UsageError:
+            raise
         except Exception as error:  # other people's code may raise anything
+            if full_memory(error):
+                raise
             raise UsageError(f"{name} fails as an encoder of {modality}s ({first_line(error)})"
                              ) from None
         if not (isinstance(features, torch.Tensor) and features.ndim == 2):
             shape = getattr(features, "shape", type(features).__name__)
             raise UsageError(f"{name} must return features (B, width) of {modality}s, but it "
                              f"returned {shape}")
-        self.width = features.shape[1]
+        self.width, self.example_peak = features.shape[1], features.abs().max().item()
+        if not math.isfinite(self.example_peak):
+            raise UsageError(f"{name}: its features of an ordinary {modality} are NaN or infinite")
 
     def configure(self, device, amp_dtype, frozen):
         """Move the encoder to a device and choose the precision of `encode`.
 
         amp_dtype: the dtype of mixed precision, or None for float32. frozen: whether the encoder
-        keeps its weights, so that its features can be stored.
+        keeps its weights, so that its features can be stored. Raises UsageError if float16 cannot
+        hold them.
         """
+        if frozen and self.example_peak > torch.finfo(torch.float16).max:
+            raise UsageError(f"{self.name}: its features are too large for float16")
         self.device, self.amp_dtype, self.frozen = device, amp_dtype, frozen
         self.to(device, memory_format=torch.channels_last)
 
-    def example_input(self, level=0):
-        """Return the smallest input: one photo of a single grey level (0 to 255), or one text.
+    def example_input(self):
+        """Return a small input: two photos, or one text.
 
         For photos this also finds out `pixels`, the height and width of what `prepare` returns.
+        Raises UsageError if these are not the same for photos of different shapes.
         """
         if self.modality == TEXT:
             return self.prepare(["a dog runs"])
-        size = (EXAMPLE_PIXELS, EXAMPLE_PIXELS)
-        photo = self.prepare(Image.new("RGB", size, (level, level, level)))
-        self.pixels = tuple(photo.shape[1:])
-        return photo[None]
+        photos = [self.prepare(example_photo(size)) for size in EXAMPLE_SIZES]
+        shapes = [tuple(photo.shape) for photo in photos]
+        if shapes[0] != shapes[1]:
+            cure = ("set do_center_crop to true and a crop_size, or a size with a height and a "
+                    "width, in the preprocessor_config.json of its folder")
+            if ".py:" in self.name:
+                cure = "let its transform end with a fixed size, such as Resize((224, 224))"
+            raise UsageError(f"{self.name} prepares photos of different shapes as tensors of "
+                             f"different shapes, {shapes[0]} and {shapes[1]}, which do not fit "
+                             f"into one batch; {cure}")
+        self.pixels = shapes[0][1:]
+        return torch.stack(photos)
 
     def train(self, mode=True):
         """Stay in eval mode even when the rest of the model trains.
@@ -117,25 +121,54 @@ class PretrainedEncoder(nn.Module):
         """Read a photo file as a PIL image that is large enough for `prepare`. Raises DataError."""
         return open_photo(path, 2 * max(self.pixels))
 
+    def prepare_photo(self, path, photo):
+        """Turn a PIL photo into a tensor (3, H, W).
+
+        Raises DataError, with the path of its file, if the encoder's own code cannot do that.
+        """
+        try:
+            tensor = self.prepare(photo)
+            if tuple(tensor.shape[1:]) != self.pixels:
+                raise ValueError(f"it becomes a tensor of the shape {tuple(tensor.shape)}, unlike "
+                                 "other photos")
+        except Exception as error:  # other people's code may raise anything
+            if full_memory(error):
+                raise
+            raise DataError(f"{path}: {self.name} cannot take it ({first_line(error)})"
+                            ) from None
+        return tensor
+
+    def prepare_texts(self, texts):
+        """Turn texts into a dict of tensors. Raises DataError, with the text, if the encoder's own
+        code cannot do that."""
+        return name_the_text(self.prepare, texts, self.name)
+
     def load(self, path):
         """Read a photo file as a tensor (3, H, W). Raises DataError."""
-        return self.prepare(self.decode(path))
+        return self.prepare_photo(path, self.decode(path))
 
     @torch.no_grad()
     def encode(self, inputs):
-        """Return the features of a batch as a float16 array (B, width).
-
-        Raises UsageError for features that float16 cannot hold.
-        """
+        """Return the features of a batch as a float16 array (B, width). They are NaN or infinite if
+        the network makes them so, or if they are too large for float16."""
         inputs = map_tensors(lambda tensor: tensor.to(self.device), inputs)
         if self.modality == IMAGE:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         use_amp = self.amp_dtype is not None
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=use_amp):
             features = self(inputs).half()
-        if not torch.isfinite(features).all():
-            raise UsageError(f"{self.name}: its features are NaN or too large for float16")
         return features.cpu().numpy()
+
+    def encode_texts(self, texts):
+        """Return the features of texts as a float16 array (B, width). Raises DataError, with the
+        text, if the encoder fails for one of them."""
+        def encode(texts):
+            features = self.encode(self.prepare(texts))
+            if not np.isfinite(features).all():
+                raise ValueError("its features are NaN or too large for float16")
+            return features
+
+        return name_the_text(encode, texts, self.name)
 
     @property
     def store_name(self):
@@ -148,43 +181,8 @@ class PretrainedEncoder(nn.Module):
         return PhotoFeatures(self, views)
 
     def text_features(self, store, texts, progress=None):
-        """Return the features of texts as `Rows` (N, width), float16.
-
-        store: the path that the names of the store's files begin with, or None to store nothing.
-        `progress(done, total, "captions")` is called while texts are encoded.
-        """
-        shards, paths = [], []
-        for start in range(0, len(texts), TEXT_SHARD):
-            stop = min(start + TEXT_SHARD, len(texts))
-            shard = [texts[i] for i in range(start, stop)]
-
-            def write(file, shard=shard, start=start):
-                file.write(self._encode_texts(shard, start, len(texts), progress).tobytes())
-                return {}
-
-            path = None
-            if store is not None:
-                number = start // TEXT_SHARD
-                path = store.with_name(f"{store.name}_{self.store_name}_{number:05d}_"
-                                       f"{store_key(shard)}.float16")
-            content, _ = open_shard(path, len(shard) * self.width * 2, write)
-            shards.append(content.view(np.float16).reshape(-1, self.width))
-            paths.append(path)
-        if store is not None:
-            delete_other_shards(store.with_name(f"{store.name}_{self.store_name}"), paths)
-        return Rows(shards)
-
-    def _encode_texts(self, texts, done_before, total, progress):
-        """Encode the texts of one shard. Texts of similar length share a batch, which saves
-        padding."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        features = np.empty((len(texts), self.width), np.float16)
-        for first in range(0, len(texts), TEXT_BATCH):
-            rows = order[first:first + TEXT_BATCH]
-            features[rows] = self.encode(self.prepare([texts[i] for i in rows]))
-            if progress:
-                progress(done_before + first + len(rows), total, "captions")
-        return features
+        """Return the features of texts as `Rows` (N, width), see `open_text_store`."""
+        return open_text_store(self, store, texts, progress)
 
     def describe_change(self, changed):
         """Say what of the encoder's files is not as it was when a run was trained, and what to do.
@@ -204,12 +202,37 @@ class PretrainedEncoder(nn.Module):
                 f"with, as {what} changed.\n{cure}, or train a new run with another --output_dir.")
 
     def freeze_unused(self):
-        """Train all weights but those that the features do not depend on."""
+        """Train all weights but those that the features do not depend on. Raises UsageError if
+        they depend on none."""
         self.requires_grad_(True)
-        self(self.example_input()).sum().backward()
+        features = self(self.example_input())
+        if not features.requires_grad:
+            raise UsageError(f"--finetune: the features of {self.name} depend on no weights that "
+                             "could be trained")
+        features.sum().backward()
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
+
+
+def name_the_text(function, texts, name):
+    """Return function(texts). If an encoder of this name fails there, raise DataError with the text
+    that it fails for."""
+    try:
+        return function(texts)
+    except Exception as error:  # other people's code may raise anything
+        if full_memory(error) or isinstance(error, DataError):
+            raise
+        for text in texts if len(texts) > 1 else ():
+            name_the_text(function, [text], name)
+        excerpt = printable(texts[0][:EXCERPT]) + "..." * (len(texts[0]) > EXCERPT)
+        raise DataError(f'{name} cannot take the text "{excerpt}" ({first_line(error)})') from None
+
+
+def example_photo(size):
+    """Return a photo of this width and height, with a gradient in each channel."""
+    across, down = Image.linear_gradient("L").rotate(90), Image.linear_gradient("L")
+    return Image.merge("RGB", [across, down, Image.radial_gradient("L")]).resize(size)
 
 
 def hash_weights(module):
@@ -226,53 +249,6 @@ def hash_weights(module):
     return store_key(sorted(hashes))
 
 
-class PhotoFeatures:
-    """The row format of a feature store, see `open_photo_store`.
-
-    A row is float16 (views, width): the features of the photo as it is and, with two views, those
-    of its mirror image.
-    """
-
-    dtype = np.float16
-
-    def __init__(self, encoder, views):
-        self.encoder, self.shape = encoder, (views, encoder.width)
-        self.name, self.key = encoder.store_name, views
-
-    def rows(self, paths):
-        """Yield for each path what `read_photo` returns, with the row in the photo's place."""
-        encoder, size, prepare = self.encoder, PHOTO_BATCH, self.encoder.prepare
-        on_cpu = encoder.device.type == "cpu"
-        if on_cpu:
-            # Here the threads only decode. If they prepared photos, too, torch's work in them would
-            # take the cores from the encoder.
-            size, prepare = CPU_PHOTO_BATCH, lambda photo: photo
-        batches = [paths[i:i + size] for i in range(0, len(paths), size)]
-        with decoding_threads() as pool:
-            def start_reading(batch):
-                return [pool.submit(read_photo, path, encoder.decode, prepare) for path in batch]
-
-            reading = start_reading(batches[0])
-            for next_batch in [*batches[1:], []]:
-                batch = [future.result() for future in reading]
-                reading = start_reading(next_batch)  # they are read while the encoder computes
-                photos = [photo for photo, _, fault in batch if not fault]
-                if on_cpu:
-                    photos = [encoder.prepare(photo) for photo in photos]
-                rows = iter(self.encode(torch.stack(photos)) if photos else ())
-                for _, known, fault in batch:
-                    yield None if fault else next(rows), known, fault
-
-    def encode(self, photos):
-        """Photos (B, 3, H, W) -> rows (B, views, width)."""
-        views = [photos, photos.flip(-1)][:self.shape[0]]
-        return np.stack([self.encoder.encode(view) for view in views], 1)
-
-    @staticmethod
-    def view(rows):
-        return rows
-
-
 class Renormalize(nn.Module):
     """Photos as `augment.normalize` leaves them -> photos as the encoder's transform leaves them.
 
@@ -281,7 +257,9 @@ class Renormalize(nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        black, white = (encoder.example_input(level).mean((2, 3)) for level in (0, 255))
+        black, white = (
+            encoder.prepare(Image.new("RGB", EXAMPLE_SIZES[0], colour))[None].mean((2, 3))
+            for colour in ("black", "white"))
         our_black, our_white = (normalize(torch.full((1, 3, 1, 1), level)).flatten(1)
                                 for level in (0.0, 1.0))
         scale = (white - black) / (our_white - our_black)
@@ -378,7 +356,9 @@ class Encoders:
                     side = self.image.pixels[0]
                     return normalize(resize(train.photos[rows], side, "bicubic"))
 
-                features = encode_sample(model.image_backbone, images, len(train.photos), amp_dtype)
+                features = encode_sample(
+                    self.image, model.image_backbone, images, train.names, amp_dtype)
+            check_different(self.image, features)
             model.image_encoder.standardize(features, identity)
         if self.text is not None:
             if self.text.frozen:
@@ -387,7 +367,9 @@ class Encoders:
                 def texts(rows):
                     return train.text_inputs(rows.tolist())["text_features"]
 
-                features = encode_sample(model.text_backbone, texts, len(train), amp_dtype)
+                features = encode_sample(
+                    self.text, model.text_backbone, texts, train.captions, amp_dtype)
+            check_different(self.text, features)
             model.text_head.standardize(features, identity)
         if self.is_contrastive_pair:
             with torch.no_grad():
@@ -398,6 +380,14 @@ class Encoders:
                 model.clamp_logit_scale_()
 
 
+def check_different(encoder, features):
+    """Raise UsageError if all of these features are the same. Nothing can be learned from them."""
+    if (features == features[0]).all():
+        items = "photos" if encoder.modality == IMAGE else "captions"
+        raise UsageError(f"{encoder.name} makes the same features of all {items}, so that they "
+                         "cannot be told apart")
+
+
 def sample_rows(features):
     """Return at most STORED_SAMPLE of the stored features, evenly spread."""
     rows = np.linspace(0, len(features) - 1, min(STORED_SAMPLE, len(features)))
@@ -405,19 +395,25 @@ def sample_rows(features):
 
 
 @torch.no_grad()
-def encode_sample(backbone, load_inputs, total, amp_dtype):
-    """Return the features of at most SAMPLE of `total` photos or captions, evenly spread.
+def encode_sample(encoder, backbone, load_inputs, items, amp_dtype):
+    """Return the features of at most SAMPLE photos or captions, evenly spread.
 
-    `load_inputs(rows)` returns the backbone's inputs for a tensor of row numbers.
+    backbone: the encoder as a part of the model. `load_inputs(rows)` returns its inputs for a
+    tensor of row numbers. items: the names of the photos, or the captions. Raises DataError, with
+    the item, for features that are not finite.
     """
-    device = next(backbone.parameters()).device
-    rows = torch.linspace(0, total - 1, min(SAMPLE, total)).long()
+    rows = torch.linspace(0, len(items) - 1, min(SAMPLE, len(items))).long()
     features = []
-    with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+    with torch.autocast(encoder.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
         for batch in rows.split(SAMPLE_BATCH):
-            inputs = map_tensors(lambda tensor: tensor.to(device), load_inputs(batch))
+            inputs = map_tensors(lambda tensor: tensor.to(encoder.device), load_inputs(batch))
             features.append(backbone(inputs))
-    return torch.cat(features)
+    features = torch.cat(features)
+    faulty = rows[~torch.isfinite(features).all(1).cpu()].tolist()
+    if faulty:
+        raise DataError(f"{encoder.name}: its features of {printable(items[faulty[0]][:EXCERPT])} "
+                        f"are NaN or infinite, and of {len(faulty)} of {len(rows)} examples in all")
+    return features
 
 
 NO_ENCODERS = Encoders()

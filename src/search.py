@@ -29,6 +29,7 @@ from src.runs import BEST, BEST_KEYS, check_folder, load_checkpoint
 from src.settings import settings_of
 from src.utils.augment import normalize
 from src.utils.captions import read_folder
+from src.utils.console import printable
 from src.utils.errors import DataError, UsageError
 from src.utils.flickr8k_simple import map_tensors
 from src.utils.folder import cut_text
@@ -107,16 +108,18 @@ def load_model(run_dir):
 def embed_photo_batches(model, transform, paths, batch_size=100, unreadable=None):
     """Yield (paths, embeddings) batch by batch, the embeddings (B, D) of unit length on the CPU.
 
-    unreadable: a dict. Photos that cannot be read are skipped, and {path: error message} is added
-    to it. Without the dict, such a photo raises DataError."""
+    unreadable: a dict. Photos that cannot be read, or whose embeddings are not finite, are skipped,
+    and {path: error message} is added to it. Without the dict, such a photo raises DataError."""
+    def leave_out(path, error):
+        if unreadable is None:
+            raise error
+        unreadable[path] = str(error)
+
     def read(path):
         try:
             return transform(path)
         except DataError as error:
-            if unreadable is None:
-                raise
-            unreadable[path] = str(error)
-            return None
+            return leave_out(path, error)
 
     device = next(model.parameters()).device
     with decoding_threads() as pool:
@@ -127,7 +130,15 @@ def embed_photo_batches(model, transform, paths, batch_size=100, unreadable=None
             if batch:
                 images = torch.stack([image for image in images if image is not None])
                 latents = model(images=images.to(device))["central_latent"].cpu()
-                yield batch, F.normalize(latents, dim=-1)
+                finite = torch.isfinite(latents).all(1)
+                for path, is_finite in zip(batch, finite):
+                    if not is_finite:
+                        name = getattr(model.image_backbone, "name", "the model")
+                        leave_out(path, DataError(f"{path}: {name} makes NaN or infinite numbers "
+                                                  "of it"))
+                batch = [path for path, is_finite in zip(batch, finite) if is_finite]
+                if batch:
+                    yield batch, F.normalize(latents[finite], dim=-1)
 
 
 def embed_photos(model, transform, paths, batch_size=100):
@@ -140,7 +151,8 @@ def embed_photos(model, transform, paths, batch_size=100):
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, batch_size=256):
     """Embed texts -> (N, D) of unit length on the CPU. Of each text, the first MAX_LENGTH
-    characters are read. Raises ValueError for a text without tokens."""
+    characters are read. Raises ValueError for a text without tokens, and DataError for one whose
+    embedding is not finite."""
     device = next(model.parameters()).device
     ids = Ragged.from_sequences((tokenizer.encode(cut_text(text)) for text in texts), "H")
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # for little padding
@@ -150,9 +162,15 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
         text = torch.from_numpy(ids.padded(batch)).to(device)
         features = None
         if model.text_backbone is not None:
-            features = model.text_backbone.prepare([cut_text(texts[i]) for i in batch])
+            features = model.text_backbone.prepare_texts([cut_text(texts[i]) for i in batch])
             features = map_tensors(lambda tensor: tensor.to(device), features)
-        parts.append(model(text=text, text_features=features)["central_latent"].cpu())
+        latents = model(text=text, text_features=features)["central_latent"].cpu()
+        for i, is_finite in zip(batch, torch.isfinite(latents).all(1)):
+            if not is_finite:
+                name = getattr(model.text_backbone, "name", "the model")
+                raise DataError(f'{name} makes NaN or infinite numbers of the text '
+                                f'"{printable(texts[i][:80])}"')
+        parts.append(latents)
     embeddings = F.normalize(torch.cat(parts), dim=-1)
     return torch.empty_like(embeddings).index_copy_(0, torch.tensor(by_length), embeddings)
 

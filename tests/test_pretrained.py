@@ -12,7 +12,7 @@ from PIL import Image
 
 import show_flickr8k_results
 import train_flickr8k_sgd as training
-from src import pretrained
+from src import feature_store, pretrained
 from src.encoder_sources import load_encoder, load_encoders
 from src.experiments import test_time_training
 from src.pretrained import Encoders, PretrainedEncoder, Renormalize
@@ -120,7 +120,7 @@ def test_features_are_those_of_the_photo_and_its_mirror_image(dataset_dir, encod
 
 
 def test_a_stop_while_captions_are_encoded_costs_one_shard(dataset_dir, encoder_file, monkeypatch):
-    monkeypatch.setattr(pretrained, "TEXT_SHARD", 8)
+    monkeypatch.setattr(feature_store, "TEXT_SHARD", 8)
     text = load_encoder(f"{encoder_file}:texts", "text")
     texts = Texts.from_sequences([f"caption {i} of them".encode() for i in range(20)], "B")
     whole, store, encode = text.text_features(None, texts)[:], dataset_dir / "texts", text.encode
@@ -384,6 +384,171 @@ def test_finetuning_trains_the_encoders_and_keeps_them(shapes, encoder_file, tmp
     assert main("--resume", "--output_dir", folder, "--epochs", 4) == 0
 
 
+# Encoders that fail for some photos or texts.
+
+FAILING_FILE = '''
+import torch
+from torchvision.transforms import v2
+TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+
+
+class Standardized(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(48))
+
+    def forward(self, images):
+        rows = torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1) * self.scale
+        return (rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True)
+
+
+class Strict(Standardized):
+    def forward(self, images):
+        if (images.amax((1, 2, 3)) == images.amin((1, 2, 3))).any():
+            raise ArithmeticError("a blank photo")
+        return super().forward(images)
+
+
+class Lengths(torch.nn.Module):
+    def forward(self, numbers):
+        return 6 / numbers
+
+
+def nan():
+    return Standardized(), v2.Compose([v2.Resize((16, 16)), *TENSOR])
+
+
+def strict():
+    return Strict(), nan()[1]
+
+
+def picky():
+    return Standardized(), v2.Compose([no_black, v2.Resize((16, 16)), *TENSOR])
+
+
+def no_black(photo):
+    if not photo.getbbox():
+        raise ValueError("all black\\nsecond line")
+    return photo
+
+
+def constant():
+    return torch.nn.Sequential(Standardized(), torch.nn.Threshold(99, 1)), nan()[1]
+
+
+def bug():
+    return Standardized(), lambda photo: photo.no_such_method()
+
+
+def any_shape():
+    return Standardized(), v2.Compose([v2.Resize(16), *TENSOR])
+
+
+def count(texts):
+    if any("broken" in text for text in texts):
+        raise KeyError("broken")
+    return {"numbers": torch.tensor([[0.0 if "zero" in text else len(text)] * 4
+                                     for text in texts])}
+
+
+def texts():
+    return Lengths(), count
+'''
+
+
+@pytest.fixture(scope="session")
+def failing(tmp_path_factory):
+    path = tmp_path_factory.mktemp("encoders") / "failing.py"
+    path.write_text(FAILING_FILE)
+    return path
+
+
+@pytest.fixture
+def blank(copied):
+    """A dataset whose second training photo is black. Return the folder and the photo's name."""
+    name = (copied / "Flickr_8k.trainImages.txt").read_text().split()[1]
+    Image.new("RGB", (200, 150)).save(copied / "Flicker8k_Dataset" / name)
+    return copied, name
+
+
+@pytest.mark.parametrize("function, reason", [
+    ("nan", "its features by {name} are NaN or too large for float16"),
+    ("strict", "{name} fails for it (ArithmeticError: a blank photo)"),
+    ("picky", "{name} cannot take it (ValueError: all black)")])
+def test_a_photo_that_an_encoder_fails_for_is_named(
+        function, reason, failing, blank, tmp_path, capsys):
+    root, name = blank
+    encoder = f"{failing}:{function}"
+    given = arguments(root, tmp_path / "run", "--image_encoder", encoder, epochs=1)
+    assert main(*given) == 2
+    err = capsys.readouterr().err
+    assert f"1 of the 40 photos of train are unreadable ({name}: " in err
+    assert reason.format(name=encoder) in err and "--allow_incomplete trains without" in err
+    assert main(*given, "--allow_incomplete") == 0
+    assert "train: 1 photos left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("function", ["nan", "picky"])
+def test_a_search_leaves_out_the_photos_that_an_encoder_fails_for(
+        function, failing, shapes, tmp_path, capsys):
+    folder, encoder = tmp_path / "run", f"{failing}:{function}"
+    assert main(*arguments(shapes, folder, "--image_encoder", encoder, epochs=1)) == 0
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for photo in list((shapes / "Flicker8k_Dataset").iterdir())[:3]:
+        shutil.copy(photo, photos)
+    Image.new("RGB", (200, 150)).save(photos / "lens_cap.png")
+    show = ["--output_dir", str(folder)]
+    capsys.readouterr()
+    for _ in range(2):  # the second time, the embeddings are in the cache
+        assert show_flickr8k_results.main([*show, "--query", "red", "--photos", str(photos)]) == 0
+        out, err = capsys.readouterr()
+        assert "in 3 photos" in out and "nan" not in out and "lens_cap" not in out
+        assert f"(1): {photos / 'lens_cap.png'}: {encoder}" in err and err.count("\n") == 1
+    image = ["--image", str(photos / "lens_cap.png")]
+    assert show_flickr8k_results.main([*show, *image, "--split", "val"]) == 2
+    err = capsys.readouterr().err
+    assert f"lens_cap.png: {encoder}" in err and err.count("\n") == 1
+
+
+def test_an_encoder_that_fails_for_all_photos_says_why(failing, shapes, tmp_path, capsys):
+    for function, message in (("bug", "AttributeError: 'Image' object has no attribute 'no_such"),
+                              ("any_shape", "prepares photos of different shapes as tensors of "
+                               "different shapes, (3, 16, 21) and (3, 21, 16)"),
+                              ("constant", "makes the same features of all photos")):
+        name = f"{failing}:{function}"
+        assert main(*arguments(shapes, tmp_path / "run", "--image_encoder", name)) == 2
+        err = capsys.readouterr().err
+        assert name in err and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("word, reason", [
+    ("zero", "ValueError: its features are NaN or too large"), ("broken", "KeyError: 'broken'")])
+def test_a_text_that_an_encoder_fails_for_is_named(
+        word, reason, failing, copied, tmp_path, capsys):
+    captions, name = copied / "Flickr8k.token.txt", f"{failing}:texts"
+    lines = captions.read_text().splitlines()
+    folder, given = tmp_path / "run", ["--text_encoder", name]
+    assert main(*arguments(copied, folder, *given, epochs=1)) == 0
+    capsys.readouterr()
+    search = ["--output_dir", str(folder), "--query", "red", f"{word} reds"]
+    assert show_flickr8k_results.main(search) == 2
+    err = capsys.readouterr().err
+    assert f'"{word} reds"' in err and name in err and err.count("\n") == 1
+    lines[3] = lines[3].split("\t")[0] + f"\ta {word} circle"
+    captions.write_text("".join(f"{line}\n" for line in lines))
+    assert main(*arguments(copied, tmp_path / "second", *given)) == 2
+    err = capsys.readouterr().err
+    assert f'{name} cannot take the text "a {word} circle' in err and reason in err
+
+
+def test_a_finetuned_encoder_that_makes_nan_names_the_photo(failing, blank, tmp_path, capsys):
+    root, name = blank
+    given = ["--image_encoder", f"{failing}:nan", "--finetune", 1]
+    assert main(*arguments(root, tmp_path / "run", *given)) == 2
+    assert f"its features of {name} are NaN" in capsys.readouterr().err
+
+
 # Encoders that cannot be loaded.
 
 
@@ -556,6 +721,14 @@ def test_the_files_of_a_transformer_are_remembered(
 
 def load_one(folder, modality):
     return Encoders(**{modality: load_encoder(str(folder), modality)})
+
+
+@pytest.mark.extra
+def test_an_image_processor_must_give_all_photos_one_shape(clip, tmp_path):
+    folder = shutil.copytree(clip, tmp_path / "clip")
+    edit_json(folder / "preprocessor_config.json", do_center_crop=False)
+    with pytest.raises(UsageError, match="different shapes, .*set do_center_crop to true"):
+        load_encoder(str(folder), "image")
 
 
 @pytest.mark.extra

@@ -14,3 +14,9 @@ class DataError(UsageError):
 class RunError(Exception):
     """Something failed while running, such as a loss that is no longer finite or a full disk.
     A script that ends with it has exit status 1."""
+
+
+def first_line(error):
+    """Describe an exception of other people's code by its type and its first line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -37,7 +37,7 @@ class Flickr8kImageTextDataset:
         self.captions, self.photo_of_caption = pairs.captions, pairs.photo_of_caption
         self.text_features, self.fisher_vectors = pairs.text_features, None
         fine_tuned = text_encoder is not None and not text_encoder.frozen
-        self.prepare_texts = text_encoder.prepare if fine_tuned else None
+        self.prepare_texts = text_encoder.prepare_texts if fine_tuned else None
         self.texts = Ragged.from_sequences(self._token_ids(tokenizer), "H")
         self.text_ids = self.texts_of_photo = None
         if any(folder.different_captions is not None for folder in self.folders):

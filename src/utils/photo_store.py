@@ -225,7 +225,7 @@ def read_photo(path, open_file, prepare):
 
 class Pixels:
     """The row format of a store of decoded photos: pixels, as `load_photo` gives them. That of
-    features is `PhotoFeatures` in `src/pretrained.py`."""
+    features is `PhotoFeatures` in `src/feature_store.py`."""
 
     dtype = np.uint8
 
