@@ -318,7 +318,7 @@ def test_a_finetuned_encoder_has_its_weights_from_the_run(
             build(self, *given, **options)
             self.weights_hash += weights
             self.preprocessing_hash += preprocessing
-            torch.nn.init.ones_(next(self.module.parameters()))
+            next(self.module.parameters()).data.mul_(2)
         monkeypatch.setattr(PretrainedEncoder, "__init__", build_changed)
 
     changed(weights="other")
