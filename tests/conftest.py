@@ -170,6 +170,25 @@ def give_class_names(root, names=("a red one", "A  RED one", "a green one")):
     return root
 
 
+def write_photo(path, number):
+    """Write a small photo of the colour `colour_of_photo`, and the folders that it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9), colour_of_photo(number)).save(path)
+
+
+def write_lines(path, lines, end="\r\n"):
+    """Write a text file with a byte order mark, an empty line, and the line ends of Windows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(f"{line}{end}" for line in [*lines, ""]).encode())
+
+
+def write_table(root, *lines, name="captions.csv"):
+    """Write a table of captions into a new folder, which is returned."""
+    root.mkdir()
+    write_lines(root / name, lines)
+    return root
+
+
 def read_captions(path):
     """Read Flickr8k.token.txt, or Kaggle's captions.txt. Return {name of a photo: [captions]}, in
     the order of the file."""

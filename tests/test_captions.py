@@ -14,9 +14,16 @@ from src.runs import CONFIG, HISTORY
 from src.utils.captions import read_folder, read_split
 from src.utils.duplicates import near_duplicates, signature
 from src.utils.errors import DataError
-from src.utils.folder import SPLIT_FILES, Folder
+from src.utils.folder import SPLIT_FILES
 from src.utils.synthetic import write_synthetic
-from tests.conftest import main, open_dataset, read_captions
+from tests.conftest import (
+    main,
+    open_dataset,
+    read_captions,
+    write_lines,
+    write_photo,
+    write_table,
+)
 
 
 def test_the_text_files_may_be_in_flickr8k_text(dataset_dir):
@@ -164,12 +171,6 @@ def copy_photos(photos, rows, folder, rename=lambda name: name):
             place = folder / rename(name)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(photos / name, place)
-
-
-def write_lines(path, lines, end="\r\n"):
-    """Write a text file with a byte order mark, an empty line, and the line ends of Windows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\xef\xbb\xbf" + "".join(f"{line}{end}" for line in [*lines, ""]).encode())
 
 
 def numbered_captions(rows):
@@ -404,43 +405,6 @@ def test_check_describes_the_folder_without_training(catalogue, tmp_path, capsys
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def write_table(root, *lines, name="captions.csv"):
-    root.mkdir()
-    write_lines(root / name, lines)
-    return root
-
-
-def test_what_is_noted_while_rows_are_read_follows_the_two_lines(tmp_path):
-    notes = []
-
-    def rows():
-        yield from ((f"{i}.jpg", f"photo {i}", None) for i in range(10))
-        notes.append("2 lines are empty, such as line 3")
-
-    folder = Folder(tmp_path, "a table", tmp_path, rows(), notes=notes)
-    folder.notes.append("1 more thing")
-    assert folder.describe()[2:] == ["2 lines are empty, such as line 3", "1 more thing"]
-
-
-def test_a_hash_of_the_names_makes_the_same_splits_in_any_order(tmp_path):
-    names = [f"{i}.jpg" for i in range(200)]
-    one = read_folder(write_table(tmp_path / "one", "image,text", *(f"{n},a dog" for n in names)))
-    assert one.by_hash and [len(one.splits[split]) for split in SPLIT_FILES] == [160, 20, 20]
-    assert sorted(one.names("all")) == sorted(names)
-    other = read_folder(write_table(tmp_path / "other", "title,path", *(
-        f"a cat,{n}" for n in reversed(names))))
-    for split in SPLIT_FILES:  # the photos of a split are in the order of the file
-        assert one.splits[split] == [name for name in names if name in one.splits[split]]
-        assert one.splits[split] == other.splits[split][::-1]
-
-
-def test_if_one_of_val_and_test_is_missing_it_gets_half_of_the_other(tmp_path):
-    rows = [f"{i}.jpg,a dog,{'train' if i < 20 else 'validation'}" for i in range(60)]
-    folder = read_folder(write_table(tmp_path / "a", "image,caption,split", *rows))
-    assert folder.by_hash and folder.splits["train"] == [f"{i}.jpg" for i in range(20)]
-    assert len(folder.splits["val"]) == len(folder.splits["test"]) == 20
-
-
 # {what is wrong: ((name of a file, its lines), the error message)}
 INVALID = {
     "nothing": ((), "no captions in a known layout. Known are Flickr8k.token.txt or"),
@@ -493,13 +457,6 @@ def test_a_folder_with_a_truncated_archive_is_refused(catalogue, tmp_path):
         read_folder(tmp_path)
 
 
-def test_a_table_may_have_the_name_of_the_captions_of_kaggle(tmp_path):
-    folder = read_folder(write_table(tmp_path / "a", "image_name,comment_number,comment", *(
-        f"{i}.jpg,0,a dog" for i in range(9)), name="captions.txt"))
-    assert folder.layout == "a table of captions" and folder.texts_of("3.jpg") == ["a dog"]
-    assert folder.texts_of("no.jpg") == []
-
-
 def test_a_caption_of_a_table_without_tokens_is_reported_with_its_line(tmp_path, capsys):
     root = write_table(tmp_path / "a", "image,caption", *(f"{i}.jpg,a dog" for i in range(9)),
                  "9.jpg,\u72d7")
@@ -510,27 +467,119 @@ def test_a_caption_of_a_table_without_tokens_is_reported_with_its_line(tmp_path,
     assert "captions.csv, line 11, 9.jpg: the text '\u72d7' has no char" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("captions, different", [
-    (["a dog", "A dog ", "a cat", "a cat"], 2),
-    (["one", "two", "three", "two"], 3),  # more than a tenth are shared
-    ([f"caption {i}" for i in range(39)] + ["caption 0"], None),  # by chance
-    (["a dog"] * 4, 1),
+def named(form, folder=""):
+    """Return the names of ten photos. form: a pattern with the number of the photo in it."""
+    return [f"{folder}{form.format(i)}" for i in range(10)]
+
+
+def coco_files(year, root):
+    """Write COCO's files of captions for ten photos in train and in val. Return the photos."""
+    photos = []
+    for split in ("train", "val"):
+        names = named(f"{year}_{split}_{{}}.jpg")
+        write_lines(root / "annotations" / f"captions_{split}{year}.json", [json.dumps({
+            "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+            "annotations": [{"image_id": i, "caption": f"{split} {i} of {year}"}
+                            for i in range(10)]})])
+        photos += [f"{split}{year}/{name}" for name in names]
+    return photos
+
+
+@pytest.mark.parametrize("year, other, prefix", [
+    ("2014", "2017", ""), ("2017", "2014", ""), ("2017", "2014", "images/")])
+def test_of_two_years_of_coco_the_one_with_photos_is_read(tmp_path, year, other, prefix):
+    photos, _ = coco_files(year, tmp_path), coco_files(other, tmp_path)
+    for i, name in enumerate(photos):
+        write_photo(tmp_path / prefix / name, i)
+    folder = read_folder(tmp_path)
+    assert folder.layout == f"COCO {year}" and not folder.missing
+    assert folder.texts_of(photos[3]) == [f"train 3 of {year}"]
+    assert folder.describe()[2] == (
+        f"the captions of COCO {other} are not read: 0 of the 20 photos of COCO {other} are there, "
+        f"and 20 of the 20 photos of COCO {year}")
+
+
+@pytest.mark.parametrize("header, row", [
+    ("image,caption", "{},a dog {}"),
+    ('"image","caption"', "{},a dog {}"),
+    ("image_name,comment_number,comment", "{},0,a dog {}"),
+    ("image_name| comment_number| comment", "{}| 0| a dog {}"),
+    ("image\tcaption", "{}\ta dog {}"),
+    ("{}#0\ta dog {}", "{}#0\ta dog {}"),
 ])
-def test_photos_that_share_captions_are_noticed(tmp_path, captions, different):
-    splits = ["val", "test"] + ["train"] * len(captions)
-    lines = [f"{i}.jpg,{captions[i]},{splits[i]}" for i in range(len(captions))]
-    folder = read_folder(write_table(tmp_path / "own", "image,caption,split", *lines))
-    assert folder.different_captions == different
-    said = folder.describe()[2:]
-    if different is None:
-        assert said == []
-    else:
-        assert said == [f"photos share captions, {different} different ones for {len(captions)} "
-                        "photos: a caption is right for every photo that has it"]
+def test_a_file_captions_txt_may_be_of_another_dataset(tmp_path, header, row):
+    rows = [row.format(name, i) for i, name in enumerate(named("IMG_{}.jpg"))]
+    lines = rows if "#" in header else [header, *rows]
+    folder = read_folder(write_table(tmp_path / "own", *lines, name="captions.txt"))
+    assert folder.layout == "a table of captions" and folder.by_hash
+    assert folder.texts_of("IMG_3.jpg") == ["a dog 3"] and folder.texts_of("no.jpg") == []
+    assert sorted(folder.names("all")) == named("IMG_{}.jpg")
 
 
-def test_a_caption_that_one_photo_has_twice_is_not_shared(tmp_path):
-    lines = [f"{i}.jpg,caption {i},{split}" for i, split in enumerate(["val", "test", "train"])]
-    table = write_table(tmp_path / "own", "image,caption,split", *lines, *lines)
-    folder = read_folder(table)
-    assert folder.different_captions is None
+def test_the_results_of_flickr30k_may_have_commas(tmp_path):
+    folder = read_folder(write_table(
+        tmp_path / "own", "image_name,comment_number,comment",
+        *(f'{i}.jpg,0,"two dogs , {i}"' for i in range(10)), name="results.csv"))
+    assert folder.layout == "Flickr30k" and folder.texts_of("3.jpg") == ["two dogs , 3"]
+
+
+@pytest.mark.parametrize("name, content", [
+    ("results.csv", "epoch,loss\n1,2\n"), ("metadata.csv", "a,b\n1,2\n"),
+    ("metadata.jsonl", '{"a": 1}\n'), ("dataset.json", '{"labels": [["a.jpg", 1]]}')])
+def test_other_files_of_the_same_name_do_not_hide_a_layout(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    for i in range(3):
+        write_photo(tmp_path / f"{i}.jpg", i)
+        (tmp_path / f"{i}.txt").write_text(f"photo {i}")
+    assert read_folder(tmp_path).layout == "texts beside photos"
+
+
+def test_karpathys_file_may_have_the_name_that_neuraltalk_gave_it(catalogue, tmp_path):
+    write_karpathy(tmp_path, *catalogue)
+    folder = read_folder(tmp_path)
+    (tmp_path / "dataset_flickr8k.json").rename(tmp_path / "dataset.json")
+    other = read_folder(tmp_path)
+    assert other.layout == "Karpathy's splits" and other.splits == folder.splits
+    assert list(other.captions) == list(folder.captions)
+
+
+def metadata(path, names, **columns):
+    """Write a metadata.jsonl for these photos."""
+    write_lines(path, (json.dumps({"file_name": name, "text": f"a dog {name}", **columns})
+                       for name in names))
+
+
+def test_the_metadata_of_an_imagefolder_may_lie_in_the_folders_of_the_splits(tmp_path):
+    for folder in ("train", "validation", "Test"):
+        metadata(tmp_path / folder / "metadata.jsonl", named("{}.jpg"))
+    folder = read_folder(tmp_path)
+    assert folder.layout == "an ImageFolder of Hugging Face" and not folder.by_hash
+    assert folder.splits == {"train": named("{}.jpg", "train/"),
+                             "val": named("{}.jpg", "validation/"),
+                             "test": named("{}.jpg", "Test/")}
+    assert folder.texts_of("validation/3.jpg") == ["a dog 3.jpg"]
+
+
+def test_the_metadata_of_an_imagefolder_may_lie_at_its_root(tmp_path):
+    names = named("{}.jpg", "train/") + named("{}.jpg", "test/")
+    lines = ["file_name,caption", *(f"{name},a dog" for name in names)]
+    write_lines(tmp_path / "metadata.csv", lines)
+    metadata(tmp_path / "train" / "metadata.jsonl", named("{}.jpg"))
+    folder = read_folder(tmp_path)
+    assert folder.splits["train"] == named("{}.jpg", "train/")
+    assert sorted(folder.splits["val"] + folder.splits["test"]) == named("{}.jpg", "test/")
+    assert folder.notes[0] == (f"{tmp_path / 'train' / 'metadata.jsonl'} is not read, as there is "
+                               f"{tmp_path / 'metadata.csv'}")
+    # With one photo elsewhere, the folders are not those of the splits.
+    write_lines(tmp_path / "metadata.csv", [*lines, "other/0.jpg,a dog"])
+    folder = read_folder(tmp_path)
+    assert folder.by_hash and len(folder.splits["train"]) == 17
+    metadata(tmp_path / "metadata.jsonl", ["train/0.jpg"])
+    assert len(read_folder(tmp_path).names("all")) == 21
+
+
+def test_a_second_table_is_not_read_without_a_word(tmp_path):
+    root = write_table(tmp_path / "own", "image,caption", *(f"{n},a dog" for n in named("{}.jpg")))
+    write_lines(root / "captions.tsv", ["image\tcaption"])
+    assert f"{root / 'captions.tsv'} is not read, as there is captions.csv" in read_folder(
+        root).notes

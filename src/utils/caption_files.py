@@ -44,6 +44,12 @@ def bar_rows(path, notes=None):
     return line_rows(path, BAR_LINE, "'photo.jpg| 0| caption'", notes, header_lines=1)
 
 
+def is_karpathys(content):
+    """Whether the content of a JSON file is in Karpathy's format, by its first photo."""
+    images = content.get("images") if isinstance(content, dict) else None
+    return bool(images) and isinstance(images, list) and "sentences" in images[0]
+
+
 def karpathy_rows(path, content):
     """Yield the rows of a JSON file in the format of Karpathy and Fei-Fei (2015). content: what
     `read_json` has read."""
@@ -60,11 +66,11 @@ def karpathy_rows(path, content):
                         f"({type(error).__name__}: {error})") from None
 
 
-def coco_rows(paths):
+def coco_rows(paths, notes=None):
     """Yield the rows of COCO's files of captions, given as {split: path}. The photos of
     captions_train2014.json are in the folder train2014."""
     for split, path in paths.items():
-        content = read_json(path)
+        content = read_json(path, notes)
         folder = path.stem.removeprefix("captions_")
         try:
             names = {image["id"]: f"{folder}/{image['file_name']}" for image in content["images"]}

@@ -20,15 +20,21 @@ The single files are read by `caption_files.py`, texts and shards by `samples.py
 found by `photo_names.py`. This module must not import torch."""
 import collections
 import itertools
-import json
 import re
 from pathlib import Path
 
-from src.utils.caption_files import bar_rows, coco_rows, karpathy_rows, token_rows
+from src.utils.caption_files import (
+    TOKEN_LINE,
+    bar_rows,
+    coco_rows,
+    is_karpathys,
+    karpathy_rows,
+    token_rows,
+)
 from src.utils.errors import DataError
 from src.utils.folder import SPLIT_FILES, Folder, download_command
 from src.utils.samples import archive_rows, find_archives, folder_rows, list_files
-from src.utils.tables import SPLIT_NAMES, find_header, table_rows
+from src.utils.tables import SPLIT_NAMES, find_header, has_columns, table_rows
 from src.utils.text_files import read_json, read_lines
 
 CAPTION_FILES = ("Flickr8k.token.txt", "captions.txt")
@@ -56,17 +62,17 @@ def find_text_file(root, names):
     return None
 
 
-def read_split(root_dir, split):
+def read_split(root_dir, split, notes=None):
     """Return the names of the photos of Flickr8k's "train", "val" or "test", in the order of its
     file.
 
-    A name may contain a folder, as in sub/photo.jpg. Raises DataError if the file is missing, is
-    empty or lists a photo twice."""
+    A name may contain a folder, as in sub/photo.jpg. notes: see `read_lines`. Raises DataError if
+    the file is missing, is empty or lists a photo twice."""
     path = find_text_file(Path(root_dir), [SPLIT_FILES[split]])
     if path is None:
         raise DataError(f"{root_dir}: {SPLIT_FILES[split]} is missing. "
                         f"`{download_command(root_dir, '--text_only')}` downloads it (2 MB).")
-    names = [line.strip() for line in read_lines(path) if line.strip()]
+    names = [line.strip() for line in read_lines(path, notes) if line.strip()]
     if not names:
         raise DataError(f"{path}: the file lists no photos")
     name, count = collections.Counter(names).most_common(1)[0]
@@ -91,15 +97,18 @@ def read_flickr8k(root):
         if not any(lists) and not all(map(FLICKR8K_NAME.fullmatch, names)):
             return None
         rows = table_rows(source, notes)
-    splits = {split: read_split(root, split) for split in SPLIT_FILES}
+    splits = {split: read_split(root, split, notes) for split in SPLIT_FILES}
     return Folder(root, "Flickr8k", source, rows, splits, notes=notes, merge_copies=False)
 
 
 def rows_of_table(path, notes):
-    """Return the rows of a table, which may have the bars of Kaggle's results.csv."""
-    is_text = path.suffix not in (".json", ".jsonl")
-    if is_text and find_header(path)[1:] == BAR_HEADER:
-        return bar_rows(path, notes)
+    """Return the rows of a table, which may also have the bars of Kaggle's results.csv or the lines
+    of Flickr8k.token.txt."""
+    if path.suffix == ".csv" or path.suffix == ".txt":
+        if find_header(path)[1:] == BAR_HEADER:
+            return bar_rows(path, notes)
+        if TOKEN_LINE.fullmatch(next(read_lines(path), "").rstrip()):
+            return token_rows(path, notes)
     return table_rows(path, notes)
 
 
@@ -121,11 +130,12 @@ def read_karpathy(root):
     source = find_text_file(root, KARPATHY_FILES)
     if source is None:
         return None
-    content = read_json(source)
-    if source.name == "dataset.json" and '"sentences"' not in json.dumps(content):
-        return None  # the name is used for much else
+    notes = []
+    content = read_json(source, notes)
+    if source.name == "dataset.json" and not is_karpathys(content):
+        return None  # many programs write files of this name
     return Folder(root, KARPATHY_FILES[source.name], source, karpathy_rows(source, content),
-                  merge_copies=False)
+                  notes=notes, merge_copies=False)
 
 
 def read_coco(root):
@@ -135,15 +145,18 @@ def read_coco(root):
                  for split in ("train", "val")}
         paths = {split: path for split, path in paths.items() if path.is_file()}
         if paths:
+            notes = []
             folders.append(Folder(root, f"COCO {year}", next(iter(paths.values())),
-                                  coco_rows(paths), merge_copies=False))
+                                  coco_rows(paths, notes), notes=notes, merge_copies=False))
     if not folders:
         return None
     # The annotations of both years fit into one folder, and often only one year's photos are there.
     folder = min(folders, key=lambda folder: len(folder.missing) / len(folder.row_of))
-    folder.notes += [f"the captions of {other.layout} are not read: {len(other.missing):,} of its "
-                     f"{len(other.row_of):,} photos are missing"
-                     for other in folders if other is not folder]
+    there = {each.layout: f"{len(each.row_of) - len(each.missing):,} of the {len(each.row_of):,} "
+                          f"photos of {each.layout}" for each in folders}
+    folder.notes += [f"the captions of {layout} are not read: {photos} are there, and "
+                     f"{there[folder.layout]}"
+                     for layout, photos in there.items() if layout != folder.layout]
     return folder
 
 
@@ -175,7 +188,7 @@ def read_imagefolder(root):
     folders = [path for path in sorted(root.iterdir())
                if path.is_dir() and path.name.lower() in SPLIT_NAMES]
     paths = [folder / name for folder in [root, *folders] for name in METADATA
-             if (folder / name).is_file()]
+             if (folder / name).is_file() and has_columns(folder / name)]
     if not paths:
         return None
     # One file counts in each folder, and that at the root counts for the folders below it.

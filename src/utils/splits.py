@@ -139,7 +139,7 @@ def fault_of_captions(folder, names):
     if not empty:
         return None
     count = sum(folder.empty_captions[name] for name in empty)
-    return (f"{folder.source}: {count:,} captions are empty, such as one of {empty[0]}.\n"
+    return (f"{folder.source}: empty captions ({count:,}, such as one of {empty[0]}).\n"
             + repair_of(folder))
 
 

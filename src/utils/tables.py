@@ -203,6 +203,10 @@ def quoted_rows(path, header, delimiter, photo_column, number_of_columns):
             raw.append(line)
             yield line if number > header else "\n"
 
+    def could_be_names(names):
+        return [name for name in names
+                if len(name.split()) == 1 and any(map(str.isdigit, name))]
+
     def holds_rows():
         """Whether the lines of this row look like rows of their own."""
         lines = [line.split(delimiter) for line in raw if line.strip()]
@@ -212,7 +216,9 @@ def quoted_rows(path, header, delimiter, photo_column, number_of_columns):
                  if len(cells) >= number_of_columns]
         if names[0].endswith(suffixes):
             return any(name.endswith(suffixes) for name in names[1:])
-        # Without a suffix it is hard to tell a photo's name from a part of a caption.
+        if could_be_names(names[:1]) and could_be_names(names[1:]):
+            return True
+        # Other names without a suffix can hardly be told from parts of a caption.
         return delimiter in UNQUOTED and all(len(cells) == number_of_columns for cells in lines)
 
     suffixes = tuple(photo_suffixes())
@@ -269,6 +275,15 @@ def text_table_records(path, notes):
             raise DataError(f"{path}, line {number}: expected '{','.join(names)}', found "
                             f"{','.join(cells)[:EXCERPT]!r}{because and f'; {because}'}")
         yield f"line {number}", names, cells
+
+
+def has_columns(path):
+    """Whether a table, .jsonl or text, has columns of photos and of captions. Many programs write
+    files of the same names."""
+    if path.suffix == ".jsonl":
+        _, names, _ = next(jsonl_records(path, None), (None, (), None))
+        return {"image", "caption"} <= find_columns(names)[0].keys()
+    return find_header(path)[1] is not None
 
 
 def table_rows(path, notes):
