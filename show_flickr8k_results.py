@@ -257,6 +257,10 @@ def show_photos(args):
         if not cache.tokenizer.knows(query):
             raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
                              "read")
+    encoder = cache.model.text_backbone
+    if encoder is not None and encoder.count_cut(queries):
+        print(f"a query is longer than the {encoder.max_tokens:,} tokens that {encoder.name} reads, "
+              "and is cut", file=sys.stderr)
     search, place = open_search(args, cache)
     image = search.embed_photo(args.image) if args.image else None
     all_cosines, all_scores = search.score_photos(search.embed_texts(queries, image))

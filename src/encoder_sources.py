@@ -10,7 +10,6 @@ import importlib.util
 import inspect
 import json
 import logging
-import sys
 import traceback
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from src.utils.errors import UsageError, first_line
 
 # Fields of the configuration files of transformers that have no effect here.
 VERSION_FIELDS = ("transformers_version", "torch_dtype", "dtype")
+NO_LIMIT = 1e15  # tokenizers that state no length have a larger one
 # Texts that different tokenizers treat differently; the last one is too long for most of them.
 EXAMPLE_TEXTS = [
     "A dog runs.", "the DOG's  running , \u00e9\u00e8 Caf\u00e9 \u212b\uff21 \u72ac",
@@ -185,6 +185,7 @@ def build_from_transformers(transformers, name, modality, local_files_only):
     if contrastive and hasattr(model, "logit_scale"):
         logit_scale = model.logit_scale.item()
     encoder = TransformersEncoder(model.float(), modality, contrastive)
+    max_tokens = count_tokens = None
     if modality == IMAGE:
         processor = transformers.AutoImageProcessor.from_pretrained(name, **options)
 
@@ -194,10 +195,16 @@ def build_from_transformers(transformers, name, modality, local_files_only):
         preprocessing = as_saved(processor.get_image_processor_dict(name, **options)[0])
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        prepare = make_tokenize(tokenizer, model, contrastive)
+        max_tokens = find_max_tokens(tokenizer, model)
+        prepare = make_tokenize(tokenizer, model, contrastive, max_tokens)
+
+        def count_tokens(texts):
+            return [len(tokens) for tokens in tokenizer(texts, truncation=False)["input_ids"]]
+
         preprocessing = describe_tokenizer(tokenizer, prepare)
     preprocessing += as_saved(model.config.get_config_dict(name, **options)[0])
-    return PretrainedEncoder(name, modality, encoder, prepare, preprocessing, logit_scale)
+    return PretrainedEncoder(name, modality, encoder, prepare, preprocessing, logit_scale,
+                             max_tokens, count_tokens)
 
 
 def as_saved(config):
@@ -222,21 +229,36 @@ def describe_tokenizer(tokenizer, tokenize):
     return f"{sorted(tokenizer.get_vocab().items())} {sorted(tokens.items())}"
 
 
-def make_tokenize(tokenizer, model, contrastive):
+def find_max_tokens(tokenizer, model):
+    """Return how many tokens of a text the model takes, or None if there is no limit."""
+    text_model = getattr(model, "text_model", model)
+    config = getattr(model.config, "text_config", model.config)
+    limits = [tokenizer.model_max_length]  # 1e30 if the tokenizer does not state any
+    for name in ("max_position_embeddings", "max_encoder_position_embeddings"):
+        limits.append(getattr(config, name, None) or 0)
+    for name, module in text_model.named_modules():
+        # Where padding has a position of its own, as in RoBERTa, the positions of tokens begin
+        # after it.
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
+            if module.padding_idx is not None:
+                limits.append(module.num_embeddings - module.padding_idx - 1)
+    limits = [limit for limit in limits if 0 < limit < NO_LIMIT]
+    return min(limits) if limits else None
+
+
+def make_tokenize(tokenizer, model, contrastive, max_tokens):
     """Return a function from a list of texts to the tensors that the model accepts, by name."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = getattr(model.config, "text_config", model.config)
-    max_length = min(tokenizer.model_max_length,
-                     getattr(config, "max_position_embeddings", sys.maxsize))
     # SigLIP was trained with all texts padded to the same length.
     padding = "max_length" if "siglip" in config.model_type else True
     function = model.get_text_features if contrastive else model.forward
     accepted = inspect.signature(function).parameters
 
     def tokenize(texts):
-        tokens = tokenizer(texts, truncation=True, max_length=max_length, padding=padding,
-                           return_tensors="pt")
+        tokens = tokenizer(texts, truncation=max_tokens is not None, max_length=max_tokens,
+                           padding=padding, return_tensors="pt")
         return {name: tensor for name, tensor in tokens.items() if name in accepted}
 
     return tokenize

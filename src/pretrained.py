@@ -5,6 +5,7 @@ photo, its mirror image and every caption once, and its features are kept in a f
 the photo store. With --finetune it becomes a part of the model and is trained with the rest.
 """
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -27,6 +28,7 @@ EXAMPLE_SIZES = (500, 375), (360, 480)  # width and height of the photos that tr
 # the model standardises features: those that a training encoder makes, and those that are stored.
 SAMPLE, SAMPLE_BATCH = 512, 32
 STORED_SAMPLE = 50_000
+SPECIAL_TOKENS, TEXTS_TO_COUNT = 8, 1000
 EXCERPT = 80  # characters of a text that a message shows
 
 
@@ -41,15 +43,18 @@ class PretrainedEncoder(nn.Module):
     from a list of texts to the dict of tensors. preprocessing: a text that differs when `prepare`
     does, or when the network computes something else from the same weights, but not when another
     version of a library is installed. logit_scale: the logarithm of the scale of a contrastive
-    model like CLIP, which embeds photos and texts in the same space; None for others.
+    model like CLIP, which embeds photos and texts in the same space; None for others. max_tokens:
+    how many tokens of a text `prepare` keeps, and count_tokens: a function from texts to their
+    numbers of tokens; both are None where no text is cut, or where that is unknown.
 
     Raises UsageError if the encoder does not do this.
     """
 
-    def __init__(self, name, modality, module, prepare, preprocessing="", logit_scale=None):
+    def __init__(self, name, modality, module, prepare, preprocessing="", logit_scale=None,
+                 max_tokens=None, count_tokens=None):
         super().__init__()
         self.name, self.modality, self.module, self.prepare = name, modality, module, prepare
-        self.logit_scale = logit_scale
+        self.logit_scale, self.max_tokens, self.count_tokens = logit_scale, max_tokens, count_tokens
         self.train()
         self.weights_hash, self.preprocessing_hash = hash_weights(module), store_key(preprocessing)
         self.key = store_key(STORE_VERSION, self.weights_hash, self.preprocessing_hash)
@@ -183,6 +188,19 @@ class PretrainedEncoder(nn.Module):
     def text_features(self, store, texts, progress=None):
         """Return the features of texts as `Rows` (N, width), see `open_text_store`."""
         return open_text_store(self, store, texts, progress)
+
+    def count_cut(self, texts):
+        """Return how many texts have more tokens than the encoder reads."""
+        if self.max_tokens is None:
+            return 0
+        # A token stands for at least one byte of a text, apart from a few special tokens, so most
+        # texts need not be counted.
+        texts = (text for text in texts
+                 if len(text.encode("utf-8", "surrogatepass")) > self.max_tokens - SPECIAL_TOKENS)
+        cut = 0
+        while batch := list(itertools.islice(texts, TEXTS_TO_COUNT)):
+            cut += sum(length > self.max_tokens for length in self.count_tokens(batch))
+        return cut
 
     def describe_change(self, changed):
         """Say what of the encoder's files is not as it was when a run was trained, and what to do.

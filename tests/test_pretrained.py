@@ -732,6 +732,50 @@ def test_an_image_processor_must_give_all_photos_one_shape(clip, tmp_path):
 
 
 @pytest.mark.extra
+def test_captions_that_are_longer_than_the_text_encoder_reads_are_counted(
+        clip, copied, tmp_path, capsys):
+    captions = copied / "Flickr8k.token.txt"
+    lines = [" ".join(line.split(" ")[:8]) for line in captions.read_text().splitlines()]
+    for i, words in ((2, 19), (3, 20), (4, 100)):  # [EOS] is the 20th token
+        lines[i] = lines[i].split("\t")[0] + "\t" + " ".join(["circle"] * words)
+    captions.write_text("".join(f"{line}\n" for line in lines))
+    given = arguments(copied, tmp_path / "run", "--text_encoder", clip, epochs=1)
+    for more in ([], ["--overwrite"]):  # the second time, the features are stored
+        assert main(*given, *more) == 0
+        assert (f"2 captions are longer than the 20 tokens that {clip} reads, and were cut"
+                in capsys.readouterr().out)
+    show = ["--output_dir", str(tmp_path / "run"), "--query", "a red circle", "red " * 30]
+    assert show_flickr8k_results.main(show) == 0
+    assert (capsys.readouterr().err
+            == f"a query is longer than the 20 tokens that {clip} reads, and is cut\n")
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("kind, max_tokens", [
+    ("Roberta", 18), ("XLMRoberta", 18), ("MPNet", 18), ("Camembert", 18), ("Bert", 20),
+    ("OPT", 20), ("Bloom", None)])
+def test_the_tokens_that_a_model_has_positions_for(kind, max_tokens, tmp_path):
+    """The tokenizer does not state a length."""
+    transformers = pytest.importorskip("transformers")
+    vocabulary = word_tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", model_max_length=int(1e30))
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                 max_position_embeddings=20, pad_token_id=1)
+    if kind == "OPT":
+        sizes |= dict(ffn_dim=32, word_embed_proj_dim=16)
+    if kind == "Bloom":
+        sizes = dict(hidden_size=16, n_layer=1, n_head=2)
+    config = getattr(transformers, f"{kind}Config")
+    model = getattr(transformers, f"{kind}Model")(config(vocab_size=len(vocabulary), **sizes))
+    model.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path), "text")
+    assert encoder.max_tokens == max_tokens
+    long = " ".join(["red"] * 30)
+    assert encoder.encode_texts([long, "a red circle"]).shape == (2, 16)
+    assert encoder.count_cut([long, "a red circle"]) == (max_tokens is not None)
+
+
+@pytest.mark.extra
 def test_other_weights_in_the_same_folder_are_noticed(clip, tmp_path):
     from safetensors.torch import load_file, save_file
     folder = shutil.copytree(clip, tmp_path / "clip")

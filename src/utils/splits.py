@@ -300,6 +300,11 @@ def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None)
     cut = sum(folder.cut_captions for folder in train.folders)
     if cut:
         log.info(f"{cut:,} captions were cut to {MAX_LENGTH:,} characters")
+    if text_encoder is not None:
+        cut = sum(text_encoder.count_cut(data.captions) for data in datasets.values())
+        if cut:
+            log.info(f"{cut:,} captions are longer than the {text_encoder.max_tokens:,} tokens "
+                     f"that {text_encoder.name} reads, and were cut")
     return datasets, tokenizer
 
 
