@@ -126,6 +126,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from src import page, report, server
+from src.device import full_memory
 from src.retrieval import retrieval_ranks
 from src.runs import HISTORY, TRAIN_FIRST, check_data_dir, load_run
 from src.search import EmbeddingCache, Search, photos_of_split
@@ -259,8 +260,8 @@ def show_photos(args):
                              "read")
     encoder = cache.model.text_backbone
     if encoder is not None and encoder.count_cut(queries):
-        print(f"a query is longer than the {encoder.max_tokens:,} tokens that {encoder.name} reads, "
-              "and is cut", file=sys.stderr)
+        print(f"a query is longer than the {encoder.max_tokens:,} tokens that {encoder.name} "
+              "reads, and is cut", file=sys.stderr)
     search, place = open_search(args, cache)
     image = search.embed_photo(args.image) if args.image else None
     all_cosines, all_scores = search.score_photos(search.embed_texts(queries, image))
@@ -424,7 +425,12 @@ def main(argv=None):
     except (UsageError, ValueError) as error:  # the tokenizer raises ValueError for an empty text
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        memory = full_memory(error)
+        if memory is None and not isinstance(error, OSError):
+            raise
+        if memory:
+            error = f"{memory} is full; close other programs, or search fewer photos"
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

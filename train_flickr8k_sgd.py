@@ -27,7 +27,14 @@ import torch
 
 from src import report, runs
 from src.bank import BETA
-from src.device import allow_fast_kernels, autocast_dtype, describe, find_device
+from src.device import (
+    allow_fast_kernels,
+    autocast_dtype,
+    describe,
+    find_device,
+    full_memory,
+    memory_advice,
+)
 from src.encoder_sources import load_encoders
 from src.evaluation import compare_bank, evaluate, make_bank
 from src.fisher import build_network, make_fisher_vectors, with_fisher_vectors
@@ -43,7 +50,7 @@ from src.training import (
 from src.utils import distributed
 from src.utils.augment import normalize, resize
 from src.utils.console import ProgressLine, duration, log_to_console
-from src.utils.errors import RunError, UsageError
+from src.utils.errors import RunError, UsageError, first_line
 from src.utils.flickr8k_simple import iterate_batches, place_photos
 from src.utils.splits import check_folders, load_splits
 from src.utils.tokenizers import tokenizer_from_state
@@ -378,7 +385,7 @@ def main(argv=None):
     args = parse_args(__doc__.split("\n")[0], argv)
     stop = distributed.StopRequest()
     log_to_console(log)
-    output_dir = None
+    settings = output_dir = None
     try:
         distributed.start()
         settings, output_dir, checkpoint = distributed.call_on_main(lambda: runs.resolve(args))
@@ -398,19 +405,17 @@ def main(argv=None):
         return 0
     except UsageError as error:
         status, message = 2, f"error: {error}"
-    except (RunError, OSError) as error:
+    except (RunError, OSError, MemoryError, RuntimeError) as error:
         status, message = 1, f"error: {error}"
-    except torch.OutOfMemoryError:
-        status = 1
-        message = ("error: the GPU's memory is full; --chunk_size 100 needs less, and so do a "
-                   "smaller --batch_size or --model")
-    except RuntimeError as error:
         rank, world = distributed.rank_and_world()
-        if world == 1:
+        memory = full_memory(error)
+        if memory:
+            message = f"error: {memory} is full; {memory_advice(memory, settings, args.resume)}"
+        elif isinstance(error, RuntimeError) and world > 1:
+            message = (f"error: process {rank} of {world} lost the others ({first_line(error)}); "
+                       "continue from the last checkpoint with --resume")
+        elif not isinstance(error, (RunError, OSError)):
             raise
-        reason = str(error).splitlines()[0]
-        status, message = 1, (f"error: process {rank} of {world} lost the others ({reason}); "
-                              "continue from the last checkpoint with --resume")
     except KeyboardInterrupt:
         status, message = 130, "interrupted before the run began"
         if output_dir is not None and (output_dir / runs.CONFIG).exists():

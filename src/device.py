@@ -12,6 +12,7 @@ import torch
 
 from src.utils.errors import UsageError
 
+GPU_MEMORY, HOST_MEMORY = "the GPU's memory", "this machine's memory"
 # How exceptions of PyTorch say, in small letters, that a memory is full.
 GPU_IS_FULL = ("cuda error: out of memory", "cublas_status_alloc_failed", "mps backend out of mem")
 HOST_IS_FULL = ("defaultcpuallocator", "not enough memory", "cannot allocate memory", "bad_alloc",
@@ -37,19 +38,39 @@ def find_device(name=None):
 
 
 def full_memory(error):
-    """Return which memory an exception says is full, "the GPU's memory" or "this machine's memory".
-    Return None if it says something else."""
+    """Return GPU_MEMORY or HOST_MEMORY if an exception says that this memory is full, else None."""
     text = str(error).lower()
+    is_runtime_error = isinstance(error, RuntimeError)
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory"
+        return GPU_MEMORY
+    if is_runtime_error and any(sign in text for sign in GPU_IS_FULL):
+        return GPU_MEMORY
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-        return "this machine's memory"
-    if isinstance(error, RuntimeError):
-        if any(sign in text for sign in GPU_IS_FULL):
-            return "the GPU's memory"
-        if any(sign in text for sign in HOST_IS_FULL):
-            return "this machine's memory"
+        return HOST_MEMORY
+    if is_runtime_error and any(sign in text for sign in HOST_IS_FULL):
+        return HOST_MEMORY
     return None
+
+
+def memory_advice(memory, settings, resume):
+    """Return what helps a run whose memory is full. settings: None if they are not known yet.
+    resume: whether they can no longer be changed, as the run was begun with them."""
+    if settings is None:
+        return "close other programs"
+    flags = ["--batch_size", "--model"]
+    if not settings.image_encoder:
+        flags.insert(1, "--image_size")
+    smaller = f"a smaller {', '.join(flags[:-1])} or {flags[-1]}"
+    chunk_size = min(100, (settings.chunk_size or settings.batch_size) // 2)
+    needs_less = f"--chunk_size {chunk_size} needs less, and so does {smaller}"
+    if not chunk_size:
+        needs_less = f"{smaller} needs less"
+    if not resume:
+        return needs_less
+    where = "with other programs closed or on a larger machine"
+    if memory == GPU_MEMORY:
+        where += ", or with --device cpu"
+    return f"--resume continues the same run, {where}; in a new run, {needs_less}"
 
 
 def amp_is_faster(device):

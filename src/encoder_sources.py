@@ -17,7 +17,7 @@ import torch
 import torchvision
 from torch import nn
 
-from src.device import autocast_dtype
+from src.device import autocast_dtype, full_memory
 from src.pretrained import IMAGE, TEXT, Encoders, PretrainedEncoder
 from src.utils.errors import UsageError, first_line
 
@@ -83,6 +83,8 @@ def load_from_file(name, modality):
         if not (isinstance(module, nn.Module) and callable(prepare)):
             raise TypeError("it must return a torch.nn.Module and a function")
     except Exception as error:  # the user's code may raise anything
+        if full_memory(error):
+            raise
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         raise UsageError(f"--{modality}_encoder {name} fails ({first_line(error)}, line {line})"
                          ) from None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from src.device import full_memory
 from src.settings import Settings, make_settings, settings_of
 from src.utils.errors import RunError, UsageError
 
@@ -50,6 +51,8 @@ def write_atomically(path, write):
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
+        if full_memory(error):
+            raise
         reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
         raise RunError(f"{path}: could not be written ({reason}); the old file is kept") from None
 
@@ -70,7 +73,10 @@ def load_checkpoint(path, keys):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError,
+            pickle.UnpicklingError) as error:
+        if full_memory(error):
+            raise
         raise UsageError(f"{path}: damaged, or not a checkpoint of this project") from None
     missing = set(keys) - set(state if isinstance(state, dict) else ())
     if missing:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from src.bank import BETA, NEIGHBOUR_WEIGHT, NEIGHBOURS, Bank
-from src.device import find_device
+from src.device import find_device, full_memory
 from src.embedding_cache import PHOTOS, TEXTS, CachedEmbeddings, CacheFile
 from src.encoder_sources import load_encoders
 from src.fisher import build_network
@@ -79,6 +79,8 @@ def load_model_and_encoders(run_dir):
         if not settings.finetune:
             encoders.attach(model, settings)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if full_memory(error):
+            raise
         reason = " ".join(str(error).split())[:120]
         raise UsageError(f"{Path(run_dir) / BEST}: its weights or its tokenizer do not fit the "
                          f"model that it describes ({reason})") from None

@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
+from src import device
 from src.device import (
     allow_fast_kernels,
     autocast_dtype,
@@ -91,3 +93,40 @@ def test_full_float32_ends_with_its_block_even_after_an_error(restored_precision
         assert torch.get_float32_matmul_precision() == "highest"
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == "high"
+
+
+CPU_ALLOCATOR = ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
+                 "allocate memory: you tried to allocate 6 bytes. Error code 12 (Cannot allocate "
+                 "memory)")
+
+
+@pytest.mark.parametrize("error, memory", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), device.GPU_MEMORY),
+    (RuntimeError("CUDA error: out of memory"), device.GPU_MEMORY),
+    (RuntimeError(CPU_ALLOCATOR), device.HOST_MEMORY), (MemoryError(), device.HOST_MEMORY),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), device.HOST_MEMORY),
+    (OSError(12, "Cannot allocate memory"), device.HOST_MEMORY),
+    (OSError(28, "No space left on device"), None), (RuntimeError("out of range"), None),
+    (ValueError("not enough memory"), None)])
+def test_which_memory_is_full(error, memory):
+    assert device.full_memory(error) == memory
+
+
+def test_numpy_and_torch_say_that_the_memory_is_full():
+    for allocate in (lambda: np.ones(2 ** 62, np.uint8), lambda: torch.ones(2 ** 60)):
+        with pytest.raises((MemoryError, RuntimeError)) as caught:
+            allocate()
+        assert device.full_memory(caught.value) == device.HOST_MEMORY
+
+
+def test_advice_for_a_full_memory():
+    settings = make_settings(batch_size=500)
+    advice = device.memory_advice(device.HOST_MEMORY, settings, resume=False)
+    assert advice.startswith("--chunk_size 100 needs less") and "--image_size" in advice
+    resumed = device.memory_advice(device.GPU_MEMORY, settings, resume=True)
+    assert "--device cpu" in resumed and resumed.index("in a new run") < resumed.index("--chunk")
+    settings = make_settings(batch_size=500, chunk_size=60, image_encoder="resnet50")
+    advice = device.memory_advice(device.HOST_MEMORY, settings, resume=False)
+    assert "--chunk_size 30" in advice and "--image_size" not in advice
+    settings = make_settings(batch_size=500, chunk_size=1)
+    assert "--chunk" not in device.memory_advice(device.HOST_MEMORY, settings, resume=False)

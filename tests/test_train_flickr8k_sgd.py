@@ -586,6 +586,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path, monkeypatch, 
     assert len(read_json(tmp_path / HISTORY)) == 1
 
 
+def test_a_full_memory_is_one_line_of_error(shapes, tmp_path, monkeypatch, capsys):
+    def fail(*given):
+        raise MemoryError
+
+    assert main(*arguments(shapes, tmp_path, epochs=1)) == 0
+    monkeypatch.setattr("train_flickr8k_sgd.training_step", fail)
+    capsys.readouterr()
+    for given, hint in ((arguments(shapes, tmp_path, "--overwrite"), "full; --chunk_size 5 needs"),
+                        (["--resume", "--output_dir", tmp_path, "--epochs", 2],
+                         "full; --resume continues")):
+        assert main(*given) == 1
+        err = capsys.readouterr().err
+        assert f"error: this machine's memory is {hint}" in err and err.count("\n") == 1
+    monkeypatch.setattr("show_flickr8k_results.show", fail)
+    assert show_flickr8k_results.main(["--query", "a"]) == 1
+    assert "error: this machine's memory is full; close" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
 def test_a_full_disk_is_one_line_of_error(shapes, tmp_path):
     import resource
