@@ -81,6 +81,9 @@ NEARLY = [  # (the name in the table, the file)
     ("file:///home/other/images/X.jpeg", "images/x.jpg"),
     ("x.jpg", "deep/in/folders/x.jpg"),
     ("images/x.jpg", "images\\x.jpg"),
+    ("images/photo%20x%281%29.jpg", "images/photo x(1).jpg"),
+    ("images%2Fx.jpg", "images/x.jpg"),
+    ("photo x.jpg", "photo%20x.jpg"),
 ]
 
 
@@ -178,7 +181,9 @@ def test_the_photos_may_lie_in_any_folder(tmp_path, place):
     folder = read_folder(write_table(tmp_path, OTHERS))
     assert folder.photo_folder == tmp_path / place and not folder.missing
     assert files_of(folder) == {name: f"{place}/{name}" for name in folder.names("all")}
-    assert folder.describe()[2:] == []
+    assert folder.describe()[2:] == [] if place == "Images" else [
+        "2 folders hold photos of the same names, such as a few others; those in "
+        f"{place} are read"]
 
 
 def test_the_folder_with_most_photos_is_taken_and_a_known_one_among_equals(tmp_path):
@@ -189,13 +194,14 @@ def test_the_folder_with_most_photos_is_taken_and_a_known_one_among_equals(tmp_p
     assert PhotoFiles(tmp_path, OTHERS).folder == tmp_path / "Images"
 
 
-def test_a_note_says_if_several_unknown_folders_hold_the_photos(tmp_path):
+@pytest.mark.parametrize("in_thumbs", [OTHERS, OTHERS[:3]])
+def test_a_note_says_if_several_unknown_folders_hold_the_photos(tmp_path, in_thumbs):
     write_files(tmp_path / "photos", *OTHERS)
-    write_files(tmp_path / "thumbs", *OTHERS)
+    write_files(tmp_path / "thumbs", *in_thumbs)
     files = PhotoFiles(tmp_path, OTHERS)
     assert files.folder == tmp_path / "photos"
-    assert files.notes == ["2 folders hold photos of these names, such as thumbs; those in photos "
-                           "are read"]
+    assert files.notes == ["2 folders hold photos of the same names, such as thumbs; those in "
+                           "photos are read"]
 
 
 def test_photos_in_several_folders_are_found_one_by_one(tmp_path):

@@ -138,6 +138,25 @@ def test_a_text_in_a_shard_belongs_to_one_photo(tmp_path, text):
                      "as 000000000.png beside 000000000.jpg"]
 
 
+def test_pictures_in_a_folder_that_share_a_text_are_counted(tmp_path):
+    files = in_all(9, {".png": b"mask", ".jpg": b"photo", ".txt": "a dog"})
+    files |= {"other.png": b"p", "other.jpg": b"j", "other.json": '{"shapes": []}'}
+    texts, notes = read_samples(tmp_path, "folder", files)
+    assert len(texts) == 18
+    assert notes == ["pictures that are read with the text of another one: 9, such as "
+                     "000000000.png beside 000000000.jpg",
+                     "photos without a text, which are left out: 2, such as other.jpg"]
+
+
+def test_archives_that_are_not_read_are_counted(tmp_path):
+    write_files(tmp_path, in_all(9, {".jpg": b"", ".txt": "a dog"}))
+    write_archive(tmp_path / "00000.tar", in_all(9, {".jpg": b"", ".txt": "a cat"}))
+    folder = read_folder(tmp_path)
+    assert folder.layout == "texts beside photos"
+    assert folder.notes == [f"archives (1, such as {tmp_path / '00000.tar'}) are not read, as "
+                            "there are texts beside photos"]
+
+
 @pytest.mark.parametrize("line, label", [
     ("0 0.51 0.43 0.2 0.1", True), ("684,8,273,116,0,0,0,0", True), ("7", True), ("-1.5e-3", True),
     ("Car 0.00 0 -1.57 599.41 156.40", True), ("10 10 20 10 20 20 10 20 small-vehicle 0", True),

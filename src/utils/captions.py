@@ -206,6 +206,10 @@ def read_texts(root):
     first = next(rows, None)
     if first is None:
         return None
+    archives = list(itertools.chain(*find_archives(root)))
+    if archives:
+        notes.append(f"archives ({len(archives):,}, such as {archives[0]}) are not read, as there "
+                     "are texts beside photos")
     rows = itertools.chain([first], rows)
     return Folder(root, "texts beside photos", root, rows, photos=photos, notes=notes)
 

@@ -7,10 +7,12 @@ photos that are stored more than once. This module must not import torch."""
 import collections
 import functools
 import hashlib
+import itertools
 import os
 import posixpath
 import re
 import unicodedata
+import urllib.parse
 from typing import NamedTuple
 
 from PIL import Image
@@ -30,7 +32,7 @@ WHOLE_NUMBER = re.compile(r"([0-9]+)\.0")  # how pandas writes a number in a col
 
 class Spelling(NamedTuple):
     """A name without what programs spell differently: capitals, the composition of accents, the
-    separators of folders and the suffixes of one format."""
+    separators of folders, codes such as %20 and the suffixes of one format."""
 
     folders: tuple  # of strings; the first one of an absolute path is empty, or a drive
     stem: str
@@ -47,7 +49,9 @@ class Spelling(NamedTuple):
 
 
 def spell(name, suffixes):
-    """Return the `Spelling` of a name. suffixes: those of `photo_suffixes`."""
+    """Return the `Spelling` of a name, in which %20 and the like, as addresses on the web have
+    them, stand for their characters. suffixes: those of `photo_suffixes`."""
+    name = urllib.parse.unquote(name)
     name = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).lower())
     first, *rest = name.replace("\\", "/").split("/")
     parts = [first, *(part for part in rest if part)]
@@ -164,14 +168,14 @@ class PhotoFiles:
         if max(counts) == len(names):
             return best
 
-        exact, near = collections.Counter(), collections.Counter()
+        exact, near = {}, {}  # {name: the folders that hold a photo of this name}
         for name in names:
             match = self.listing.match(name)
-            for file in match.files:
-                folder = folder_above(file, match.shared)
-                near[folder] += 1
-                exact[folder] += file == posixpath.join(folder, name)
-        votes = exact if any(exact.values()) else near
+            near[name] = [folder_above(file, match.shared) for file in match.files]
+            exact[name] = [folder for folder, file in zip(near[name], match.files)
+                           if file == posixpath.join(folder, name)]
+        holding = exact if any(exact.values()) else near
+        votes = collections.Counter(itertools.chain.from_iterable(holding.values()))
         most = max(votes.values(), default=0)
         if most <= max(counts):
             return best
@@ -179,12 +183,14 @@ class PhotoFiles:
         for folder in folders:
             if self._relative(folder) in tied:
                 return folder
-        tied.sort(key=lambda folder: (folder.count("/"), folder))
-        if len(tied) > 1:
+        chosen = min(tied, key=lambda folder: (folder.count("/"), folder))
+        rivals = {folder for others in holding.values() if chosen in others for folder in others}
+        if len(rivals) > 1:
+            rival = min(rivals - {chosen}, key=lambda folder: (-votes[folder], folder))
             self.notes.append(
-                f"{len(tied):,} folders hold photos of these names, such as {tied[1]}; those in "
-                f"{tied[0]} are read")
-        return self.root / tied[0]
+                f"{len(rivals):,} folders hold photos of the same names, such as "
+                f"{rival or self.root}; those in {chosen} are read")
+        return self.root / chosen
 
     def _relative(self, folder):
         """Return the path of a folder relative to root, with slashes; empty for root itself."""

@@ -184,29 +184,34 @@ class Samples:
         self.texts_of_photo = match_texts(self.photos, texts)
         self.json_of_key = {fold(name[:-5]): name for name in jsons}
         self.json_of_key |= {name[:-5]: name for name in jsons}
-        if one_photo:
-            self._choose_photos()
+        self._choose_photos(one_photo)
         read_texts = set(itertools.chain.from_iterable(self.texts_of_photo.values()))
         for name in texts:
             if name not in read_texts:
                 findings.add("texts that are not read, because no photo has their name, or because "
                              "it has another text", prefix + name)
 
-    def _choose_photos(self):
-        """Leave only one photo to each text, or to each NAME.json where there is no text."""
+    def _choose_photos(self, one_photo):
+        """Leave only one photo to each text, or to each NAME.json where there is no text. Without
+        one_photo, those that share a text are only counted."""
         photos_of_text = collections.defaultdict(list)
         for photo in self.photos:
-            texts = self.texts_of_photo.get(photo) or [self._json_of(photo) or photo]
+            texts = self.texts_of_photo.get(photo)
+            if not texts:  # without one_photo, a shared NAME.json may hold anything
+                texts = [one_photo and self._json_of(photo) or photo]
             photos_of_text[texts[0]].append(photo)
-        left_out = set()
+        what = "pictures that are read with the text of another one"
+        if one_photo:
+            what = "pictures that are left out, because another one has the same text"
+        others = set()
         for photos in photos_of_text.values():
             chosen = min(photos, key=photo_rank)
             for photo in photos:
                 if photo != chosen:
-                    left_out.add(photo)
-                    self.findings.add("pictures that are left out, because another one has the "
-                                      "same text", f"{self.prefix}{photo} beside {chosen}")
-        self.photos = [photo for photo in self.photos if photo not in left_out]
+                    others.add(photo)
+                    self.findings.add(what, f"{self.prefix}{photo} beside {chosen}")
+        if one_photo:
+            self.photos = [photo for photo in self.photos if photo not in others]
 
     @functools.cached_property
     def _keys_of_photo(self):
