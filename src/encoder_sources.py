@@ -5,12 +5,16 @@
     a/folder                          such a model, saved in a folder
     my_encoder.py:build               a function in a file of yours, see `load_from_file`
 """
+import ast
 import difflib
 import importlib.util
 import inspect
 import json
 import logging
+import threading
 import traceback
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -23,6 +27,8 @@ from src.utils.errors import UsageError, first_line
 
 # Fields of the configuration files of transformers that have no effect here.
 VERSION_FIELDS = ("transformers_version", "torch_dtype", "dtype")
+SECONDS_TO_ANSWER = 4  # that a server has
+LFS_POINTER = b"version https://git-lfs"
 NO_LIMIT = 1e15  # tokenizers that state no length have a larger one
 # Texts that different tokenizers treat differently; the last one is too long for most of them.
 EXAMPLE_TEXTS = [
@@ -48,8 +54,10 @@ def load_encoders(settings, device=torch.device("cpu")):
 
 def load_encoder(name, modality):
     """Return the `PretrainedEncoder` of this name. Raises UsageError if it is unavailable."""
-    if ".py:" in name:
+    if ".py:" in name or name.endswith(".py"):
         return load_from_file(name, modality)
+    if ":" in name and not Path(name).is_dir():
+        raise UsageError(f"--{modality}_encoder {name}: a function is named as FILE.py:FUNCTION")
     torchvision_models = torchvision.models.list_models(torchvision.models)
     if name in torchvision_models:
         if modality == TEXT:
@@ -72,35 +80,91 @@ def load_from_file(name, modality):
     a list of texts into a dict of tensors (B, ...), and `module(**tensors)` returns (B, width).
     `src/experiments/efficientnet_lite2.py` is an example.
     """
-    path, _, function = name.rpartition(":")
+    path, _, function = name.rpartition(":") if ".py:" in name else (name, "", "")
     if not Path(path).is_file():
         raise UsageError(f"--{modality}_encoder {name}: there is no file {path}")
     try:
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         user_code = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(user_code)
-        module, prepare = getattr(user_code, function)()
+        build = getattr(user_code, function, None) if function else None
+        if build is None:
+            raise UsageError(f"--{modality}_encoder {name}: {which_function(path)}")
+        module, prepare = build()
         if not (isinstance(module, nn.Module) and callable(prepare)):
             raise TypeError("it must return a torch.nn.Module and a function")
+    except UsageError:
+        raise
     except Exception as error:  # the user's code may raise anything
         if full_memory(error):
             raise
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise UsageError(f"--{modality}_encoder {name} fails ({first_line(error)}, line {line})"
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if Path(frame.filename).name == Path(path).name]
+        line = f", line {lines[-1]}" if lines else ""
+        raise UsageError(f"--{modality}_encoder {name} fails ({first_line(error)}{line})"
                          ) from None
     preprocessing = function + Path(path).read_text(encoding="utf-8", errors="replace")
     return PretrainedEncoder(name, modality, module.float(), prepare, preprocessing)
 
 
+def which_function(path):
+    """Say which function of a user's file may be meant, as none or an unknown one was named."""
+    names = []
+    for node in ast.parse(Path(path).read_bytes()).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            given = node.args
+            required = len(given.posonlyargs + given.args) - len(given.defaults)
+            if not required and None not in given.kw_defaults:
+                names.append(node.name)
+    if not names:
+        return ("an encoder is named as FILE.py:FUNCTION, but the file has no function that takes "
+                "no arguments")
+    if len(names) == 1:
+        return f"name the function as well: {path}:{names[0]}"
+    return f"name the function as FILE.py:FUNCTION, where it is one of {', '.join(names)}"
+
+
+def failure(ask):
+    """Return the exception that `ask`, which asks a server, raises, or None. After
+    SECONDS_TO_ANSWER that is a TimeoutError: looking up a name, for instance, has no limit."""
+    outcome = []
+
+    def run():
+        try:
+            ask()
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(SECONDS_TO_ANSWER)
+    return outcome[0] if outcome else TimeoutError(f"no answer in {SECONDS_TO_ANSWER} seconds")
+
+
 def load_from_torchvision(name):
     """Load a model whose features are the input of its last linear layer, the classifier."""
-    try:
-        weights = torchvision.models.get_model_weights(name).DEFAULT
-        model = torchvision.models.get_model(name, weights=weights)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError
-        folder = torch.hub.get_dir()
-        raise UsageError(f"--image_encoder {name}: the weights are not in {folder}/checkpoints and "
-                         f"cannot be downloaded ({first_line(error)})") from None
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    error = None
+    if not file.is_file():  # PyTorch would wait for a server without a limit
+        request = urllib.request.Request(weights.url, method="HEAD")
+        error = failure(lambda: urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER).close())
+        if isinstance(error, urllib.error.HTTPError):  # the server has answered
+            error = None
+    if error is None:
+        try:
+            model = torchvision.models.get_model(name, weights=weights)
+        except Exception as caught:  # a damaged file raises any exception
+            if full_memory(caught):
+                raise
+            error = caught
+    if error is not None and file.is_file():
+        raise UsageError(f"--image_encoder {name}: {file} is damaged; delete it, and it will be "
+                         f"downloaded again ({first_line(error)})")
+    if error is not None:
+        raise UsageError(f"--image_encoder {name}: the weights are not in {file.parent} and cannot "
+                         f"be downloaded ({first_line(error)})")
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise UsageError(f"--image_encoder {name}: this model has no linear layer whose input "
@@ -153,18 +217,70 @@ def load_from_transformers(name, modality):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    is_folder = Path(name).is_dir()
     try:
         try:
             return build_from_transformers(transformers, name, modality, local_files_only=True)
-        except OSError:
-            if Path(name).is_dir():
+        except OSError as error:
+            if is_folder or full_memory(error):
                 raise
+            check_files(name)
+            check_hub(name, modality)
             return build_from_transformers(transformers, name, modality, local_files_only=False)
     except UsageError:
         raise
     except Exception as error:  # OSError, ValueError, ImportError, or an error of a backend
-        raise UsageError(f"--{modality}_encoder {name}: transformers finds no such model, neither "
-                         f"on this machine nor on the hub ({first_line(error)})") from None
+        if full_memory(error):
+            raise
+        check_files(name)
+        fault = ("transformers finds no such model, neither on this machine nor on the hub "
+                 f"({first_line(error)})")
+        if is_folder:
+            fault = f"transformers finds no such model in this folder ({first_line(error)})"
+            if list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors")):
+                fault = ("the weights in this folder are in a .bin file, which could run code when "
+                         "it is read; save them as safetensors")
+        raise UsageError(f"--{modality}_encoder {name}: {fault}") from None
+
+
+def check_hub(name, modality):
+    """Raise UsageError if the Hugging Face hub cannot be reached. transformers would try it many
+    times."""
+    import huggingface_hub
+    error = failure(
+        lambda: huggingface_hub.HfApi().model_info(name, timeout=SECONDS_TO_ANSWER))
+    answered = isinstance(error, (huggingface_hub.errors.HfHubHTTPError,
+                                  huggingface_hub.errors.HFValidationError))
+    if error is not None and not answered:
+        raise UsageError(f"--{modality}_encoder {name}: there is no such folder, it has not been "
+                         "downloaded before, and the Hugging Face hub cannot be reached "
+                         f"({first_line(error)})")
+
+
+def check_files(name):
+    """Raise UsageError if a file of a model, in a folder or in the cache of the hub, is damaged."""
+    import safetensors
+    from huggingface_hub.constants import HF_HUB_CACHE
+    files, cure = sorted(Path(name).glob("*")), "copy it there again"
+    if not Path(name).is_dir():
+        cached = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots")
+        # What lies there are links.
+        files, cure = sorted(cached.glob("*/*")), "delete it, and it will be downloaded again"
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                with safetensors.safe_open(file, "pt"):
+                    pass
+            elif file.suffix == ".json":
+                json.loads(file.read_bytes())
+        except Exception as error:  # safetensors has exceptions of its own
+            if full_memory(error):
+                raise
+            file = file.resolve() if not Path(name).is_dir() else file
+            if file.is_file() and file.read_bytes()[:len(LFS_POINTER)] == LFS_POINTER:
+                raise UsageError(f"{file} is only a pointer of Git LFS; `git lfs pull` in its "
+                                 "folder downloads the file") from None
+            raise UsageError(f"{file} is damaged; {cure} ({first_line(error)})") from None
 
 
 def build_from_transformers(transformers, name, modality, local_files_only):
