@@ -125,10 +125,11 @@ class PairsOfSplit:
         return near_duplicates(self.signatures[[row]], other.signatures[[other_row]])[0] == 0
 
 
-def repair_of(folder):
-    """Return what to do about an incomplete folder, as the second line of an error message."""
+def repair_of(folder, can_download=True):
+    """Return what to do about an incomplete folder, as the second line of an error message.
+    can_download: whether the fault may lie in the files."""
     repair = ""
-    if folder.layout == "Flickr8k":
+    if can_download and folder.layout == "Flickr8k":
         repair = f"`{download_command(folder.root)}` repairs it; "
     return f"{repair}--allow_incomplete trains without them."
 
@@ -169,7 +170,8 @@ def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, pr
             raise DataError(
                 f"{folder.root} is incomplete: {len(dropped)} of the {len(names)} photos of "
                 f"{split} are {fault} ({first_three(details)}) in {place}.\n"
-                + repair_of(folder))
+                # A photo that an encoder cannot take is not damaged.
+                + repair_of(folder, fault != "unreadable" or image_encoder is None))
         if len(dropped) == len(names):
             raise DataError(f"{folder.root}: no photo of {split} is usable")
         skipped.extend(dropped)
