@@ -132,7 +132,7 @@ from src.runs import HISTORY, TRAIN_FIRST, check_data_dir, load_run
 from src.search import EmbeddingCache, Search, photos_of_split
 from src.utils.errors import DataError, UsageError
 from src.utils.photo_files import list_left_out, list_skipped, photos_of_folder
-from src.utils.tokenizers import number_texts
+from src.utils.tokenizers import normalize_text, number_texts
 
 
 def newest_run():
@@ -246,7 +246,7 @@ def cut_query(query):
 
 def comparable(caption):
     """A caption without what does not distinguish it: capitals, full stops and spacing."""
-    return " ".join(caption.lower().replace(".", " ").split())
+    return " ".join(normalize_text(caption).replace(".", " ").split())
 
 
 def show_photos(args):
@@ -285,8 +285,8 @@ def show_photos(args):
 
 
 def show_captions(args):
-    """--image: print the captions nearest to a photo. Those of the photo itself are marked, if it
-    is one of the split's. Returns rows for `page.photo_sheet`."""
+    """--image: print the different captions nearest to a photo. Those of the photo itself are
+    marked, if it is one of the split's. Returns rows for `page.photo_sheet`."""
     cache = open_cache(args)
     photos, captions, _ = open_gallery(args)
     search = Search(cache, photos, captions, args.bank)
@@ -294,10 +294,12 @@ def show_captions(args):
     image = Path(args.image).resolve()
     is_image = [photo.resolve() == image for photo in photos]
     results = []
-    for caption, i in zip(search.texts, search.photo_of_text):
+    rows = search.different_texts(is_image.index(True) if any(is_image) else -1)
+    for row in rows:
+        caption, i = search.texts[row], search.photo_of_text[row]
         results.append(Result(f"{caption}  ({photos[i].name})", caption, photos[i], is_image[i]))
-    title = f"{args.image} among {len(search.texts):,} captions of {args.split}"
-    title, cells = print_ranking(title, cosines[0], scores[0], results, args)
+    title = f"{args.image} among {len(rows):,} different captions of {args.split}"
+    title, cells = print_ranking(title, cosines[0, rows], scores[0, rows], results, args)
     return [(title, [(args.image, "the photo", False), *cells])]
 
 

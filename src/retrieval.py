@@ -28,9 +28,9 @@ def retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, bank=No
 
     image_embeddings: (N, D), each photo once. text_embeddings: (M, D). photo_of_caption: (M,), the
     row of each caption's photo. bank: a Bank to rank with, or None. text_ids: (M,) integers, equal
-    for equal captions, which have equal embeddings; None if all captions count as different. A text
-    is right for every photo that has it. The memory that is needed grows with N + M, not with
-    N x M.
+    for equal captions, the first of which is ranked for all; None if all captions count as
+    different. A text is right for every photo that has it. The memory that is needed grows with
+    N + M, not with N x M.
 
     Returns {"i2t": ranks, "t2i": ranks}:
     - "i2t": (photos with captions,), the rank of the nearest of the photo's texts among the

@@ -168,6 +168,12 @@ def check_same_data(config_before, config, data_dir):
                          "data; please retrain")
     changed = [name for name, now in config["fingerprints"].items() if before[name] != now]
     if changed:
+        shared_before, shared_now = ("different_captions" in config_of["data"]["train"]
+                                     for config_of in (config_before, config))
+        if shared_now and not shared_before:
+            raise UsageError(f"photos in {data_dir} share captions, which counted as different "
+                             "when the run began: it is of another version of this project, or "
+                             "the captions have changed; please retrain")
         raise UsageError(f"{data_dir} is not the dataset that the run began with: the photos, the "
                          f"captions or their order have changed in {', '.join(changed)}")
 

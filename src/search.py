@@ -16,6 +16,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -36,7 +37,7 @@ from src.utils.folder import cut_text
 from src.utils.photo_files import version_of
 from src.utils.photo_store import STORE_VERSION, decoding_threads, load_photo
 from src.utils.ragged import Ragged
-from src.utils.tokenizers import tokenizer_from_state
+from src.utils.tokenizers import number_texts, tokenizer_from_state
 
 CACHE = "embeddings_flickr8k.sqlite3"
 
@@ -289,6 +290,13 @@ class Search:
         self.photos, self.captions = photos, captions
         self.texts = [text for texts in captions for text in texts]
         self.photo_of_text = [i for i, texts in enumerate(captions) for _ in texts]
+
+    def different_texts(self, photo=-1):
+        """The rows of the different texts, where photos share captions: of equal texts that of
+        `photo`, given by its row, and else the first."""
+        order = np.argsort(np.array(self.photo_of_text) != photo, kind="stable")
+        numbers = number_texts(self.texts)[order]
+        return np.sort(order[np.unique(numbers, return_index=True)[1]]).tolist()
 
     def embed_photos(self, progress=None, unreadable=None):
         """Embed the photos. Those that are added to `unreadable`, see `EmbeddingCache.photos`,

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+import torch
 from PIL import Image
 
 from src.page import document, paragraph, thumbnail
@@ -27,7 +28,7 @@ from src.utils.photo_files import open_reduced
 
 HOST = "127.0.0.1"
 # The names of this machine for itself. The port may be another one, where a tunnel leads here.
-OWN_ADDRESS = r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]{1,5})?"
+OWN_ADDRESS = r"(localhost\.?|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]{1,5})?"
 RESULTS = 24  # photos that a search shows at first
 RANDOM_PHOTOS, EXAMPLE_QUERIES = 12, 3  # on the start page
 NEAREST_CAPTIONS = 10
@@ -125,6 +126,7 @@ class SearchPages:
             unreadable, before = {}, len(self.search.photos)
             self.search.add_photos(new, unreadable)
             self.gone |= gone
+            self.thumbnail.cache_clear()  # those of changed photos are out of date
             changed = len({self.search.photos[i] for i in gone} & set(self.search.photos[before:]))
             self.note = (f"Found: {len(self.search.photos) - before - changed:,} new photos, "
                          f"{changed:,} changed, {len(gone) - changed:,} deleted.")
@@ -243,11 +245,13 @@ class SearchPages:
                 f"<h2>{len(drawn)} of {total:,} photos, at random</h2>{self.grid(drawn)}")
 
     def nearest_captions(self, embedding):
-        """The captions that are nearest to a photo, each a link to its own photo."""
+        """The different captions that are nearest to a photo, each a link to its own photo, or to
+        the first of those that share it."""
         if not self.search.texts:
             return ""
         cosines, scores = self.search.score_captions(embedding)
-        order = scores[0].argsort(descending=True, stable=True)
+        rows = torch.tensor(self.search.different_texts())
+        order = rows[scores[0, rows].argsort(descending=True, stable=True)]
         items = ""
         for i in order[:NEAREST_CAPTIONS].tolist():
             href = search_link(photo=self.search.photo_of_text[i])

@@ -2,6 +2,7 @@
 import io
 import os
 import struct
+import threading
 from collections import Counter
 
 import numpy as np
@@ -382,3 +383,25 @@ def test_a_missing_photo_and_a_folder_in_its_place(tmp_path):
     (tmp_path / "a.jpg").mkdir()
     with pytest.raises(DataError, match="a.jpg"):
         load_photo(tmp_path / "a.jpg", 8)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", ["photo.png", "photo.json", "photo"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    answers = []
+
+    def read():
+        answers.append(is_photo(tmp_path / "photo"))
+        try:
+            answers.append(open_photo(tmp_path / "photo.png", 8).size)
+        except DataError as error:
+            answers.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)  # it would wait for ever
+    thread.start()
+    thread.join(30)
+    expected = f"{tmp_path}/photo.png: a pipe, not a file" if name == "photo.png" else (8, 8)
+    assert answers == [False, expected]

@@ -1,7 +1,9 @@
 """Photos with texts of the same name, in folders and in .tar files."""
 import io
 import json
+import os
 import tarfile
+import threading
 
 import numpy as np
 import pytest
@@ -351,3 +353,24 @@ def test_deleted_photos_and_shards_are_no_data(tmp_path, deleted):
     (tmp_path / "a.tar").unlink()
     with pytest.raises(DataError, match="no captions in a known layout"):
         read_folder(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_beside_a_photo_is_named_and_not_waited_for(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"caption {i}")
+    (tmp_path / "1.txt").unlink()
+    os.mkfifo(tmp_path / "1.txt")
+    errors = []
+
+    def read():
+        try:
+            read_folder(tmp_path)
+        except DataError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)  # it would wait for ever
+    thread.start()
+    thread.join(30)
+    assert errors == [f"{tmp_path / '1.txt'}: a pipe, not a file"]

@@ -6,6 +6,7 @@ import sqlite3
 import struct
 import threading
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -311,3 +312,12 @@ def test_photos_of_a_split(dataset_dir):
     )
     with pytest.raises(DataError, match="1007_abc.jpg has no captions"):
         photos_of_split(dataset_dir, "val")
+
+
+def test_of_captions_that_photos_share_each_is_there_once():
+    captions = [["A dog.", "one"], ["a cat", "a dog"], ["a dog", "a  cat"]]
+    found = search.Search(SimpleNamespace(bank=None), ["a", "b", "c"], captions, False)
+    assert found.different_texts() == [0, 1, 2]
+    assert found.different_texts(photo=1) == [1, 2, 3]
+    assert found.different_texts(photo=2) == [1, 4, 5]
+    assert search.Search(SimpleNamespace(bank=None), ["a"], [[]], False).different_texts() == []

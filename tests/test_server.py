@@ -272,7 +272,8 @@ def test_addresses(site, path, status):
 @pytest.mark.parametrize("host, status", [
     # Port 80 is not named, and a tunnel may have any port.
     ("127.0.0.1", 200), ("localhost", 200), ("127.0.0.1:1", 200), ("LOCALHOST:9000", 200),
-    ("[::1]:9000", 200), ("127.0.1.1:PORT", 200), ("localhost:PORT", 200),
+    ("[::1]:9000", 200), ("127.0.1.1:PORT", 200), ("localhost:PORT", 200), ("localhost.", 200),
+    ("localhost.example", 403), ("localhost..", 403),
     ("example.com", 403), ("", 403), ("example.com:PORT", 403), ("my-box.lan:PORT", 403),
     ("localhost.example.com:PORT", 403), ("127.0.0.1.example.com:PORT", 403),
     ("example.com@localhost:PORT", 403), ("localhost:PORT@example.com", 403),
@@ -311,6 +312,7 @@ def test_photos_are_added_changed_and_deleted_while_it_serves(run, shapes, tmp_p
         assert "Look for new photos" in look(site)
         assert "Found: 0 new photos, 0 changed, 0 deleted." in press()
         old = {number: site.pages.photo(str(number)) for number in range(3)}
+        picture = ask(site, "/photo/1")[2]
 
         (tmp_path / "a.png").unlink()
         html = look(site, q="red")
@@ -330,6 +332,7 @@ def test_photos_are_added_changed_and_deleted_while_it_serves(run, shapes, tmp_p
         assert sorted(number for number, _ in shown(html)) == [2, 3, 4]
         assert [site.pages.photo(str(number)).name for number in (3, 4)] == ["0.png", "b.png"]
         assert {number: site.pages.photo(str(number)) for number in range(3)} == old
+        assert ask(site, "/photo/4")[2] != picture  # b.png as it is now
         # What was appended is ranked as if it had been there from the start.
         fresh = Search(search.cache, search.photos[2:], [[]] * 3, use_bank=True)
         fresh.embed_photos()

@@ -488,7 +488,7 @@ def test_captions_for_a_photo(run_dir, shapes, capsys, tmp_path):
         60,
     )
     found = ranking(out)
-    assert status == 0 and len(found) == 60 and "among 60 captions of val" in out
+    assert status == 0 and len(found) == 60 and "among 60 different captions of val" in out
     assert sorted(rest for mark, *_, rest in found if mark) == sorted(
         f"{text}  ({name})" for text in captions[name]
     )

@@ -386,6 +386,14 @@ def test_resume_refuses_a_checkpoint_that_does_not_describe_its_data(copy_of_fin
     assert "of another version" in capsys.readouterr().err
 
 
+def test_resume_refuses_a_run_that_took_shared_captions_for_different_ones(
+        copy_of_finished, capsys, monkeypatch):
+    monkeypatch.setattr("src.utils.folder.SHARED_CAPTIONS", 0)  # the built-in shapes share some
+    assert resume(copy_of_finished) == 2
+    error = capsys.readouterr().err
+    assert "share captions, which counted as different when the run began" in error
+
+
 def test_resume_refuses_a_damaged_checkpoint(copy_of_finished, capsys):
     last = copy_of_finished / LAST
     last.write_bytes(last.read_bytes()[:1000])

@@ -47,7 +47,10 @@ def lost_orientation(path):
     if not isinstance(path, Path):
         return getattr(path, "orientation", 1)
     try:
-        with path.with_suffix(".json").open("rb") as file:
+        path = path.with_suffix(".json")
+        if not path.is_file():  # a pipe would be waited for
+            return 1
+        with path.open("rb") as file:
             return orientation_in(file.read(MAX_BYTES))
-    except (OSError, ValueError):  # there is no such file, or the name cannot have a suffix
+    except (OSError, ValueError):  # it cannot be read, or the name cannot have a suffix
         return 1

@@ -70,6 +70,8 @@ def is_photo(path):
     if re.fullmatch(r"\.[a-z]\w*", suffix):
         return False
     formats = [name for name in Image.OPEN if name in SELF_EVIDENT]
+    if not os.path.isfile(path):
+        return False
     try:
         with open(path, "rb") as file, open_reduced(file, 1, formats):
             return True
@@ -252,6 +254,8 @@ def open_photo(path, size):
     truncated, too large or not an image."""
     path = Path(path) if isinstance(path, str) else path
     try:
+        if isinstance(path, Path) and path.is_fifo():
+            raise ValueError("a pipe, not a file")  # opening it would wait for a writer
         with path.open("rb") as file, open_reduced(file, size) as photo:
             photo = turn_upright(photo, path)
             if photo.mode in ("I", "F") or photo.mode.startswith("I;"):

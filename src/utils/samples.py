@@ -287,11 +287,13 @@ def folder_rows(root, photos, notes):
         prefix = Path(folder, "_").relative_to(root).as_posix()[:-1]
 
         def read(name, folder=folder):
+            path = Path(folder, name)
+            if path.is_fifo():  # opening it would wait for a writer
+                raise DataError(f"{path}: a pipe, not a file")
             try:
-                return Path(folder, name).read_bytes()
+                return path.read_bytes()
             except OSError as error:
-                raise DataError(f"{Path(folder, name)}: the file cannot be read "
-                                f"({error.strerror})") from None
+                raise DataError(f"{path}: the file cannot be read ({error.strerror})") from None
 
         samples = Samples(prefix, f"{folder}{os.sep}", sorted(names), read, False, findings,
                           lambda name, folder=folder: is_photo(Path(folder, name)))

@@ -37,10 +37,10 @@ def normalize_text(text):
 
 def number_texts(texts):
     """Return a number for each text, from 1 to the number of different texts (M,). Texts are equal
-    if `normalize_text` makes them equal."""
+    if `normalize_text` makes them equal, apart from a full stop at the end."""
     keys = array("Q")
     for text in texts:
-        content = normalize_text(text).encode("utf-8", "surrogatepass")
+        content = normalize_text(text).rstrip(" .").encode("utf-8", "surrogatepass")
         keys.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()))
     return np.unique(np.frombuffer(keys, np.uint64), return_inverse=True)[1].astype(np.int64) + 1
 
