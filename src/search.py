@@ -31,7 +31,7 @@ from src.settings import settings_of
 from src.utils.augment import normalize
 from src.utils.captions import read_folder
 from src.utils.console import printable
-from src.utils.errors import DataError, UsageError
+from src.utils.errors import DataError, UsageError, first_line
 from src.utils.flickr8k_simple import map_tensors
 from src.utils.folder import cut_text
 from src.utils.photo_files import version_of
@@ -131,12 +131,22 @@ def embed_photo_batches(model, transform, paths, batch_size=100, unreadable=None
             images = list(pool.map(read, batch))
             batch = [path for path, image in zip(batch, images) if image is not None]
             if batch:
+                name = getattr(model.image_backbone, "name", "the model")
                 images = torch.stack([image for image in images if image is not None])
-                latents = model(images=images.to(device))["central_latent"].cpu()
+                try:
+                    latents = model(images=images.to(device))["central_latent"].cpu()
+                except Exception as error:  # a user's own encoder may raise anything
+                    if full_memory(error) or model.image_backbone is None:
+                        raise
+                    if len(batch) > 1:  # find the photo that it fails for
+                        yield from embed_photo_batches(model, transform, batch, 1, unreadable)
+                    else:
+                        leave_out(batch[0], DataError(f"{batch[0]}: {name} fails for it "
+                                                      f"({first_line(error)})"))
+                    continue
                 finite = torch.isfinite(latents).all(1)
                 for path, is_finite in zip(batch, finite):
                     if not is_finite:
-                        name = getattr(model.image_backbone, "name", "the model")
                         leave_out(path, DataError(f"{path}: {name} makes NaN or infinite numbers "
                                                   "of it"))
                 batch = [path for path, is_finite in zip(batch, finite) if is_finite]
@@ -167,10 +177,16 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
         if model.text_backbone is not None:
             features = model.text_backbone.prepare_texts([cut_text(texts[i]) for i in batch])
             features = map_tensors(lambda tensor: tensor.to(device), features)
-        latents = model(text=text, text_features=features)["central_latent"].cpu()
+        name = getattr(model.text_backbone, "name", "the model")
+        try:
+            latents = model(text=text, text_features=features)["central_latent"].cpu()
+        except Exception as error:  # a user's own encoder may raise anything
+            if full_memory(error) or model.text_backbone is None:
+                raise
+            raise DataError(f"{name} fails for one of {len(batch)} texts ({first_line(error)})"
+                            ) from None
         for i, is_finite in zip(batch, torch.isfinite(latents).all(1)):
             if not is_finite:
-                name = getattr(model.text_backbone, "name", "the model")
                 raise DataError(f'{name} makes NaN or infinite numbers of the text '
                                 f'"{printable(texts[i][:80])}"')
         parts.append(latents)

@@ -488,7 +488,7 @@ def test_a_photo_that_an_encoder_fails_for_is_named(
     assert "train: 1 photos left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("function", ["nan", "picky"])
+@pytest.mark.parametrize("function", ["nan", "picky", "strict"])
 def test_a_search_leaves_out_the_photos_that_an_encoder_fails_for(
         function, failing, shapes, tmp_path, capsys):
     folder, encoder = tmp_path / "run", f"{failing}:{function}"
