@@ -76,6 +76,7 @@ def svg_curves(title, epochs, lines):
     """Curves over the epochs as an SVG figure. lines: {name: values}, with None for an epoch that
     has no value. The plot is 422 x 200 pixels large, its upper left corner is at (48, 20)."""
     top = max((value for line in lines.values() for value in line if value is not None), default=1)
+    top = top or 1  # the loss is 0 where all photos have one caption
     first, last = epochs[0], max(epochs[-1], epochs[0] + 1)
     parts = []
     for y in (20, 120, 220):

@@ -50,6 +50,8 @@ def test_curves_of_a_single_epoch_and_of_missing_values():
     assert points == ["48.0,20.0"] * 2  # two equal points are drawn as a square
     html = page.svg_curves("loss", [1, 2, 3], {"a": [1, None, 2], "b": [None] * 3})
     assert re.findall('points="(.*?)"', html) == ["48.0,120.0 48.0,120.0 470.0,20.0", ""]
+    html = page.svg_curves("loss", [1, 2], {"": [0.0, 0.0]})
+    assert re.findall('points="(.*?)"', html) == ["48.0,220.0 48.0,220.0 470.0,220.0"]
 
 
 def test_a_run_whose_history_lacks_figures(tmp_path):

@@ -165,6 +165,7 @@ FRENCH = ["Un caf\u00e9 tr\u00e8s noir", "Un caf\u00e9 pr\u00e8s d'un caf\u00e9 
     ('a "stop" sign', "a \u201cstop\u201d sign"),
     ("five \ufb01ve", "five five"),
     ("a \u2764 b", "a \u2764\ufe0f b"),
+    (FRENCH[0], FRENCH[0].replace("f", "f\U000e0100")),
 ])
 def test_texts_that_look_the_same_have_the_same_tokens(text, same):
     """Whichever of the two a tokenizer has learned from."""

@@ -19,7 +19,9 @@ VOCAB_SIZE = 4000  # ids of the byte-pair tokenizer, with padding and the bytes
 TYPOGRAPHY = str.maketrans(
     dict.fromkeys("\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
     | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"))
-VARIATION_SELECTORS = range(0xFE00, 0xFE10)  # invisible, such as that which colours an emoji
+# Invisible characters outside Unicode's category Cf: selectors of a variant, such as that which
+# colours an emoji or those of Japanese names.
+SELECTORS = {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0), *range(0x180B, 0x1810), 0x34F}
 
 
 def normalize_text(text):
@@ -28,7 +30,7 @@ def normalize_text(text):
     hyphens, and with one space for each run of white space."""
     if not text.isascii():
         text = "".join(c for c in text if unicodedata.category(c) != "Cf"
-                       and ord(c) not in VARIATION_SELECTORS)
+                       and ord(c) not in SELECTORS)
         # A text in lowercase may have another form again, so it is normalized before and after.
         text = unicodedata.normalize("NFKC", text).translate(TYPOGRAPHY)
         text = unicodedata.normalize("NFKC", text.lower())
