@@ -2,6 +2,7 @@
 import io
 import json
 import logging
+import os
 import tarfile
 import unicodedata
 
@@ -213,6 +214,18 @@ def test_photos_in_several_folders_are_found_one_by_one(tmp_path):
     assert folder.describe()[2:] == [
         "5 of the 20 photos are found under slightly different names; for example, photo 15.jpg is "
         "read from second/photo 15.jpg"]
+
+
+def test_a_name_that_is_no_valid_text_gets_a_split(tmp_path):
+    write_files(tmp_path, *OTHERS)
+    name = os.fsdecode(b"caf\xe9.jpg")
+    try:
+        (tmp_path / name).touch()
+    except OSError:
+        pytest.skip("the file system wants valid names")
+    for photo in [*OTHERS, name]:
+        (tmp_path / photo).with_suffix(".txt").write_text("a dog")
+    assert name in read_folder(tmp_path).names("all")
 
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):

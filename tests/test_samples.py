@@ -88,6 +88,9 @@ VARIANTS = {
     "of two pictures": ({".depth.png": b"d", ".image.jpg": b"", ".caption.txt": "a dog"},
                         ".image.jpg", ["a dog"]),
     "json": ({".jpg": b"", ".json": '{"url": "a b", "caption": " a\\ndog "}'}, ".jpg", ["a dog"]),
+    "a list": ({".jpg": b"", ".txt": "['a dog'\n 'a cat']\n"}, ".jpg", ["a dog", "a cat"]),
+    "lists in lines": ({".jpg": b"", ".txt": '["a dog", "a cat"]\n[two] dogs\n[{"a": 1}]'}, ".jpg",
+                       ["a dog", "a cat", "[two] dogs", '[{"a": 1}]']),
     "a list in json": ({".jpg": b"", ".json": '{"captions": ["a dog", "", "a cat"]}'}, ".jpg",
                        ["a dog", "a cat"]),
     "text in json": ({".image.jpg": b"", ".json": '{"Text": "a dog"}'}, ".image.jpg", ["a dog"]),
@@ -150,6 +153,13 @@ def test_pictures_in_a_folder_that_share_a_text_are_counted(tmp_path):
                      "photos without a text, which are left out: 2, such as other.jpg"]
 
 
+def test_a_photo_that_is_a_broken_link_is_missing(tmp_path):
+    write_files(tmp_path, in_all(9, {".jpg": b"", ".txt": "a dog"}))
+    (tmp_path / "000000003.jpg").unlink()
+    (tmp_path / "000000003.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert read_folder(tmp_path).missing == {"000000003.jpg": "000000003.jpg"}
+
+
 def test_archives_that_are_not_read_are_counted(tmp_path):
     write_files(tmp_path, in_all(9, {".jpg": b"", ".txt": "a dog"}))
     write_archive(tmp_path / "00000.tar", in_all(9, {".jpg": b"", ".txt": "a cat"}))
@@ -162,7 +172,8 @@ def test_archives_that_are_not_read_are_counted(tmp_path):
 @pytest.mark.parametrize("line, label", [
     ("0 0.51 0.43 0.2 0.1", True), ("684,8,273,116,0,0,0,0", True), ("7", True), ("-1.5e-3", True),
     ("Car 0.00 0 -1.57 599.41 156.40", True), ("10 10 20 10 20 20 10 20 small-vehicle 0", True),
-    ("a dog", False), ("2 dogs", False), ("2 dogs and 3 cats on 4 mats 5", False), ("1st", False)])
+    ("[12, 0.5, (3, 4)]", True), ("(2) dogs", False), ("a dog", False), ("2 dogs", False),
+    ("2 dogs and 3 cats on 4 mats 5", False), ("1st", False)])
 def test_labels_of_detectors_are_told_from_captions(line, label):
     assert is_label(line) == label
 
@@ -270,6 +281,17 @@ def test_photos_with_texts_are_read_from_an_archive(tmp_path):
         assert photo.read_bytes() == photo.open().read() == contents[photo.name]
         assert photo.stat().st_size == len(contents[photo.name])
         assert photo.stat().st_mtime_ns == path.stat().st_mtime_ns
+
+
+def test_a_link_in_an_archive_is_the_file_that_it_links_to(tmp_path):
+    write_archive(tmp_path / "00000.tar", in_all(9, {".jpg": b"", ".txt": "a dog"}))
+    with tarfile.open(tmp_path / "00000.tar", "a") as archive:
+        for suffix in (".jpg", ".txt"):
+            entry = tarfile.TarInfo(f"copy{suffix}")
+            entry.type, entry.linkname = tarfile.LNKTYPE, f"000000003{suffix}"
+            archive.addfile(entry)
+    [note] = read_folder(tmp_path).notes
+    assert note.endswith("for example, 00000.tar/copy.jpg is 00000.tar/000000003.jpg")
 
 
 @pytest.mark.parametrize("place", ["within a photo", "between two entries"])

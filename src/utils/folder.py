@@ -86,6 +86,8 @@ class Folder:
             files = PhotoFiles(root, list(itertools.chain(*names)))
             self.photos, self.photo_folder, self.missing = files.others, files.folder, files.missing
             self.notes += files.notes
+        else:  # a name in a folder may be a link to a file that is gone
+            self.missing = {name: name for name, path in photos.items() if not path.is_file()}
         if merge_copies:
             captions, owners, split_of = self._merge_copies(captions, owners, split_of)
         self.captions = captions.take(np.argsort(owners, kind="stable"))
@@ -227,7 +229,8 @@ def split_by_hash(names, missing):
     else:
         source, share = "test" if missing == ["val"] else "val", 2
         most = len(names[source])
-    order = sorted(names[source], key=lambda name: hashlib.sha256(name.encode()).digest())
+    order = sorted(names[source], key=lambda name: hashlib.sha256(
+        name.encode("utf-8", "surrogatepass")).digest())  # a file's name may be no valid text
     number = min(max(len(order) // share, 1), most)
     for split in missing:
         taken, order = set(order[:number]), order[number:]

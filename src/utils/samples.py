@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from src.utils.errors import DataError
 from src.utils.orientation import orientation_in, parse_json
 from src.utils.photo_files import is_photo, own_folders, photo_suffixes
-from src.utils.tables import CAPTION_NUMBER, COLUMNS, EXCERPT, captions_in
+from src.utils.tables import CAPTION_NUMBER, COLUMNS, EXCERPT, captions_in, parse_list
 from src.utils.text_files import BYTE_ORDER_MARKS, guess_encoding, one_line
 from src.utils.text_names import (
     TEXT_NAME,
@@ -109,17 +109,24 @@ class Findings:
 
 
 def decode_text(content, place, notes):
-    """Return the captions of a text, which has one a line.
+    """Return the captions of a text, which has one a line, or a list as in a cell of a table.
 
     place: the text's name, for messages. notes: see `guess_encoding`. Raises DataError if its
     encoding is unknown."""
     try:
         encoding = next((encoding for mark, encoding in BYTE_ORDER_MARKS
                          if content.startswith(mark)), "utf-8")
-        lines = content.decode(encoding).splitlines()
+        text = content.decode(encoding)
     except UnicodeDecodeError:
-        lines = content.decode(guess_encoding(content, place, notes)).splitlines()
-    return [one_line(line) for line in lines if line.strip()]
+        text = content.decode(guess_encoding(content, place, notes))
+    lines = text.splitlines() if parse_list(text) is None else [text]
+    captions = []
+    for line in lines:
+        try:
+            captions += captions_in(line)
+        except TypeError:  # a list of other things
+            captions.append(one_line(line))
+    return captions
 
 
 def is_label(line):
@@ -127,7 +134,7 @@ def is_label(line):
     "Car 0 0 587 173 614 200", or holds only numbers."""
     if not re.search(r"\d", line):
         return False
-    tokens = [token for token in re.split(r"[\s,;]+", line) if token]
+    tokens = [token for token in re.split(r"[\s,;()[\]]+", line) if token]
     numbers = sum(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", token, re.IGNORECASE)
                   is not None for token in tokens)
     return numbers == len(tokens) or (numbers >= 4 and len(tokens) - numbers <= 2)
@@ -324,6 +331,8 @@ def read_members(path):
             for member in archive:
                 if member.isfile():
                     members[member.name] = member.offset_data, member.size
+                elif member.islnk() and member.linkname in members:  # a copy is not stored again
+                    members[member.name] = members[member.linkname]
                 archive.members = []  # otherwise all members are kept in memory
             # tarfile takes the end of a truncated file for the end of the archive, which really is
             # a block of zeros.

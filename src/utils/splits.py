@@ -125,13 +125,16 @@ class PairsOfSplit:
         return near_duplicates(self.signatures[[row]], other.signatures[[other_row]])[0] == 0
 
 
-def repair_of(folder, can_download=True):
+def repair_of(folder, can_download=True, usable=True):
     """Return what to do about an incomplete folder, as the second line of an error message.
-    can_download: whether the fault may lie in the files."""
-    repair = ""
+    can_download: whether the fault may lie in the files. usable: whether no split would be empty
+    without the photos at fault."""
+    repairs = []
     if can_download and folder.layout == "Flickr8k":
-        repair = f"`{download_command(folder.root)}` repairs it; "
-    return f"{repair}--allow_incomplete trains without them."
+        repairs.append(f"`{download_command(folder.root)}` repairs it")
+    repairs.append("--allow_incomplete trains without them" if usable else
+                   "--allow_incomplete cannot help, as a split would be empty")
+    return "; ".join(repairs) + "."
 
 
 def fault_of_captions(folder, names):
@@ -171,7 +174,8 @@ def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, pr
                 f"{folder.root} is incomplete: {len(dropped)} of the {len(names)} photos of "
                 f"{split} are {fault} ({first_three(details)}) in {place}.\n"
                 # A photo that an encoder cannot take is not damaged.
-                + repair_of(folder, fault != "unreadable" or image_encoder is None))
+                + repair_of(folder, fault != "unreadable" or image_encoder is None,
+                            len(dropped) < len(names)))
         if len(dropped) == len(names):
             raise DataError(f"{folder.root}: no photo of {split} is usable")
         skipped.extend(dropped)
@@ -250,7 +254,7 @@ def check_folders(settings):
         elif settings.allow_incomplete:
             faults.append(f"{fault}.\nNo photo of {emptied[0]} is usable.")
         else:
-            faults.append(f"{fault}.\n{repair_of(folder)}")
+            faults.append(f"{fault}.\n{repair_of(folder, usable=not emptied)}")
     if faults:
         raise DataError("\n".join(faults))
 
