@@ -386,3 +386,17 @@ def test_check_fails_if_a_split_has_no_photo_left_even_where_some_may_be_missing
     settings = make_settings(data_dir=str(dataset_dir), model="tiny", allow_incomplete=True)
     with pytest.raises(DataError, match=r"2 of the 11 photos .*\nNo photo of test is usable."):
         check_folders(settings)
+    settings = make_settings(data_dir=str(dataset_dir), model="tiny")
+    with pytest.raises(DataError, match="--allow_incomplete cannot help, as a split would be"):
+        check_folders(settings)
+
+
+def test_check_fails_if_photos_have_no_captions(tmp_path, caplog):
+    write_files(tmp_path, *OTHERS)
+    for name in OTHERS:
+        (tmp_path / name).with_suffix(".txt").write_text(" \n" if name == OTHERS[3] else "a dog")
+    with pytest.raises(DataError, match="1 of the 20 photos are without captions, such as photo"):
+        check_folders(make_settings(data_dir=str(tmp_path), model="tiny"))
+    caplog.set_level(logging.INFO)
+    check_folders(make_settings(data_dir=str(tmp_path), model="tiny", allow_incomplete=True))
+    assert "such as photo 3.jpg; --allow_incomplete trains without them" in caplog.text

@@ -160,6 +160,31 @@ def test_a_photo_that_is_a_broken_link_is_missing(tmp_path):
     assert read_folder(tmp_path).missing == {"000000003.jpg": "000000003.jpg"}
 
 
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_links_that_lead_out_of_the_folder_are_followed(tmp_path, kind):
+    files = in_all(9, {".jpg": b"", ".txt": "a dog"})
+    read_samples(tmp_path / "elsewhere", "folder", files)
+    if kind == "shard":
+        write_archive(tmp_path / "elsewhere" / "0.tar", files)
+        for name in files:
+            (tmp_path / "elsewhere" / name).unlink()
+    root = tmp_path / "data"
+    (root / "own").mkdir(parents=True)
+    (root / "own" / "link").symlink_to(tmp_path / "elsewhere")
+    (root / "a link within").symlink_to(root / "own")
+    (root / "own" / "to the root").symlink_to(root)
+    archive = "" if kind == "folder" else "0.tar/"
+    assert sorted(read_folder(root).names("all")) == [
+        f"own/link/{archive}{i:09d}.jpg" for i in range(9)]
+
+
+def test_a_shard_that_is_a_broken_link_is_refused(tmp_path):
+    write_archive(tmp_path / "0.tar", in_all(9, {".jpg": b"", ".txt": "a dog"}))
+    (tmp_path / "1.tar").symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(DataError, match=r"1.tar: this is not a complete .tar file \(.*No such"):
+        read_folder(tmp_path)
+
+
 def test_archives_that_are_not_read_are_counted(tmp_path):
     write_files(tmp_path, in_all(9, {".jpg": b"", ".txt": "a dog"}))
     write_archive(tmp_path / "00000.tar", in_all(9, {".jpg": b"", ".txt": "a cat"}))

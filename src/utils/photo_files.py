@@ -61,6 +61,22 @@ def own_folders(place, names):
                   if not (name.startswith(".") or is_system_folder(place, name)))
 
 
+def walk_own_folders(root):
+    """Yield (folder, names of its files) of a folder and of those below it that are a user's own,
+    see `own_folders`. Links that lead out of the folder are followed, and each folder is entered
+    once."""
+    real_root, entered = os.path.realpath(root), set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        leads_back = os.path.islink(folder) and f"{real}{os.sep}".startswith(f"{real_root}{os.sep}")
+        if real in entered or (leads_back and str(folder) != str(root)):
+            subfolders.clear()
+            continue
+        entered.add(real)
+        subfolders[:] = own_folders(folder, subfolders)  # os.walk descends into what is left
+        yield folder, names
+
+
 def is_photo(path):
     """Whether a file is a photo, by its suffix, or by its content if its name has no suffix, like
     "photo" and "2024-05-12 10.30"."""

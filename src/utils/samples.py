@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from src.utils.errors import DataError
 from src.utils.orientation import orientation_in, parse_json
-from src.utils.photo_files import is_photo, own_folders, photo_suffixes
+from src.utils.photo_files import is_photo, photo_suffixes, walk_own_folders
 from src.utils.tables import CAPTION_NUMBER, COLUMNS, EXCERPT, captions_in, parse_list
 from src.utils.text_files import BYTE_ORDER_MARKS, guess_encoding, one_line
 from src.utils.text_names import (
@@ -288,9 +288,7 @@ def folder_rows(root, photos, notes):
     are read. notes: a list to which sentences are appended at the end. Raises DataError if the
     texts hold numbers instead of captions."""
     findings = Findings()
-    for folder, subfolders, names in os.walk(root):
-        # os.walk descends into what is left in this list.
-        subfolders[:] = own_folders(folder, subfolders)
+    for folder, names in walk_own_folders(root):
         prefix = Path(folder, "_").relative_to(root).as_posix()[:-1]
 
         def read(name, folder=folder):
@@ -314,10 +312,8 @@ def find_archives(root):
     """Return the sorted paths of the .tar files in a folder and below it, and of those that are
     compressed."""
     paths = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = own_folders(folder, subfolders)
+    for folder, names in walk_own_folders(root):
         paths += [Path(folder, name) for name in names if name.endswith((".tar", *COMPRESSED))]
-    paths = [path for path in paths if path.is_file()]
     return (sorted(path for path in paths if path.suffix == ".tar"),
             sorted(path for path in paths if path.suffix != ".tar"))
 
@@ -353,9 +349,9 @@ def archive_rows(archives, root, photos, notes):
     findings = Findings()
     files = collections.Counter()
     for path in archives:
-        mtime_ns = path.stat().st_mtime_ns
         prefix = f"{path.relative_to(root).as_posix()}/"
         members = read_members(path)
+        mtime_ns = path.stat().st_mtime_ns
         count_suffixes(members, files)
         with open(path, "rb") as file:
 
@@ -398,7 +394,6 @@ def list_suffixes(counter):
 def list_files(root):
     """Say what the files in a folder and below it end in, as " It has 20 .jpg, 20 .txt."."""
     counter = collections.Counter()
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = own_folders(folder, subfolders)
+    for folder, names in walk_own_folders(root):
         count_suffixes([name for name in names if not name.startswith(".")], counter)
     return f" It has {list_suffixes(counter)}." if counter else ""

@@ -231,8 +231,8 @@ def read_folders(settings):
 def check_folders(settings):
     """Log what the folders hold, as the flag --check does.
 
-    Raises DataError if photos that training would read are missing; with --allow_incomplete, only
-    if a split has no other photos."""
+    Raises DataError if photos that training would read are missing or without captions; with
+    --allow_incomplete, only if a split has no other photos."""
     faults = []
     for number, folder in enumerate(read_folders(settings)):
         splits = list(folder.splits)
@@ -240,21 +240,29 @@ def check_folders(settings):
             splits = ["all"] if settings.extra_all else ["train"]
         names = [name for split in splits for name in folder.names(split)]
         missing = [folder.missing[name] for name in names if name in folder.missing]
+        without = [name for name, count in zip(names, folder.captions_of(names)[1].tolist())
+                   if not count and name not in folder.missing]
+        unusable = {*folder.missing, *without}
         fault = fault_of_captions(folder, names)
         if fault and not settings.allow_incomplete:
             faults.append(fault)
-        if not missing:
-            continue
-        fault = (f"{folder.root}: {len(missing):,} of the {len(names):,} photos are missing, such "
-                 f"as {missing[0]}; they were looked for in {folder.photo_folder} and everywhere "
-                 f"below {folder.root}")
-        emptied = [split for split in splits if folder.missing.keys() >= set(folder.names(split))]
-        if settings.allow_incomplete and not emptied:
-            log.info(f"{fault}; --allow_incomplete trains without them")
-        elif settings.allow_incomplete:
-            faults.append(f"{fault}.\nNo photo of {emptied[0]} is usable.")
-        else:
-            faults.append(f"{fault}.\n{repair_of(folder, usable=not emptied)}")
+            without = [name for name in without if not folder.empty_captions[name]]
+        found = []
+        if missing:
+            found.append(f"{folder.root}: {len(missing):,} of the {len(names):,} photos are "
+                         f"missing, such as {missing[0]}; they were looked for in "
+                         f"{folder.photo_folder} and everywhere below {folder.root}")
+        if without:
+            found.append(f"{folder.source}: {len(without):,} of the {len(names):,} photos are "
+                         f"without captions, such as {without[0]}")
+        emptied = [split for split in splits if unusable >= set(folder.names(split))]
+        for fault in found:
+            if settings.allow_incomplete and not emptied:
+                log.info(f"{fault}; --allow_incomplete trains without them")
+            elif settings.allow_incomplete:
+                faults.append(f"{fault}.\nNo photo of {emptied[0]} is usable.")
+            else:
+                faults.append(f"{fault}.\n{repair_of(folder, usable=not emptied)}")
     if faults:
         raise DataError("\n".join(faults))
 
