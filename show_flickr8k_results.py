@@ -332,13 +332,13 @@ def serve(args):
     with server.Server(args.serve) as http:
         search, place = open_search(args, open_cache(args))
         if search.texts:
-            example_queries = search.texts
+            example_queries = [search.texts[row] for row in search.different_texts()]
             search.score_captions(search.photo_embeddings[:1])  # embeds the captions in advance
         else:
             example_queries = []
             with contextlib.suppress(DataError, UsageError):
                 _, captions = photos_of_split(find_data_dir(args, run_dir), "val")
-                example_queries = [photo_captions[0] for photo_captions in captions]
+                example_queries = list(dict.fromkeys(texts[0] for texts in captions))
         find_photos = functools.partial(photos_of_folder, args.photos) if args.photos else None
         http.pages = server.SearchPages(search, run_dir, place, example_queries, find_photos)
         print(f"http://{server.HOST}:{http.server_port} (press Ctrl-C to stop)", flush=True)

@@ -313,11 +313,14 @@ def _comparison_row(run):
     trained_pairs = f"{config['data']['train']['captions']:,} pairs"
     for folder in config["extra_data"]:
         trained_pairs += f", {folder['captions']:,} of {folder['folder']}"
+    data = f"{data_name(run)}, {config['data']['val']['photos']:,} val"
+    if "different_captions" in config["data"]["val"]:  # runs of earlier versions ranked otherwise
+        data += " that share captions"
     epochs = f"{best['epoch']} of {run.history[-1]['epoch']}"
     with_bank = f"{run.bank['val']['with_bank']['avg_r1']:.2f}" if run.bank else "-"
     return {
         "run": run.dir.name,
-        "data": f"{data_name(run)}, {config['data']['val']['photos']:,} val",
+        "data": data,
         "trained on": trained_pairs,
         "model": f"{settings.model}, {config['parameters'] / 1e6:.1f} M",
         "encoders": encoders(run),

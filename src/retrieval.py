@@ -69,7 +69,8 @@ def check_inputs(image_embeddings, text_embeddings, photo_of_caption, text_ids):
             or not 0 <= photo_of_caption.min() <= photo_of_caption.max() < num_photos):
         raise ValueError(f"photo_of_caption must hold {num_captions} indices from 0 to "
                          f"{num_photos - 1}")
-    if text_ids is not None and len(text_ids) != num_captions:
+    if text_ids is not None and (np.shape(text_ids) != (num_captions,)
+                                 or isinstance(text_ids[0], str)):
         raise ValueError(f"text_ids must hold {num_captions} integers")
     if not (torch.isfinite(image_embeddings).all() and torch.isfinite(text_embeddings).all()):
         raise ValueError("the embeddings contain NaN or infinity")

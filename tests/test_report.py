@@ -77,6 +77,7 @@ def test_tables_of_photos_that_share_captions(tmp_path):
     assert "original Avg R@1 (%)" not in chance
     assert recall_notes(run)[0] == (
         "photos share captions: a caption is right for every photo that has it")
+    assert " 100 val that share captions " in comparison([run])
 
 
 def test_comparison_has_the_best_run_first(tmp_path):

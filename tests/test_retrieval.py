@@ -277,9 +277,10 @@ def test_invalid_inputs_are_refused(damage, message):
         retrieval_metrics(*inputs)
 
 
-def test_as_many_text_ids_as_captions_are_needed():
+@pytest.mark.parametrize("text_ids", [torch.arange(4), torch.ones(3, 1), ["cat", "dog", "cat"]])
+def test_as_many_text_ids_as_captions_are_needed(text_ids):
     with pytest.raises(ValueError, match="text_ids must hold 3 integers"):
-        retrieval_metrics(torch.eye(3), torch.eye(3), torch.arange(3), text_ids=torch.arange(4))
+        retrieval_metrics(torch.eye(3), torch.eye(3), torch.arange(3), text_ids=text_ids)
 
 
 def test_ranking_is_in_full_float32_where_tf32_is_allowed(monkeypatch):
