@@ -36,9 +36,9 @@ from src.device import (
     memory_advice,
 )
 from src.encoder_sources import load_encoders
+from src.encoders import NO_ENCODERS
 from src.evaluation import compare_bank, evaluate, make_bank
 from src.fisher import build_network, make_fisher_vectors, with_fisher_vectors
-from src.pretrained import NO_ENCODERS
 from src.training import (
     ADVICE,
     RunState,

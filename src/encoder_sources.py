@@ -22,7 +22,8 @@ import torchvision
 from torch import nn
 
 from src.device import autocast_dtype, full_memory
-from src.pretrained import IMAGE, TEXT, Encoders, PretrainedEncoder
+from src.encoders import Encoders
+from src.pretrained import IMAGE, TEXT, PretrainedEncoder
 from src.utils.errors import UsageError, first_line
 
 # Fields of the configuration files of transformers that have no effect here.

@@ -1,8 +1,10 @@
 """What several tests share: small datasets, runs of the scripts, and encoders of a user."""
 import io
+import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import train_flickr8k_sgd
 from src.settings import make_settings
 from src.utils.caption_files import token_rows
 from src.utils.folder import SPLIT_FILES
+from src.utils.photo_store import STORE_FOLDER
 from src.utils.splits import open_split
 from src.utils.synthetic import write_synthetic
 from src.utils.tables import table_rows
@@ -272,3 +275,77 @@ def encoder_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("encoders") / "encoders.py"
     path.write_text(ENCODER_FILE.replace("SEED", "0"))
     return path
+
+
+def encoder_flags(encoder_file):
+    return ["--image_encoder", f"{encoder_file}:photos", "--text_encoder", f"{encoder_file}:texts"]
+
+
+@pytest.fixture(scope="session")
+def trained(shapes, encoder_file, tmp_path_factory):
+    """A finished run with two frozen encoders. Tests must not write into it."""
+    output_dir = tmp_path_factory.mktemp("runs") / "pretrained"
+    assert main(*arguments(shapes, output_dir, *encoder_flags(encoder_file))) == 0
+    return output_dir
+
+
+@pytest.fixture
+def copied(shapes, tmp_path):
+    """A copy of the small synthetic dataset, without its stores."""
+    return shutil.copytree(shapes, tmp_path / "shapes", ignore=shutil.ignore_patterns(STORE_FOLDER))
+
+
+def word_tokenizer(folder):
+    """Save a tokenizer of transformers that knows a few words; it ends each text with [EOS]."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    words = "[PAD] [UNK] [EOS] a an the red blue green small large circle square above below"
+    vocabulary = {word: i for i, word in enumerate(words.split())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [EOS]", special_tokens=[("[EOS]", vocabulary["[EOS]"])])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]",
+        model_max_length=20).save_pretrained(folder)
+    return vocabulary
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """The folder of a saved CLIPModel with a few thousand weights."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is an extra (requirements-extra.txt)")
+    folder = tmp_path_factory.mktemp("clip")
+    vocabulary = word_tokenizer(folder)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=small | dict(vocab_size=len(vocabulary), max_position_embeddings=20,
+                                 eos_token_id=vocabulary["[EOS]"], pad_token_id=0, bos_token_id=1),
+        vision_config=small | dict(image_size=32, patch_size=8), projection_dim=12))
+    for parameter in model.parameters():  # so that features of two photos differ clearly
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    transformers.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is an extra (requirements-extra.txt)")
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = word_tokenizer(folder)
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=20), add_pooling_layer=False
+    ).save_pretrained(folder)
+    return folder
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))

@@ -1,15 +1,20 @@
-"""Encoders that cannot be loaded: damaged files, a network that does not answer, names without a
-function. What is loaded is tested in test_pretrained.py."""
+"""Encoders are loaded by their names, or not: damaged files, a network that does not answer, names
+without a function."""
+import shutil
+import sys
 import threading
 import urllib.error
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
+import show_flickr8k_results
 from src import encoder_sources
 from src.encoder_sources import failure, load_encoder
 from src.utils.errors import UsageError
+from tests.conftest import ENCODER_FILE, arguments, edit_json, main, word_tokenizer
 
 
 @pytest.mark.parametrize("content, message", [
@@ -131,3 +136,146 @@ def test_a_damaged_file_of_a_transformer_is_named(name, content, message, tmp_pa
         load_encoder(str(tmp_path), "text")
     error = str(caught.value)
     assert str(tmp_path / name) in error and message in error and "\n" not in error
+
+
+def test_an_unavailable_encoder_is_one_line_of_error(
+        encoder_file, shapes, tmp_path, monkeypatch, capsys):
+    def no_network(*arguments, **options):
+        raise urllib.error.URLError("no network")
+
+    raises = 1 + ENCODER_FILE.splitlines().index('    raise ValueError("no such luck")')
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if not installed
+    for modality, name, message in (
+            ("image", "resnet51", "no such model (did you mean resnet50"),
+            ("image", "resnet50", "cannot be downloaded"),
+            ("image", "squeezenet1_0", "cannot be downloaded"),
+            ("text", "resnet50", "encodes images, not texts"),
+            ("image", "nobody/nothing", "needs transformers"),
+            ("text", "nobody/nothing", "pip install -r requirements-extra.txt"),
+            ("image", "no_file.py:build", "there is no file no_file.py"),
+            ("image", f"{encoder_file}:raises", f"no such luck, line {raises}"),
+            ("image", f"{encoder_file}:absent", "absent"),
+            ("image", f"{encoder_file}:wrong", "TypeError"),
+            ("image", f"{encoder_file}:maps", "must return features"),
+            ("image", f"{encoder_file}:texts", "fails as an encoder of images"),
+            ("text", f"{encoder_file}:photos", "fails as an encoder of texts"),
+            ("image", f"{encoder_file}:infinite", "too large for float16")):
+        status = main(*arguments(shapes, tmp_path / "run", f"--{modality}_encoder", name))
+        err = capsys.readouterr().err
+        assert (status, err.count("\n")) == (2, 1) and message in err, (name, err)
+    given = ["--image_encoder", f"{encoder_file}:tall", "--finetune", "1"]
+    assert main(*arguments(shapes, tmp_path / "run", *given)) == 2
+    assert main(*arguments(shapes, tmp_path / "run", "--finetune", "1")) == 2
+    err = capsys.readouterr().err
+    assert "needs a square" in err and "needs an --image_encoder" in err
+
+
+def test_features_of_a_torchvision_model_are_its_classifiers_input(tmp_path, monkeypatch):
+    name = "mobilenet_v3_small"
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name).eval()
+    torch.save(model.state_dict(), folder / weights.url.rpartition("/")[2])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    encoder = load_encoder(name, "image")
+    photo = Image.effect_noise((300, 260), 80).convert("RGB")
+    image = weights.transforms()(photo)[None]
+    assert torch.equal(encoder.prepare(photo), image[0]) and encoder.pixels == (224, 224)
+    features = encoder(image)
+    assert features.shape == (1, encoder.width) == (1, 1024)
+    assert torch.allclose(model.classifier[3](features), model(image), atol=1e-5)
+
+
+@pytest.mark.extra
+def test_features_of_a_text_model_are_the_mean_over_its_tokens(bert, clip, tmp_path):
+    encoder = load_encoder(str(bert), "text")
+    tokens = encoder.prepare(["a red circle", "a square"])
+    hidden = encoder.module.model(**tokens).last_hidden_state
+    assert torch.allclose(encoder(tokens)[1], hidden[1, :3].mean(0), atol=1e-6)
+    assert load_encoder(str(bert), "text").key == encoder.key  # no weight is random
+    alone = encoder(encoder.prepare(["a square"]))
+    assert torch.allclose(encoder(tokens)[1], alone[0], atol=1e-5)  # padding makes no difference
+    long = encoder.prepare(["a red circle above " * 20])
+    assert long["input_ids"].shape == (1, 20)
+    with pytest.raises(UsageError, match="does not encode images; it takes input_ids"):
+        load_encoder(str(bert), "image")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="transformers finds no such model"):
+        load_encoder(str(tmp_path / "empty"), "text")
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("kind, max_tokens", [
+    ("Roberta", 18), ("XLMRoberta", 18), ("MPNet", 18), ("Camembert", 18), ("Bert", 20),
+    ("OPT", 20), ("Bloom", None)])
+def test_the_tokens_that_a_model_has_positions_for(kind, max_tokens, tmp_path):
+    """The tokenizer does not state a length."""
+    transformers = pytest.importorskip("transformers")
+    vocabulary = word_tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", model_max_length=int(1e30))
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                 max_position_embeddings=20, pad_token_id=1)
+    if kind == "OPT":
+        sizes |= dict(ffn_dim=32, word_embed_proj_dim=16)
+    if kind == "Bloom":
+        sizes = dict(hidden_size=16, n_layer=1, n_head=2)
+    config = getattr(transformers, f"{kind}Config")
+    model = getattr(transformers, f"{kind}Model")(config(vocab_size=len(vocabulary), **sizes))
+    model.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path), "text")
+    assert encoder.max_tokens == max_tokens
+    long = " ".join(["red"] * 30)
+    assert encoder.encode_texts([long, "a red circle"]).shape == (2, 16)
+    assert encoder.count_cut([long, "a red circle"]) == (max_tokens is not None)
+
+
+@pytest.mark.extra
+def test_captions_that_are_longer_than_the_text_encoder_reads_are_counted(
+        clip, copied, tmp_path, capsys):
+    captions = copied / "Flickr8k.token.txt"
+    lines = [" ".join(line.split(" ")[:8]) for line in captions.read_text().splitlines()]
+    for i, words in ((2, 19), (3, 20), (4, 100)):  # [EOS] is the 20th token
+        lines[i] = lines[i].split("\t")[0] + "\t" + " ".join(["circle"] * words)
+    captions.write_text("".join(f"{line}\n" for line in lines))
+    given = arguments(copied, tmp_path / "run", "--text_encoder", clip, epochs=1)
+    for more in ([], ["--overwrite"]):  # the second time, the features are stored
+        assert main(*given, *more) == 0
+        assert (f"2 captions are longer than the 20 tokens that {clip} reads, and were cut"
+                in capsys.readouterr().out)
+    show = ["--output_dir", str(tmp_path / "run"), "--query", "a red circle", "red " * 30]
+    assert show_flickr8k_results.main(show) == 0
+    assert (capsys.readouterr().err
+            == f"a query is longer than the 20 tokens that {clip} reads, and is cut\n")
+
+
+@pytest.mark.extra
+def test_a_model_file_that_lacks_weights_is_refused(bert, tmp_path):
+    from safetensors.torch import load_file, save_file
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.layer.0.output.dense.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="file lacks weights, such as encoder.layer.0"):
+        load_encoder(str(folder), "text")
+
+
+@pytest.mark.extra
+def test_only_safetensors_are_read(bert, tmp_path):
+    from safetensors.torch import load_file
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="safetensors"):
+        load_encoder(str(folder), "text")
+
+
+@pytest.mark.extra
+def test_an_image_processor_must_give_all_photos_one_shape(clip, tmp_path):
+    folder = shutil.copytree(clip, tmp_path / "clip")
+    edit_json(folder / "preprocessor_config.json", do_center_crop=False)
+    with pytest.raises(UsageError, match="different shapes, .*set do_center_crop to true"):
+        load_encoder(str(folder), "image")

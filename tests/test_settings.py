@@ -3,8 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from src.encoders import NO_ENCODERS, Encoders
 from src.model import ModelConfig
-from src.pretrained import NO_ENCODERS, Encoders
 from src.settings import (
     CONTRASTIVE_PAIR,
     GROUPS,

@@ -26,9 +26,9 @@ from torchvision.transforms import v2
 
 from src.device import allow_fast_kernels, describe, find_device
 from src.encoder_sources import load_encoders
+from src.encoders import NO_ENCODERS
 from src.evaluation import evaluate
 from src.fisher import with_fisher_vectors
-from src.pretrained import NO_ENCODERS
 from src.settings import add_flags, make_settings
 from src.training import RunState, augment, forward_backward, training_step, update
 from src.utils.augment import MEAN, STD
