@@ -583,3 +583,19 @@ def test_a_second_table_is_not_read_without_a_word(tmp_path):
     write_lines(root / "captions.tsv", ["image\tcaption"])
     assert f"{root / 'captions.tsv'} is not read, as there is captions.csv" in read_folder(
         root).notes
+
+
+@pytest.mark.parametrize("name", ["Captions.CSV", "METADATA.csv"])
+def test_the_name_of_a_table_may_be_in_capitals(tmp_path, name):
+    write_lines(tmp_path / name, ["Image,Caption,Split", "0.jpg,one,TRAIN", "1.jpg,two,Dev",
+                                  "2.jpg,three,Test"])
+    folder = read_folder(tmp_path)
+    assert folder.splits == {"train": ["0.jpg"], "val": ["1.jpg"], "test": ["2.jpg"]}
+
+
+def test_metadata_of_a_split_without_captions_is_not_left_out_without_a_word(tmp_path):
+    metadata(tmp_path / "train" / "metadata.jsonl", named("{}.jpg"))
+    write_lines(tmp_path / "test" / "metadata.csv", ["file_name", "0.jpg"])
+    assert read_folder(tmp_path).notes[0] == (
+        f"{tmp_path / 'test' / 'metadata.csv'} is not read, as it has no columns of photos and "
+        "captions")

@@ -217,3 +217,87 @@ def test_objects_line_by_line(tmp_path, name):
 def test_a_json_file_of_another_form(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
         read(tmp_path / "captions.json", content)
+
+
+@pytest.mark.parametrize("lines", [
+    ("image,caption", "a.jpg,one,", "b.jpg,two, ,"),  # a delimiter ends each row
+    ("image;caption;;", "a.jpg;one;;", "b.jpg;two;;;", ";;;"),
+    ("# made by hand, 2024", "#", "image,caption", "a.jpg,one", "b.jpg,two"),
+    ("# image,caption", "a.jpg,one", "b.jpg,two"),
+    ("image, caption", 'a.jpg, "one"', 'b.jpg,  "two" '),
+    ('"image", "caption"', '"a.jpg", "one"', '"b.jpg", "two"'),
+    ("image,caption,split", "a.jpg,one,", "b.jpg,two, "),  # a column without values
+])
+def test_tables_written_by_hand(tmp_path, lines):
+    captions, notes = read(tmp_path / "captions.csv", *lines)
+    assert captions == {"a.jpg": ["one"], "b.jpg": ["two"]} and not notes
+
+
+def test_quotation_marks_after_a_space_may_be_text(tmp_path):
+    captions, _ = read(tmp_path / "captions.csv", "image,caption", 'a.jpg, "STOP" and "go"',
+                       'b.jpg, "a ""big"" dog"')
+    assert captions == {"a.jpg": ['"STOP" and "go"'], "b.jpg": ['a "big" dog']}
+
+
+def test_a_comma_outside_quotation_marks_is_explained(tmp_path):
+    with pytest.raises(DataError, match="line 2: .* 'a.jpg;one; two'; a cell that contains ';' "):
+        read(tmp_path / "captions.csv", "image;caption", "a.jpg;one; two")
+
+
+def test_a_cell_may_be_longer_than_the_limit_of_csv(tmp_path):
+    long = "a dog " * 30_000
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        captions, notes = read(tmp_path / name, delimiter.join(["image", "features", "caption"]),
+                               delimiter.join(["a.jpg", long, f'"{long}"']))
+        assert captions == {"a.jpg": [long.strip()]} and not notes
+
+
+@pytest.mark.parametrize("cell", ["nan", "NaN", "<NA>", "None", "null", " NULL ", "#N/A"])
+def test_what_programs_write_for_no_value_is_no_caption(tmp_path, cell):
+    captions, _ = read(tmp_path / "captions.csv", "image,caption,caption_2", f"a.jpg,one,{cell}",
+                       f"b.jpg,{cell},", "c.jpg,a nan,None of them")
+    assert captions == {"a.jpg": ["one"], "b.jpg": [""], "c.jpg": ["a nan", "None of them"]}
+
+
+@pytest.mark.parametrize("cell, captions", [
+    ('{"text": ["one", "two"]}', ["one", "two"]),  # Label Studio
+    ("{'raw': 'one', 'tokens': ['one']}", ["one"]),
+    ('{"a": "one"}', None), ("{'one', 'two'}", None), ("[['one'], ['two']]", None),
+    ("array(['one'], dtype=object)", None),
+])
+def test_a_cell_may_hold_an_object(tmp_path, cell, captions):
+    path = tmp_path / "captions.tsv"
+    found, notes = read(path, "image\tcaption", f"a.jpg\t{cell}")
+    assert found == {"a.jpg": captions or [cell]}
+    assert any("begin like a list" in note for note in notes) == (captions is None)
+
+
+def test_columns_of_numbers_and_splits_of_another_name_are_said(tmp_path):
+    path = tmp_path / "captions.csv"
+    captions, notes = read(path, "image,caption,caption_2,partition", "a.jpg,train,1,Train",
+                           "b.jpg,12,-2.5,test", "c.jpg,a dog,,test")
+    assert captions == {"a.jpg": ["train", "1"], "b.jpg": ["12", "-2.5"], "c.jpg": ["a dog"]}
+    assert notes == [
+        f"{path}: the column partition is not read; name it split if it holds the splits",
+        f"{path}: the column caption_2 holds numbers only (2, such as 1), which are read as "
+        "captions"]
+
+
+def test_json_with_a_list_for_each_split(tmp_path):
+    path = tmp_path / "captions.json"
+    content = {"info": [], "train": [{"image": "a.jpg", "caption": "one"}],
+               "Validation": [{"image": "b.jpg", "caption": "two"},
+                              {"image": "c.jpg", "caption": "three", "split": "test"}],
+               "all": [{"image": "d.jpg", "caption": "four"}]}
+    path.write_text(json.dumps(content))
+    notes = []
+    assert list(table_rows(path, notes)) == [
+        ("a.jpg", "one", "train"), ("b.jpg", "two", "val"), ("c.jpg", "three", "test")]
+    assert notes == [f"{path}: all is not read, as there is train"]
+
+
+def test_json_with_the_list_of_each_column(tmp_path):
+    columns = {"image": ["a.jpg", "b.jpg"], "caption": [["one", "two"], "three"], "id": [1, 2]}
+    for content in (columns, {name: dict(enumerate(cells)) for name, cells in columns.items()}):
+        captions, notes = read(tmp_path / "captions.json", json.dumps(content))
+        assert captions == {"a.jpg": ["one", "two"], "b.jpg": ["three"]} and not notes

@@ -62,6 +62,14 @@ def find_text_file(root, names):
     return None
 
 
+def find_tables(folder, names):
+    """Return the paths of those of these files that are in a folder, perhaps in capitals."""
+    paths = {path.name.lower(): path
+             for path in sorted(path for path in folder.iterdir() if path.name.lower() in names)
+             if path.is_file()}
+    return [paths[name] for name in names if name in paths]
+
+
 def read_split(root_dir, split, notes=None):
     """Return the names of the photos of Flickr8k's "train", "val" or "test", in the order of its
     file.
@@ -104,7 +112,7 @@ def read_flickr8k(root):
 def rows_of_table(path, notes):
     """Return the rows of a table, which may also have the bars of Kaggle's results.csv or the lines
     of Flickr8k.token.txt."""
-    if path.suffix == ".csv" or path.suffix == ".txt":
+    if path.suffix.lower() in (".csv", ".txt"):
         if find_header(path)[1:] == BAR_HEADER:
             return bar_rows(path, notes)
         if TOKEN_LINE.fullmatch(next(read_lines(path), "").rstrip()):
@@ -161,7 +169,7 @@ def read_coco(root):
 
 
 def read_table(root):
-    tables = [root / name for name in TABLES if (root / name).is_file()]
+    tables = find_tables(root, TABLES)
     if not tables:
         return None
     notes = [f"{path} is not read, as there is {tables[0].name}" for path in tables[1:]]
@@ -187,15 +195,21 @@ def metadata_rows(paths, root, notes):
 def read_imagefolder(root):
     folders = [path for path in sorted(root.iterdir())
                if path.is_dir() and path.name.lower() in SPLIT_NAMES]
-    paths = [folder / name for folder in [root, *folders] for name in METADATA
-             if (folder / name).is_file() and has_columns(folder / name)]
+    paths, notes = [], []
+    for folder in [root, *folders]:
+        for path in find_tables(folder, METADATA):
+            if has_columns(path):
+                paths.append(path)
+            else:
+                notes.append(f"{path} is not read, as it has no columns of photos and captions")
     if not paths:
         return None
     # One file counts in each folder, and that at the root counts for the folders below it.
     chosen = list({path.parent: path for path in reversed(paths)}.values())[::-1]
     if chosen[0].parent == root:
         chosen = chosen[:1]
-    notes = [f"{path} is not read, as there is {chosen[0]}" for path in paths if path not in chosen]
+    notes += [f"{path} is not read, as there is {chosen[0]}"
+              for path in paths if path not in chosen]
     return Folder(root, "an ImageFolder of Hugging Face", chosen[0] if len(chosen) == 1 else root,
                   metadata_rows(chosen, root, notes), notes=notes)
 

@@ -178,7 +178,8 @@ class Folder:
     def place_of(self, name, caption):
         """Describe where a caption stands, for a message: "captions.txt, line 12, photo.jpg". The
         line is omitted for a caption of several lines, and for a file that has no lines."""
-        if self.source.is_file() and self.source.suffix in (".txt", ".token", ".csv", ".tsv"):
+        if self.source.is_file() and self.source.suffix.lower() in (
+                ".txt", ".token", ".csv", ".tsv"):
             for number, line in enumerate(read_lines(self.source), start=1):
                 if name in line and caption in line:
                     return f"{self.source}, line {number}, {name}"

@@ -27,11 +27,17 @@ SPLIT_NAMES = {"train": "train", "training": "train", "restval": "train", "val":
 DELIMITERS = ",;\t|"
 UNQUOTED = "\t|"  # with these delimiters quotation marks are often part of the text
 EXCERPT = 80  # characters of a wrong line that a message shows
+# What programs write into the cells of a table that have no value.
+NO_VALUE = ("nan", "NaN", "<NA>", "None", "null", "NULL", "#N/A")
+NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?")
+SPACED_QUOTES = re.compile(r'\s+"((?:[^"]|"")*)"\s*')
 # The text of a list of strings in Python's form, or in NumPy's, where no commas separate them.
 STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 STRING_LIST = re.compile(
     rf"[\[(]\s*(?:(?:u?(?:{STRING})|np\.str_\((?:{STRING})\)|None|nan)[\s,]*)*[\])]", re.DOTALL)
-LIST_STARTS = ("['", '["', "[{")
+LIST_STARTS = ("['", '["', "[{", "[['", '[["', "{'", '{"', "array(")
+
+csv.field_size_limit(2**31 - 1)  # a C long of Windows; a column may hold whole articles or features
 
 
 def split_name(path, place, value):
@@ -69,12 +75,15 @@ def find_columns(names):
 
 def parse_list(text):
     """Return the list whose text this is, in Python's, NumPy's or JSON's form, or None if it is not
-    the text of a list of captions. "[two dogs]" is none."""
+    the text of a list of captions. "[two dogs]" is none. The text of an object with a caption, such
+    as '{"raw": "two dogs"}', is a list of one."""
     text = text.strip()
-    if text[:1] + text[-1:] not in ("[]", "()"):
+    if text[:1] + text[-1:] not in ("[]", "()", "{}"):
         return None
     try:
         values = json.loads(text)
+        if isinstance(values, dict):
+            return [values] if "caption" in find_columns(list(values))[0] else None
         if all(value is None or isinstance(value, (str, list, dict)) for value in values):
             return values
     except (ValueError, RecursionError):
@@ -88,7 +97,11 @@ def parse_list(text):
             return [ast.literal_eval(string) for string in strings]
         if text.startswith("[{"):
             return ast.literal_eval(text)  # of objects
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        if text.startswith("{'"):
+            values = ast.literal_eval(text)
+            if isinstance(values, dict) and "caption" in find_columns(list(values))[0]:
+                return [values]
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         pass
     return None
 
@@ -104,7 +117,7 @@ def captions_in(value):
         if values is not None:
             return captions_in(values)
         text = one_line(value)
-        return [text] if text else []
+        return [text] if text and text not in NO_VALUE else []
     if isinstance(value, dict):
         columns, _ = find_columns(list(value))
         value = [list(value.values())[row] for row in columns.get("caption", [])]
@@ -132,7 +145,8 @@ def jsonl_records(path, notes):
 
 def json_records(path, notes):
     """Yield records as `jsonl_records` does, of a .json file. It holds {photo: captions}, or a list
-    of objects, which may be in an object, or images and annotations as in COCO's files."""
+    of objects, which may be in an object, or a list of them for each split, or the list of each
+    column, or images and annotations as in COCO's files."""
     lines = (line for line in read_lines(path) if line.strip())
     first, second = next(lines, ""), next(lines, "")
     if second and first.rstrip().endswith("}"):
@@ -140,11 +154,25 @@ def json_records(path, notes):
         return
     content = read_json(path, notes)
     if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list) and value
+        lists = {key: value for key, value in content.items() if isinstance(value, list) and value
                  and isinstance(value[0], dict)
-                 and {"image", "caption"} <= find_columns(list(value[0]))[0].keys()]
-        if lists:
-            content = lists[0]
+                 and {"image", "caption"} <= find_columns(list(value[0]))[0].keys()}
+        splits = [key for key in lists if key.strip().lower() in SPLIT_NAMES]
+        unread = [key for key in lists if key not in (splits or list(lists)[:1])]
+        if unread:
+            notes.append(f"{path}: {', '.join(unread)} is not read, as there is "
+                         f"{next(iter(splits or lists))}")
+        cells = [list(value.values()) if isinstance(value, dict) else value
+                 for value in content.values()]
+        if splits:
+            content = [{"split": key, **record} if isinstance(record, dict) else record
+                       for key in splits for record in lists[key]]
+        elif lists:
+            content = next(iter(lists.values()))
+        elif ({"image", "caption"} <= find_columns(list(content))[0].keys()
+              and all(isinstance(column, list) and len(column) == len(cells[0])
+                      for column in cells)):
+            content = [dict(zip(content, row)) for row in zip(*cells)]
         elif {"images", "annotations"} <= content.keys():
             try:
                 names = {image["id"]: image["file_name"] for image in content["images"]}
@@ -169,24 +197,26 @@ def find_header(path, notes=None):
     """Find the header of a table in a text file.
 
     Returns (number of its line, the delimiter, the names of the columns). The delimiter is one with
-    which there are columns of photos and of captions, or None. Then the names are those of the
-    usual delimiter."""
+    which there are columns of photos and of captions, or None. Then the whole line is the only
+    name. Lines that begin with # may stand above the header."""
     delimiters = DELIMITERS
     if path.suffix.lower() == ".tsv":
         delimiters = "\t" + DELIMITERS.replace("\t", "")
-    usual = []
     for number, line in enumerate(read_lines(path, notes), start=1):
+        # Excel writes sep=; above the header.
         if not line.strip(f" \r\n\"{DELIMITERS}") or line.lower().startswith("sep="):
-            continue  # Excel writes sep=; above the header
+            continue
         for delimiter in delimiters:
             try:
-                names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter))]
+                reader = csv.reader([line.lstrip("# ")], delimiter=delimiter,
+                                    skipinitialspace=True)
+                names = [name.strip() for name in next(reader)]
             except csv.Error:
                 continue
             if {"image", "caption"} <= find_columns(names)[0].keys():
                 return number, delimiter, tuple(names)
-            usual = usual or names
-        return number, None, tuple(usual)
+        if not line.startswith("#"):
+            return number, None, (line.strip(),)
     return 1, None, ()
 
 
@@ -271,16 +301,27 @@ def text_table_records(path, notes):
     for number, cells in rows:
         if not any(map(str.strip, cells)):
             continue
+        while len(cells) > len(names) and not cells[-1].strip():
+            cells.pop()  # the line ends with a delimiter
         if len(cells) != len(names):
+            hint = because
+            if len(cells) > len(names) and delimiter not in UNQUOTED:
+                hint = (f"a cell that contains {delimiter!r} must be enclosed in quotation marks, "
+                        "without a space before them")
             raise DataError(f"{path}, line {number}: expected '{','.join(names)}', found "
-                            f"{','.join(cells)[:EXCERPT]!r}{because and f'; {because}'}")
+                            f"{delimiter.join(cells)[:EXCERPT]!r}{hint and f'; {hint}'}")
+        # With a space before them, csv takes quotation marks for a part of the text.
+        spaced = map(SPACED_QUOTES.fullmatch, cells if delimiter not in UNQUOTED else ())
+        for column, match in enumerate(spaced):
+            if match:
+                cells[column] = match[1].replace('""', '"')
         yield f"line {number}", names, cells
 
 
 def has_columns(path):
     """Whether a table, .jsonl or text, has columns of photos and of captions. Many programs write
     files of the same names."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         _, names, _ = next(jsonl_records(path, None), (None, (), None))
         return {"image", "caption"} <= find_columns(names)[0].keys()
     return find_header(path)[1] is not None
@@ -293,10 +334,16 @@ def table_rows(path, notes):
     readers = {".jsonl": jsonl_records, ".json": json_records}
     records = readers.get(path.suffix.lower(), text_table_records)(path, notes)
     columns_of, unused, like_lists = {}, {}, []
+    numbers, with_words = {}, set()  # {column: [numbers in it]}; columns that also hold words
     for place, names, values in records:
         if names not in columns_of:
             columns_of[names], other_names = find_columns(names)
             unused.update(dict.fromkeys(other_names))
+            if len(columns_of) == 1 and "split" not in columns_of[names]:
+                used = sum(columns_of[names].values(), [])
+                notes += [f"{path}: the column {name} is not read; name it split if it holds the "
+                          "splits" for row, (name, value) in enumerate(zip(names, values))
+                          if str(value).strip().lower() in SPLIT_NAMES and row not in used]
         columns = columns_of[names]
         try:
             name = values[columns["image"][0]]
@@ -311,9 +358,17 @@ def table_rows(path, notes):
                 for column in ("image", "caption"))
             raise DataError(f"{path}, {place}: expected {expected}, found "
                             f"{str(list(values))[:EXCERPT]}")
+        for row, cell in zip(columns["caption"], cells):
+            if (row, names) not in with_words and isinstance(cell, str) and cell.strip():
+                if NUMBER.fullmatch(cell.strip()):
+                    numbers.setdefault((row, names), []).append(cell.strip())
+                else:
+                    with_words.add((row, names))
         split = None
         if "split" in columns:
-            split = split_name(path, place, values[columns["split"][0]])
+            split = values[columns["split"][0]]
+            empty = split is None or split != split or not str(split).strip()
+            split = None if empty else split_name(path, place, split)
         for caption in captions or [""]:
             if caption.startswith(LIST_STARTS):
                 like_lists.append(f"{place}: {caption[:EXCERPT]}")
@@ -326,3 +381,7 @@ def table_rows(path, notes):
     if like_lists:
         notes.append(f"{path}: captions that begin like a list but cannot be read as one "
                      f"({len(like_lists):,}, such as that of {like_lists[0]}) are left as they are")
+    for (row, names), cells in numbers.items():
+        if (row, names) not in with_words and len(cells) > 1:
+            notes.append(f"{path}: the column {names[row]} holds numbers only ({len(cells):,}, "
+                         f"such as {cells[0]}), which are read as captions")
