@@ -105,6 +105,7 @@ def test_what_begins_like_a_list_but_is_none_is_counted(tmp_path):
     ("image,caption,caption,caption", [1, 2, 3], []),
     ("image,caption,caption.1", [1, 2], []),  # pandas
     ("sentence_1,sentence_2,image", [0, 1], []),
+    ("image,Caption #1,Caption (2),caption_de", [1, 2], []),
     ("image,caption_0,caption_1", [1, 2], []),
     ("image,caption_id,caption_length,comment_number,caption", [4], []),
     ("image,title,caption,text_2", [2], ["title", "text_2"]),
@@ -274,11 +275,13 @@ def test_a_cell_may_hold_an_object(tmp_path, cell, captions):
 
 def test_columns_of_numbers_and_splits_of_another_name_are_said(tmp_path):
     path = tmp_path / "captions.csv"
-    captions, notes = read(path, "image,caption,caption_2,partition", "a.jpg,train,1,Train",
-                           "b.jpg,12,-2.5,test", "c.jpg,a dog,,test")
+    captions, notes = read(path, "image,caption,caption_2,partition,caption_de",
+                           "a.jpg,train,1,Train,ein Zug", "b.jpg,12,-2.5,test,",
+                           "c.jpg,a dog,,test,ein Hund")
     assert captions == {"a.jpg": ["train", "1"], "b.jpg": ["12", "-2.5"], "c.jpg": ["a dog"]}
     assert notes == [
         f"{path}: the column partition is not read; name it split if it holds the splits",
+        f"{path}: the column caption_de is not read; name it caption_2 if it holds captions",
         f"{path}: the column caption_2 holds numbers only (2, such as 1), which are read as "
         "captions"]
 

@@ -20,7 +20,8 @@ COLUMNS = {  # the names that a column of a table may have; the first one that i
                 "sentences", "texts", "comments", "descriptions", "raw"),
     "split": ("split", "set", "subset"),
 }
-CAPTION_NUMBER = re.compile(r"[ _.-]?\d+$")  # as in caption_2, and pandas' caption.1
+# As in caption_2, pandas' caption.1 and "Caption (2)".
+CAPTION_NUMBER = re.compile(r"[ _.-]?(\d+|#\d+|\(\d+\))$")
 SPLIT_NAMES = {"train": "train", "training": "train", "restval": "train", "val": "val",
                "valid": "val", "validation": "val", "dev": "val", "test": "test",
                "testing": "test"}
@@ -203,14 +204,12 @@ def find_header(path, notes=None):
     if path.suffix.lower() == ".tsv":
         delimiters = "\t" + DELIMITERS.replace("\t", "")
     for number, line in enumerate(read_lines(path, notes), start=1):
-        # Excel writes sep=; above the header.
         if not line.strip(f" \r\n\"{DELIMITERS}") or line.lower().startswith("sep="):
-            continue
+            continue  # Excel writes sep=; above the header
         for delimiter in delimiters:
             try:
-                reader = csv.reader([line.lstrip("# ")], delimiter=delimiter,
-                                    skipinitialspace=True)
-                names = [name.strip() for name in next(reader)]
+                cells = csv.reader([line.lstrip("# ")], delimiter=delimiter, skipinitialspace=True)
+                names = [name.strip() for name in next(cells)]
             except csv.Error:
                 continue
             if {"image", "caption"} <= find_columns(names)[0].keys():
@@ -327,6 +326,22 @@ def has_columns(path):
     return find_header(path)[1] is not None
 
 
+def unread_columns(path, names, values, columns):
+    """Return notes on the columns that are not read, but whose first value looks like a split or a
+    caption. columns: those that are read, see `find_columns`."""
+    notes = []
+    for row, (name, value) in enumerate(zip(names, map(str, values))):
+        if any(row in rows for rows in columns.values()):
+            continue
+        if "split" not in columns and value.strip().lower() in SPLIT_NAMES:
+            notes.append(f"{path}: the column {name} is not read; name it split if it holds the "
+                         "splits")
+        elif name.lower().startswith("caption") and len(value.split()) > 1:
+            notes.append(f"{path}: the column {name} is not read; name it caption_2 if it holds "
+                         "captions")
+    return notes
+
+
 def table_rows(path, notes):
     """Yield the rows of a table, see `caption_files.py`. A row without a caption has "" for it.
 
@@ -339,11 +354,8 @@ def table_rows(path, notes):
         if names not in columns_of:
             columns_of[names], other_names = find_columns(names)
             unused.update(dict.fromkeys(other_names))
-            if len(columns_of) == 1 and "split" not in columns_of[names]:
-                used = sum(columns_of[names].values(), [])
-                notes += [f"{path}: the column {name} is not read; name it split if it holds the "
-                          "splits" for row, (name, value) in enumerate(zip(names, values))
-                          if str(value).strip().lower() in SPLIT_NAMES and row not in used]
+            if len(columns_of) == 1:
+                notes += unread_columns(path, names, values, columns_of[names])
         columns = columns_of[names]
         try:
             name = values[columns["image"][0]]
