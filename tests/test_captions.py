@@ -525,7 +525,8 @@ def test_the_results_of_flickr30k_may_have_commas(tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("results.csv", "epoch,loss\n1,2\n"), ("metadata.csv", "a,b\n1,2\n"),
-    ("metadata.jsonl", '{"a": 1}\n'), ("dataset.json", '{"labels": [["a.jpg", 1]]}')])
+    ("metadata.jsonl", '{"a": 1}\n'), ("dataset.json", '{"labels": [["a.jpg", 1]]}'),
+    ("dataset.json", '{"images": [1, 2]}')])
 def test_other_files_of_the_same_name_do_not_hide_a_layout(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     for i in range(3):

@@ -47,7 +47,8 @@ def bar_rows(path, notes=None):
 def is_karpathys(content):
     """Whether the content of a JSON file is in Karpathy's format, by its first photo."""
     images = content.get("images") if isinstance(content, dict) else None
-    return bool(images) and isinstance(images, list) and "sentences" in images[0]
+    return (bool(images) and isinstance(images, list) and isinstance(images[0], dict)
+            and "sentences" in images[0])
 
 
 def karpathy_rows(path, content):
@@ -55,7 +56,7 @@ def karpathy_rows(path, content):
     `read_json` has read."""
     try:
         for image in content["images"]:
-            name = str(PurePosixPath(image.get("filepath", ""), image["filename"]))
+            name = str(PurePosixPath(image.get("filepath") or "", image["filename"]))
             split = split_name(path, name, image["split"])
             yield name, None, split
             for sentence in image["sentences"]:
