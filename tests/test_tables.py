@@ -172,6 +172,14 @@ def test_between_commas_a_stray_quotation_mark_is_an_error(tmp_path, names):
         read(tmp_path / "captions.csv", "image,caption", f'{first},"one', f'{second},two"')
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_cell_over_lines_that_could_be_rows_is_counted(tmp_path, order):
+    rows = [("image", "caption"), ("ant", "one"), ("bee", '"two'), ("cow", 'three"'), ("dog", "x")]
+    captions, notes = read(tmp_path / "captions.csv", *(";".join(row[::order]) for row in rows))
+    assert len(captions) == 3
+    assert len(notes) == 1 and "look like other rows (1, such as line 3);" in notes[0]
+
+
 def test_a_row_with_a_cell_too_few_is_reported_with_its_line(tmp_path):
     with pytest.raises(DataError, match="captions.tsv, line 4: expected 'image,caption,split'"):
         read(tmp_path / "captions.tsv", "image\tcaption\tsplit", 'a.jpg\t"one', 'two"\tval',

@@ -219,9 +219,10 @@ def find_header(path, notes=None):
     return 1, None, ()
 
 
-def quoted_rows(path, header, delimiter, photo_column, number_of_columns):
+def quoted_rows(path, header, delimiter, photo_column, number_of_columns, like_rows):
     """Yield (number of the last line, cells) for each row of a table in which cells may be enclosed
-    in quotation marks. header: the number of the header's line.
+    in quotation marks. header: the number of the header's line. like_rows: a list to which the line
+    of each row is appended that has several lines with as many cells as a row.
 
     Raises DataError for a cell that runs on over what looks like other rows; if the delimiter is in
     UNQUOTED, also for a quotation mark within a cell that is not enclosed."""
@@ -270,6 +271,9 @@ def quoted_rows(path, header, delimiter, photo_column, number_of_columns):
         if fault:
             raise DataError(f"{path}, line {first}: the file is not valid CSV (a quotation mark "
                             f"{fault})")
+        if len(raw) > 1 and first > header and all(
+                line.count(delimiter) == number_of_columns - 1 for line in raw if line.strip()):
+            like_rows.append(first)
         yield reader.line_num, cells
         raw.clear()
 
@@ -285,11 +289,12 @@ def text_table_records(path, notes):
         raise DataError(f"{path}, line {header}: expected the header 'image,caption', found "
                         f"{','.join(names)[:EXCERPT]!r}")
     photo_column = find_columns(names)[0]["image"][0]
+    like_rows = []
     arguments = (path, header, delimiter, photo_column, len(names))
-    rows, because = quoted_rows(*arguments), ""
+    rows, because = quoted_rows(*arguments, like_rows), ""
     if delimiter in UNQUOTED:
         try:
-            for _ in quoted_rows(*arguments):
+            for _ in quoted_rows(*arguments, []):
                 pass
         except DataError as error:
             place = str(error).removeprefix(f"{path}, ").replace(": the file is not valid CSV", "")
@@ -315,6 +320,10 @@ def text_table_records(path, notes):
             if match:
                 cells[column] = match[1].replace('""', '"')
         yield f"line {number}", names, cells
+    if like_rows:
+        notes.append(f"{path}: cells in quotation marks go on over lines that look like other rows "
+                     f"({len(like_rows):,}, such as line {like_rows[0]}); please look whether a "
+                     "quotation mark is too many there")
 
 
 def has_columns(path):
