@@ -314,6 +314,12 @@ def build_from_transformers(transformers, name, modality, local_files_only):
         preprocessing = as_saved(processor.get_image_processor_dict(name, **options)[0])
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        # Without the files of a tokenizer, transformers 5 makes one that knows no words.
+        words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+        if not any(character.isalnum() for word in words for character in str(word)):
+            raise UsageError(f"--text_encoder {name}: the files of its tokenizer, such as "
+                             "tokenizer.json, are missing; save it in the same folder with "
+                             "tokenizer.save_pretrained")
         max_tokens = find_max_tokens(tokenizer, model)
         prepare = make_tokenize(tokenizer, model, contrastive, max_tokens)
 

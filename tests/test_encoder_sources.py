@@ -264,6 +264,17 @@ def test_a_model_file_that_lacks_weights_is_refused(bert, tmp_path):
 
 
 @pytest.mark.extra
+def test_a_text_model_without_the_files_of_its_tokenizer_is_refused(bert, clip, tmp_path):
+    """transformers 5 would make a tokenizer that knows no words; version 4 raises an error."""
+    for source in (bert, clip):
+        folder = shutil.copytree(source, tmp_path / source.name)
+        for path in folder.glob("*token*"):
+            path.unlink()
+        with pytest.raises(UsageError, match="tokenizer"):
+            load_encoder(str(folder), "text")
+
+
+@pytest.mark.extra
 def test_only_safetensors_are_read(bert, tmp_path):
     from safetensors.torch import load_file
     folder = shutil.copytree(bert, tmp_path / "bert")
