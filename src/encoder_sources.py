@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
 import threading
 import traceback
 import urllib.error
@@ -177,8 +178,9 @@ def load_from_torchvision(name):
 class TransformersEncoder(nn.Module):
     """A model of transformers -> its features (B, width).
 
-    The features of a contrastive model are its projected embeddings. Those of another image model
-    are the pooled output, if it has one. Otherwise they are the mean over all tokens or places.
+    The features of a contrastive model, or of one of its halves, are its projected embeddings.
+    Those of another image model are the pooled output, if it has one. Otherwise they are the mean
+    over all tokens or places.
     """
 
     def __init__(self, model, modality, contrastive):
@@ -191,9 +193,14 @@ class TransformersEncoder(nn.Module):
             function = getattr(self.model, f"get_{self.modality}_features")
         output = function(**tokens) if images is None else function(pixel_values=images)
         if isinstance(output, torch.Tensor):  # get_..._features before transformers 5
-            return output
+            return output[:, 0] if output.ndim == 3 else output
+        for name in ("image_embeds", "text_embeds"):  # half of a contrastive model, projected
+            if getattr(output, name, None) is not None:
+                return getattr(output, name)
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None and (self.contrastive or self.modality == IMAGE):
+            if pooled.ndim == 3:  # FLAVA projects all tokens; the first stands for all of them
+                return pooled[:, 0]
             return pooled.flatten(1)  # some models return (B, width, 1, 1)
         hidden = output.last_hidden_state
         if hidden.ndim == 4:  # a convnet's output, (B, width, H, W)
@@ -287,7 +294,12 @@ def check_files(name):
 def build_from_transformers(transformers, name, modality, local_files_only):
     """Load model and preprocessing, and check that the model is of this modality and complete."""
     options = dict(trust_remote_code=False, local_files_only=local_files_only)
-    model, loading = transformers.AutoModel.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(name, **options)
+    model_class = transformers.AutoModel
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith("WithProjection"):  # AutoModel would drop the projection
+        model_class = getattr(transformers, architecture, model_class)
+    model, loading = model_class.from_pretrained(
         name, use_safetensors=True, output_loading_info=True, **options)
     contrastive = all(hasattr(model, f"get_{part}_features") for part in (IMAGE, TEXT))
     takes_images = model.main_input_name == "pixel_values"
@@ -303,6 +315,10 @@ def build_from_transformers(transformers, name, modality, local_files_only):
     logit_scale = None
     if contrastive and hasattr(model, "logit_scale"):
         logit_scale = model.logit_scale.item()
+    elif contrastive and hasattr(model, "temperature"):  # ALIGN divides by it
+        logit_scale = -math.log(model.temperature.item())
+    if modality == TEXT and not contrastive and model.config.is_encoder_decoder:
+        model = model.get_encoder()  # of BART or T5; the decoder generates texts
     encoder = TransformersEncoder(model.float(), modality, contrastive)
     max_tokens = count_tokens = None
     if modality == IMAGE:
@@ -376,12 +392,16 @@ def make_tokenize(tokenizer, model, contrastive, max_tokens):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = getattr(model.config, "text_config", model.config)
-    # SigLIP was trained with all texts padded to the same length.
-    padding = "max_length" if "siglip" in config.model_type else True
+    # SigLIP was trained on texts in lower case, padded to the same length and without a mask.
+    is_siglip = "siglip" in config.model_type
+    padding = "max_length" if is_siglip else True
     function = model.get_text_features if contrastive else model.forward
-    accepted = inspect.signature(function).parameters
+    accepted = set(inspect.signature(function).parameters)
+    if is_siglip:
+        accepted.discard("attention_mask")
 
     def tokenize(texts):
+        texts = [text.lower() for text in texts] if is_siglip else texts
         tokens = tokenizer(texts, truncation=max_tokens is not None, max_length=max_tokens,
                            padding=padding, return_tensors="pt")
         return {name: tensor for name, tensor in tokens.items() if name in accepted}

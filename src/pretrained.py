@@ -22,6 +22,8 @@ from src.utils.photo_store import STORE_VERSION, open_photo, store_key
 
 IMAGE, TEXT = "image", "text"
 EXAMPLE_SIZES = (500, 375), (360, 480)  # width and height of the photos that try an encoder
+PROBE_TEXTS = ["a dog runs", "two red circles above a small blue square and one dog on the left"]
+SIMILAR = 1e-3  # the largest distance of features that count as equal, relative to their norm
 SPECIAL_TOKENS, TEXTS_TO_COUNT = 8, 1000
 EXCERPT = 80  # characters of a text that a message shows
 
@@ -55,8 +57,9 @@ class PretrainedEncoder(nn.Module):
         self.example_peak = 0.0
         self.configure(torch.device("cpu"), amp_dtype=None, frozen=True)
         try:
+            inputs = self.example_input()
             with torch.no_grad():
-                features = self(self.example_input())
+                features, again = self(inputs), self(inputs)
         except UsageError:
             raise
         except Exception as error:  # other people's code may raise anything
@@ -71,6 +74,15 @@ class PretrainedEncoder(nn.Module):
         self.width, self.example_peak = features.shape[1], features.abs().max().item()
         if not math.isfinite(self.example_peak):
             raise UsageError(f"{name}: its features of an ordinary {modality} are NaN or infinite")
+        if not similar(features, again):
+            raise UsageError(f"{name} draws random numbers: each time it makes other features of "
+                             f"the same {modality}")
+        if modality == TEXT:
+            with torch.no_grad():
+                alone = self(self.prepare(PROBE_TEXTS[:1]))
+            if alone.shape != features[:1].shape or not similar(features[:1], alone):
+                raise UsageError(f"{name} makes other features of a text alone than beside a "
+                                 "longer one, for instance because its tokenizer pads at the left")
 
     def configure(self, device, amp_dtype, frozen):
         """Move the encoder to a device and choose the precision of `encode`.
@@ -82,16 +94,19 @@ class PretrainedEncoder(nn.Module):
         if frozen and self.example_peak > torch.finfo(torch.float16).max:
             raise UsageError(f"{self.name}: its features are too large for float16")
         self.device, self.amp_dtype, self.frozen = device, amp_dtype, frozen
-        self.to(device, memory_format=torch.channels_last)
+        self.to(device)
+        for parameter in self.parameters():
+            if parameter.ndim == 4:  # other numbers of dimensions have no such format
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def example_input(self):
-        """Return a small input: two photos, or one text.
+        """Return a small input: two photos, or two texts.
 
         For photos this also finds out `pixels`, the height and width of what `prepare` returns.
         Raises UsageError if these are not the same for photos of different shapes.
         """
         if self.modality == TEXT:
-            return self.prepare(["a dog runs"])
+            return self.prepare(PROBE_TEXTS)
         photos = [self.prepare(example_photo(size)) for size in EXAMPLE_SIZES]
         shapes = [tuple(photo.shape) for photo in photos]
         if shapes[0] != shapes[1]:
@@ -245,6 +260,12 @@ def example_photo(size):
     """Return a photo of this width and height, with a gradient in each channel."""
     across, down = Image.linear_gradient("L").rotate(90), Image.linear_gradient("L")
     return Image.merge("RGB", [across, down, Image.radial_gradient("L")]).resize(size)
+
+
+def similar(features, others):
+    """Whether the rows of two tensors (B, width) are equal but for rounding errors."""
+    distance = (features - others).norm(dim=1)
+    return bool((distance <= SIMILAR * features.norm(dim=1) + 1e-6).all())
 
 
 def hash_weights(module):

@@ -1,0 +1,191 @@
+"""The features of models of transformers are those that their authors mean.
+
+Each row of FAMILIES is a tiny random model, saved with its tokenizer or image processor, and its
+authors' features by transformers' own calls. To add a family, add a row."""
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from src.encoder_sources import load_encoder
+from src.encoders import Encoders
+from src.utils.errors import UsageError
+from tests.conftest import edit_json, word_tokenizer
+
+pytestmark = pytest.mark.extra
+SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+VISION = SMALL | dict(image_size=32, patch_size=8)
+TEXTS = ["a red circle", "a circle above a blue square"]
+WORDS = 40  # ids, of which the tokenizer uses the first ones
+
+
+def text_config(**more):
+    return SMALL | dict(vocab_size=WORDS, max_position_embeddings=24, pad_token_id=0,
+                        bos_token_id=1, eos_token_id=2) | more
+
+
+def seq2seq_config(**more):
+    return dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=WORDS,
+                max_position_embeddings=24, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                decoder_start_token_id=2) | more
+
+
+def embedding(output):
+    """get_..._features of transformers 4 returns a tensor, that of 5 an output with a pooler."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def mean_over_tokens(model, tokens):
+    mask = tokens["attention_mask"][:, :, None].float()
+    return (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
+
+
+def projected(model, inputs):
+    if isinstance(inputs, dict):
+        return embedding(model.get_text_features(**inputs))
+    return embedding(model.get_image_features(pixel_values=inputs))
+
+
+def first_of_projected(model, inputs):
+    return projected(model, inputs)[:, 0]
+
+
+def pooled(model, images):
+    return model(pixel_values=images).pooler_output.flatten(1)
+
+
+def mean_over_places(model, images):
+    hidden = model(pixel_values=images).last_hidden_state
+    return hidden.mean((2, 3)) if hidden.ndim == 4 else hidden.mean(1)
+
+
+def siglip(model, inputs):
+    if isinstance(inputs, dict):  # padded to its length, without a mask
+        assert inputs.keys() == {"input_ids"} and inputs["input_ids"].shape[1] == 20
+    return projected(model, inputs)
+
+
+# For each: the class of the model, its configuration, and the features of texts and of photos.
+FAMILIES = {
+    "CLIP": ("CLIPModel", lambda t: t.CLIPConfig(
+        text_config=text_config(), vision_config=VISION, projection_dim=12), projected, projected),
+    "SigLIP": ("SiglipModel", lambda t: t.SiglipConfig(
+        text_config=text_config(projection_size=16), vision_config=VISION), siglip, siglip),
+    "ALIGN": ("AlignModel", lambda t: t.AlignConfig(
+        text_config=text_config(), projection_dim=12, vision_config=dict(
+            image_size=32, in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3],
+            strides=[1, 2], num_block_repeats=[1, 1], expand_ratios=[1, 6], depthwise_padding=[],
+            hidden_dim=12, num_hidden_layers=2, width_coefficient=1.0, depth_coefficient=1.0)),
+        projected, projected),
+    "FLAVA": ("FlavaModel", lambda t: t.FlavaConfig(
+        text_config=SMALL | dict(vocab_size=WORDS), image_config=VISION, multimodal_config=SMALL,
+        hidden_size=16, projection_dim=12, image_codebook_config=dict(
+            num_groups=1, hidden_size=8, num_blocks_per_group=1, vocab_size=16)),
+        first_of_projected, first_of_projected),
+    "AltCLIP": ("AltCLIPModel", lambda t: t.AltCLIPConfig(
+        text_config=text_config(project_dim=16, max_position_embeddings=30), vision_config=VISION,
+        projection_dim=12), projected, projected),
+    "CLIP's text half": ("CLIPTextModelWithProjection", lambda t: t.CLIPTextConfig(
+        **text_config(projection_dim=12)), lambda model, tokens: model(**tokens).text_embeds, None),
+    "CLIP's image half": ("CLIPVisionModelWithProjection", lambda t: t.CLIPVisionConfig(
+        **VISION, projection_dim=12), None,
+        lambda model, images: model(pixel_values=images).image_embeds),
+    "BERT": ("BertModel", lambda t: t.BertConfig(**text_config()), mean_over_tokens, None),
+    "DistilBERT": ("DistilBertModel", lambda t: t.DistilBertConfig(
+        vocab_size=WORDS, dim=16, hidden_dim=32, n_layers=1, n_heads=2,
+        max_position_embeddings=24), mean_over_tokens, None),
+    "RoBERTa": ("RobertaModel", lambda t: t.RobertaConfig(**text_config()), mean_over_tokens, None),
+    "BART": ("BartModel", lambda t: t.BartConfig(**seq2seq_config()),
+             lambda model, tokens: mean_over_tokens(model.get_encoder(), tokens), None),
+    "mBART": ("MBartModel", lambda t: t.MBartConfig(**seq2seq_config()),
+              lambda model, tokens: mean_over_tokens(model.get_encoder(), tokens), None),
+    "T5": ("T5Model", lambda t: t.T5Config(
+        vocab_size=WORDS, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+        decoder_start_token_id=0),
+        lambda model, tokens: mean_over_tokens(model.get_encoder(), tokens), None),
+    "ViT": ("ViTModel", lambda t: t.ViTConfig(**VISION), None, pooled),
+    "DINOv2": ("Dinov2Model", lambda t: t.Dinov2Config(**VISION), None, pooled),
+    "ConvNeXt": ("ConvNextModel", lambda t: t.ConvNextConfig(
+        hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32), None, pooled),
+    "ResNet": ("ResNetModel", lambda t: t.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"), None, pooled),
+    "MobileViT": ("MobileViTModel", lambda t: t.MobileViTConfig(
+        image_size=32, hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16],
+        num_attention_heads=2), None, pooled),
+}
+
+
+def save(folder, class_name, make_config):
+    """Save a tiny random model, with a tokenizer and an image processor for any model."""
+    transformers = pytest.importorskip("transformers")
+    folder.mkdir()
+    word_tokenizer(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = getattr(transformers, class_name)(make_config(transformers)).eval()
+    for parameter in model.parameters():  # so that the features of two inputs differ clearly
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+def photos():
+    return [Image.effect_noise(size, 80).convert("RGB") for size in ((80, 60), (40, 50))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_features_are_those_that_the_authors_mean(family, tmp_path):
+    class_name, make_config, text_features, image_features = FAMILIES[family]
+    model = save(tmp_path / "model", class_name, make_config)
+    if text_features is not None:
+        encoder = load_encoder(str(tmp_path / "model"), "text")
+        tokens = encoder.prepare(TEXTS)
+        expected = text_features(model, tokens)
+        assert encoder(tokens).shape == expected.shape == (2, encoder.width)
+        assert torch.allclose(encoder(tokens), expected, atol=1e-4)
+        assert torch.allclose(encoder(encoder.prepare(TEXTS[:1])), expected[:1], atol=1e-4)
+        assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+    if image_features is not None:
+        encoder = load_encoder(str(tmp_path / "model"), "image")
+        images = torch.stack([encoder.prepare(photo) for photo in photos()])
+        expected = image_features(model, images)
+        assert encoder(images).shape == expected.shape == (2, encoder.width)
+        assert torch.allclose(encoder(images), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["CLIP", "SigLIP", "ALIGN", "AltCLIP"])
+def test_both_encoders_of_a_contrastive_model_are_a_pair(family, tmp_path):
+    class_name, make_config, *_ = FAMILIES[family]
+    model = save(tmp_path / "model", class_name, make_config)
+    encoders = Encoders(*(load_encoder(str(tmp_path / "model"), modality)
+                          for modality in ("image", "text")))
+    assert encoders.is_contrastive_pair
+    scale = (1 / model.temperature if family == "ALIGN" else model.logit_scale.exp()).item()
+    assert encoders.image.logit_scale == pytest.approx(math.log(scale), abs=1e-5)
+
+
+def test_siglip_reads_texts_in_lower_case(tmp_path):
+    class_name, make_config, *_ = FAMILIES["SigLIP"]
+    save(tmp_path / "model", class_name, make_config)
+    encoder = load_encoder(str(tmp_path / "model"), "text")
+    tokens = [encoder.prepare([text])["input_ids"] for text in ("A Red CIRCLE", "a red circle")]
+    assert torch.equal(*tokens)
+
+
+def test_a_model_that_is_random_is_refused(tmp_path):
+    save(tmp_path / "mae", "ViTMAEModel", lambda t: t.ViTMAEConfig(**VISION | {"patch_size": 4}))
+    with pytest.raises(UsageError, match="draws random numbers"):
+        load_encoder(str(tmp_path / "mae"), "image")
+
+
+def test_a_text_model_whose_features_depend_on_the_batch_is_refused(tmp_path):
+    save(tmp_path / "gpt2", "GPT2Model", lambda t: t.GPT2Config(
+        n_embd=16, n_layer=1, n_head=2, n_positions=24, vocab_size=WORDS))
+    assert load_encoder(str(tmp_path / "gpt2"), "text").width == 16
+    edit_json(tmp_path / "gpt2" / "tokenizer_config.json", padding_side="left")
+    with pytest.raises(UsageError, match="of a text alone than beside a longer one"):
+        load_encoder(str(tmp_path / "gpt2"), "text")
