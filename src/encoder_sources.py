@@ -248,6 +248,13 @@ def load_from_transformers(name, modality):
             if list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors")):
                 fault = ("the weights in this folder are in a .bin file, which could run code when "
                          "it is read; save them as safetensors")
+            elif (Path(name) / "adapter_config.json").is_file():
+                fault = ("this folder holds an adapter and not a model; merge it into its model "
+                         "with merge_and_unload and save that")
+            elif (modality == IMAGE and (Path(name) / "config.json").is_file()
+                  and not list(Path(name).glob("*processor_config.json"))):
+                fault = ("preprocessor_config.json is missing in this folder; save the image "
+                         "processor there with its save_pretrained")
         raise UsageError(f"--{modality}_encoder {name}: {fault}") from None
 
 

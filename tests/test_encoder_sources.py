@@ -275,6 +275,22 @@ def test_a_text_model_without_the_files_of_its_tokenizer_is_refused(bert, clip, 
 
 
 @pytest.mark.extra
+def test_an_image_model_without_its_image_processor_is_refused(clip, tmp_path):
+    folder = shutil.copytree(clip, tmp_path / "clip")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(UsageError, match="preprocessor_config.json is missing in this folder"):
+        load_encoder(str(folder), "image")
+
+
+@pytest.mark.extra
+def test_an_adapter_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UsageError, match="holds an adapter and not a model"):
+        load_encoder(str(tmp_path), "text")
+
+
+@pytest.mark.extra
 def test_only_safetensors_are_read(bert, tmp_path):
     from safetensors.torch import load_file
     folder = shutil.copytree(bert, tmp_path / "bert")
