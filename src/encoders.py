@@ -55,9 +55,11 @@ class Encoders:
 
     @property
     def is_contrastive_pair(self):
-        """Whether the encoders are the two halves of one contrastive model."""
+        """Whether the encoders are the two halves of one contrastive model. Its weights tell, as
+        the same folder may have several names."""
         return (self.image is not None and self.text is not None
-                and self.image.name == self.text.name and self.image.logit_scale is not None)
+                and self.image.weights_hash == self.text.weights_hash
+                and self.image.logit_scale is not None)
 
     @property
     def feature_widths(self):

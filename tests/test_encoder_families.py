@@ -164,8 +164,22 @@ def test_both_encoders_of_a_contrastive_model_are_a_pair(family, tmp_path):
     encoders = Encoders(*(load_encoder(str(tmp_path / "model"), modality)
                           for modality in ("image", "text")))
     assert encoders.is_contrastive_pair
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    again = load_encoder(f"{tmp_path}/./link/", "text")
+    assert Encoders(encoders.image, again).is_contrastive_pair
     scale = (1 / model.temperature if family == "ALIGN" else model.logit_scale.exp()).item()
     assert encoders.image.logit_scale == pytest.approx(math.log(scale), abs=1e-5)
+
+
+def test_encoders_of_two_models_are_no_pair(tmp_path):
+    class_name, make_config, *_ = FAMILIES["CLIP"]
+    for name in ("one", "other"):
+        model = save(tmp_path / name, class_name, make_config)
+    torch.nn.init.normal_(model.text_projection.weight)
+    model.save_pretrained(tmp_path / "other")
+    image, text = load_encoder(str(tmp_path / "one"), "image"), load_encoder(
+        str(tmp_path / "other"), "text")
+    assert not Encoders(image, text).is_contrastive_pair
 
 
 def test_siglip_reads_texts_in_lower_case(tmp_path):
