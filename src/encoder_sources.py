@@ -243,7 +243,10 @@ def load_from_transformers(name, modality):
         check_files(name)
         fault = ("transformers finds no such model, neither on this machine nor on the hub "
                  f"({first_line(error)})")
-        if is_folder:
+        if isinstance(error, ImportError):
+            fault = ("a package is missing: pip install -r requirements-extra.txt "
+                     f"({first_line(error)})")
+        elif is_folder:
             fault = f"transformers finds no such model in this folder ({first_line(error)})"
             if list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors")):
                 fault = ("the weights in this folder are in a .bin file, which could run code when "

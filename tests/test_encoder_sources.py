@@ -283,6 +283,19 @@ def test_an_image_model_without_its_image_processor_is_refused(clip, tmp_path):
 
 
 @pytest.mark.extra
+def test_a_package_that_a_tokenizer_needs_is_named(bert, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+
+    def from_pretrained(*args, **options):
+        raise ImportError("SiglipTokenizer requires the SentencePiece library")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    message = "a package is missing: pip install -r requirements-extra.txt .*SentencePiece"
+    with pytest.raises(UsageError, match=message):
+        load_encoder(str(bert), "text")
+
+
+@pytest.mark.extra
 def test_an_adapter_is_refused(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
