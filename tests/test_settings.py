@@ -167,8 +167,9 @@ def test_a_contrastive_pair_leaves_the_reference_recipe_as_it_is():
     assert changed.dropout == CONTRASTIVE_PAIR["dropout"]  # the original run had no such setting
 
 
-def stub_encoder(name="a/b", logit_scale=None, pixels=(224, 224)):
-    return SimpleNamespace(name=name, width=640, logit_scale=logit_scale, pixels=pixels)
+def stub_encoder(weights_hash="1f", logit_scale=None, pixels=(224, 224)):
+    return SimpleNamespace(
+        weights_hash=weights_hash, width=640, logit_scale=logit_scale, pixels=pixels)
 
 
 @pytest.mark.parametrize("encoders, finetune, changes", [
@@ -176,7 +177,8 @@ def stub_encoder(name="a/b", logit_scale=None, pixels=(224, 224)):
     (Encoders(image=stub_encoder()), 0.0, {}),
     (Encoders(image=stub_encoder()), 0.1, {"image_size": 224}),
     (Encoders(text=stub_encoder()), 0.1, {}),
-    (Encoders(stub_encoder("a/b"), stub_encoder("c/d")), 0.0, {}),
+    (Encoders(stub_encoder("1f"), stub_encoder("2e")), 0.0, {}),
+    (Encoders(stub_encoder("1f", logit_scale=4.6), stub_encoder("2e")), 0.0, {}),
     (Encoders(stub_encoder(logit_scale=4.6), stub_encoder()), 0.0, {"latent_dim": 640}),
     (Encoders(stub_encoder(logit_scale=4.6), stub_encoder()), 0.1,
      {"latent_dim": 640, "image_size": 224}),
