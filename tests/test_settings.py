@@ -169,7 +169,7 @@ def test_a_contrastive_pair_leaves_the_reference_recipe_as_it_is():
 
 def stub_encoder(weights_hash="1f", logit_scale=None, pixels=(224, 224)):
     return SimpleNamespace(
-        weights_hash=weights_hash, width=640, logit_scale=logit_scale, pixels=pixels)
+        name="a/b", weights_hash=weights_hash, width=640, logit_scale=logit_scale, pixels=pixels)
 
 
 @pytest.mark.parametrize("encoders, finetune, changes", [
