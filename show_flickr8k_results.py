@@ -12,24 +12,14 @@
     python show_flickr8k_results.py --compare outputs/*         several runs side by side
 """
 import argparse
-import collections
 import contextlib
 import functools
 import random
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
-from src.utils.console import (
-    Parser,
-    ProgressLine,
-    first_three,
-    number,
-    prepare_output,
-    printable,
-    text,
-)
-from src.utils.folder import MAX_LENGTH, SPLIT_FILES, cut_text
+from src.utils.console import Parser, number, prepare_output, text
+from src.utils.folder import MAX_LENGTH, SPLIT_FILES
 
 EXAMPLES = 4  # hits, and as many misses, on the page of a run
 OUTPUTS = Path("outputs")  # where the training script writes its runs, unless told otherwise
@@ -128,11 +118,18 @@ import numpy as np
 from src import page, report, server
 from src.device import full_memory
 from src.retrieval import retrieval_ranks
-from src.runs import HISTORY, TRAIN_FIRST, check_data_dir, load_run
+from src.runs import HISTORY, TRAIN_FIRST, load_run
 from src.search import EmbeddingCache, Search, photos_of_split
+from src.search_results import (
+    find_data_dir,
+    open_cache,
+    open_search,
+    show_captions,
+    show_photos,
+)
 from src.utils.errors import DataError, UsageError
-from src.utils.photo_files import list_left_out, list_skipped, photos_of_folder
-from src.utils.tokenizers import normalize_text, number_texts
+from src.utils.photo_files import photos_of_folder
+from src.utils.tokenizers import number_texts
 
 
 def newest_run():
@@ -142,165 +139,6 @@ def newest_run():
         raise UsageError(f"{OUTPUTS.absolute()}: holds no run; {TRAIN_FIRST}, or name a run with "
                          "--output_dir")
     return str(max(histories, key=lambda path: path.stat().st_mtime).parent)
-
-
-def find_data_dir(args, run_dir):
-    """--data_dir, or else the folder that the run was trained on. Raises UsageError if that folder
-    does not exist any more."""
-    if args.data_dir:
-        return args.data_dir
-    data_dir = load_run(run_dir).settings.data_dir
-    check_data_dir(data_dir)
-    return data_dir
-
-
-def open_gallery(args):
-    """Find the photos to search -> (paths, captions of each, place), place being "of test" for a
-    split or "in FOLDER" for --photos. A photo that is a part of the query is not searched. Raises
-    DataError if no photo is left."""
-    if args.photos:
-        skipped, left_out = collections.Counter(), []
-        photos = photos_of_folder(args.photos, skipped, left_out)
-        captions = [[] for _ in photos]
-        place = f"in {args.photos}"
-        if skipped:
-            print(f"skipped, because they are not photos that can be read: {list_skipped(skipped)}",
-                  file=sys.stderr)
-        if left_out:
-            print(f"left out: {list_left_out(left_out)}", file=sys.stderr)
-    else:
-        photos, captions = photos_of_split(find_data_dir(args, args.output_dir[0]), args.split)
-        place = f"of {args.split}"
-    if args.image and args.query:
-        image = Path(args.image).resolve()
-        kept = [i for i, photo in enumerate(photos) if photo.resolve() != image]
-        photos, captions = [photos[i] for i in kept], [captions[i] for i in kept]
-        if not photos:
-            raise DataError(f"there are no photos {place} other than that of --image")
-    return photos, captions, place
-
-
-def open_cache(args):
-    """The EmbeddingCache of the run. Without a bank in the run, args.bank is switched off."""
-    run_dir = args.output_dir[0]
-    cache = EmbeddingCache(run_dir)
-    if args.bank and cache.bank is None:
-        print(f"{run_dir}: has no bank yet, because training makes it at the end; ranking by plain "
-              "cosines", file=sys.stderr)
-        args.bank = False
-    return cache
-
-
-def open_search(args, cache):
-    """Embed the photos to search -> (Search, place), see `open_gallery`. Photos of --photos that
-    cannot be read are skipped with a message; those of the dataset raise DataError."""
-    photos, captions, place = open_gallery(args)
-    search = Search(cache, photos, captions, args.bank)
-    line = ProgressLine(stream=sys.stderr)
-    unreadable = {} if args.photos else None
-    try:
-        search.embed_photos(line.counter("embedding"), unreadable)
-    finally:
-        line.clear()
-    if unreadable:
-        print(f"skipped photos that cannot be read ({len(unreadable):,}): "
-              f"{printable(first_three(unreadable.values()))}", file=sys.stderr)
-    return search, place
-
-
-class Result(NamedTuple):
-    """A photo or a caption of the gallery, as a ranking shows it."""
-    line: str  # in the terminal
-    label: str  # on a page
-    photo: Path
-    correct: bool  # whether the dataset pairs it with the query
-
-
-def print_ranking(title, cosines, scores, results, args):
-    """Print the best --top results and return them as (title, cells) for `page.photo_sheet`.
-
-    cosines, scores: (N,); the scores give the order, the cosines are shown. results: N Results."""
-    if args.bank:
-        title += ", ranked with the bank"
-    order = scores.argsort(descending=True, stable=True).tolist()
-    correct_ranks = [rank for rank, i in enumerate(order, start=1) if results[i].correct]
-    if correct_ranks:
-        title += f"; the correct one is ranked {correct_ranks[0]:,}"
-    print(title)
-    cells = []
-    for rank, i in enumerate(order[:args.top], start=1):
-        result = results[i]
-        mark = "*" if result.correct else " "
-        print(f"{mark} {rank:3d}  {cosines[i]:6.3f}  {printable(result.line).rstrip()}")
-        label = f"{rank}.  {cosines[i]:.3f}  {result.label}"
-        cells.append((result.photo, label, result.correct))
-    return title, cells
-
-
-def cut_query(query):
-    """The part of a query that the model reads."""
-    if len(query) > MAX_LENGTH:
-        print(f"the query is cut to its first {MAX_LENGTH:,} characters", file=sys.stderr)
-    return cut_text(query)
-
-
-def comparable(caption):
-    """A caption without what does not distinguish it: capitals, full stops and spacing."""
-    return " ".join(normalize_text(caption).replace(".", " ").split())
-
-
-def show_photos(args):
-    """--query: print the photos nearest to each text, or to each text together with the photo of
-    --image. Returns rows for `page.photo_sheet`."""
-    cache = open_cache(args)
-    queries = [cut_query(query) for query in args.query]
-    for query in queries:
-        if not cache.tokenizer.knows(query):
-            raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
-                             "read")
-    encoder = cache.model.text_backbone
-    if encoder is not None and encoder.count_cut(queries):
-        print(f"a query is longer than the {encoder.max_tokens:,} tokens that {encoder.name} "
-              "reads, and is cut", file=sys.stderr)
-    search, place = open_search(args, cache)
-    image = search.embed_photo(args.image) if args.image else None
-    all_cosines, all_scores = search.score_photos(search.embed_texts(queries, image))
-    rows = []
-    for query, cosines, scores in zip(queries, all_cosines, all_scores):
-        results = []
-        for photo, captions in zip(search.photos, search.captions):
-            name = str(photo.relative_to(args.photos)) if args.photos else photo.name
-            caption = captions[0] if captions else ""
-            correct = comparable(query) in map(comparable, captions)
-            results.append(Result(f"{name}  {caption}", name, photo, correct))
-        title = f'"{query}" in {len(search.photos):,} photos {place}'
-        if args.image:
-            title = f"{args.image} and {title}"
-        title, cells = print_ranking(title, cosines, scores, results, args)
-        if args.image:
-            cells = [(args.image, "the photo", False), *cells]
-        rows.append((title, cells))
-        print()
-    return rows
-
-
-def show_captions(args):
-    """--image: print the different captions nearest to a photo. Those of the photo itself are
-    marked, if it is one of the split's. Returns rows for `page.photo_sheet`."""
-    cache = open_cache(args)
-    photos, captions, _ = open_gallery(args)
-    search = Search(cache, photos, captions, args.bank)
-    cosines, scores = search.score_captions(search.embed_photo(args.image))
-    image = Path(args.image).resolve()
-    is_image = [photo.resolve() == image for photo in photos]
-    results = []
-    rows = search.different_texts(is_image.index(True) if any(is_image) else -1)
-    for row in rows:
-        caption, i = search.texts[row], search.photo_of_text[row]
-        results.append(Result(f"{caption}  ({photos[i].name})", caption, photos[i], is_image[i]))
-    title = f"{args.image} among {len(rows):,} different captions of {args.split}"
-    title, cells = print_ranking(title, cosines[0, rows], scores[0, rows], results, args)
-    return [(title, [(args.image, "the photo", False), *cells])]
 
 
 def hits_and_misses(search, ranks, text_ids):
