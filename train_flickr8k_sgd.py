@@ -165,7 +165,8 @@ def set_up_encoders(settings, args, device):
     for encoder in encoders:
         item = "photo" if encoder is encoders.image else "caption"
         how = "once; the features are stored" if encoder.frozen else "in each step and is trained"
-        log.info(f"{encoder.name} encodes every {item} {how}: {encoder.width} features")
+        rule = f" ({encoder.rule})" if encoder.rule else ""
+        log.info(f"{encoder.name} encodes every {item} {how}: {encoder.width} features{rule}")
     return encoders.fit_settings(settings), encoders
 
 

@@ -172,7 +172,8 @@ def load_from_torchvision(name):
         raise UsageError(f"--image_encoder {name}: this model has no linear layer whose input "
                          "could serve as features")
     model.set_submodule(linear[-1], nn.Identity())
-    return PretrainedEncoder(name, IMAGE, model, weights.transforms(), str(weights))
+    return PretrainedEncoder(name, IMAGE, model, weights.transforms(), str(weights),
+                             rule="the input of its last linear layer")
 
 
 class TransformersEncoder(nn.Module):
@@ -180,35 +181,44 @@ class TransformersEncoder(nn.Module):
 
     The features of a contrastive model, or of one of its halves, are its projected embeddings.
     Those of another image model are the pooled output, if it has one. Otherwise they are the mean
-    over all tokens or places.
+    over all tokens or places. Which of these they are is told in `rule` once it has encoded
+    something.
     """
 
     def __init__(self, model, modality, contrastive):
         super().__init__()
         self.model, self.modality, self.contrastive = model, modality, contrastive
+        self.rule = ""
 
     def forward(self, images=None, **tokens):
         function = self.model
         if self.contrastive:
             function = getattr(self.model, f"get_{self.modality}_features")
         output = function(**tokens) if images is None else function(pixel_values=images)
+        features, self.rule = self.pool(output, tokens.get("attention_mask"))
+        return features
+
+    def pool(self, output, attention_mask):
+        """Return the features and the rule by which they were taken from the model's output."""
+        embeddings, pooled_output = "its own projected embeddings", "its pooled output"
         if isinstance(output, torch.Tensor):  # get_..._features before transformers 5
-            return output[:, 0] if output.ndim == 3 else output
+            return output[:, 0] if output.ndim == 3 else output, embeddings
         for name in ("image_embeds", "text_embeds"):  # half of a contrastive model, projected
             if getattr(output, name, None) is not None:
-                return getattr(output, name)
+                return getattr(output, name), embeddings
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None and (self.contrastive or self.modality == IMAGE):
             if pooled.ndim == 3:  # FLAVA projects all tokens; the first stands for all of them
-                return pooled[:, 0]
-            return pooled.flatten(1)  # some models return (B, width, 1, 1)
+                pooled = pooled[:, 0]
+            # Some models return (B, width, 1, 1).
+            return pooled.flatten(1), embeddings if self.contrastive else pooled_output
         hidden = output.last_hidden_state
         if hidden.ndim == 4:  # a convnet's output, (B, width, H, W)
-            return hidden.mean((2, 3))
+            return hidden.mean((2, 3)), "the mean over places"
         if self.modality == IMAGE:
-            return hidden.mean(1)
-        is_token = tokens["attention_mask"][:, :, None].to(hidden.dtype)
-        return (hidden * is_token).sum(1) / is_token.sum(1)
+            return hidden.mean(1), "the mean over tokens"
+        is_token = attention_mask[:, :, None].to(hidden.dtype)
+        return (hidden * is_token).sum(1) / is_token.sum(1), "the mean over tokens"
 
 
 def load_from_transformers(name, modality):
@@ -354,8 +364,10 @@ def build_from_transformers(transformers, name, modality, local_files_only):
 
         preprocessing = describe_tokenizer(tokenizer, prepare)
     preprocessing += as_saved(model.config.get_config_dict(name, **options)[0])
-    return PretrainedEncoder(name, modality, encoder, prepare, preprocessing, logit_scale,
-                             max_tokens, count_tokens)
+    pretrained = PretrainedEncoder(name, modality, encoder, prepare, preprocessing, logit_scale,
+                                   max_tokens, count_tokens)
+    pretrained.rule = encoder.rule
+    return pretrained
 
 
 def as_saved(config):

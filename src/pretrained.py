@@ -41,14 +41,16 @@ class PretrainedEncoder(nn.Module):
     version of a library is installed. logit_scale: the logarithm of the scale of a contrastive
     model like CLIP, which embeds photos and texts in the same space; None for others. max_tokens:
     how many tokens of a text `prepare` keeps, and count_tokens: a function from texts to their
-    numbers of tokens; both are None where no text is cut, or where that is unknown.
+    numbers of tokens; both are None where no text is cut, or where that is unknown. rule: a short
+    text that tells the user how the features are taken from the network, or "".
 
     Raises UsageError if the encoder does not do this.
     """
 
     def __init__(self, name, modality, module, prepare, preprocessing="", logit_scale=None,
-                 max_tokens=None, count_tokens=None):
+                 max_tokens=None, count_tokens=None, rule=""):
         super().__init__()
+        self.rule = rule
         self.name, self.modality, self.module, self.prepare = name, modality, module, prepare
         self.logit_scale, self.max_tokens, self.count_tokens = logit_scale, max_tokens, count_tokens
         self.train()

@@ -188,6 +188,7 @@ def test_features_of_a_torchvision_model_are_its_classifiers_input(tmp_path, mon
     features = encoder(image)
     assert features.shape == (1, encoder.width) == (1, 1024)
     assert torch.allclose(model.classifier[3](features), model(image), atol=1e-5)
+    assert encoder.rule == "the input of its last linear layer"
 
 
 @pytest.mark.extra
@@ -196,6 +197,7 @@ def test_features_of_a_text_model_are_the_mean_over_its_tokens(bert, clip, tmp_p
     tokens = encoder.prepare(["a red circle", "a square"])
     hidden = encoder.module.model(**tokens).last_hidden_state
     assert torch.allclose(encoder(tokens)[1], hidden[1, :3].mean(0), atol=1e-6)
+    assert encoder.rule == "the mean over tokens"
     assert load_encoder(str(bert), "text").key == encoder.key  # no weight is random
     alone = encoder(encoder.prepare(["a square"]))
     assert torch.allclose(encoder(tokens)[1], alone[0], atol=1e-5)  # padding makes no difference

@@ -153,6 +153,7 @@ def test_a_contrastive_pair_starts_as_itself(clip, shapes, tmp_path, capsys):
     out = capsys.readouterr().out
     history = load_json(folder / HISTORY)
     assert [row["epoch"] for row in history] == [0, 1, 2] and "epoch   0  zero-shot" in out
+    assert f"{clip} encodes every photo once; the features are stored: 12 features (its own" in out
     photos, captions = photos_of_split(shapes, "val")
     texts = sum(captions, [])
     owners = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
