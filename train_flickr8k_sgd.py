@@ -167,6 +167,10 @@ def set_up_encoders(settings, args, device):
         how = "once; the features are stored" if encoder.frozen else "in each step and is trained"
         rule = f" ({encoder.rule})" if encoder.rule else ""
         log.info(f"{encoder.name} encodes every {item} {how}: {encoder.width} features{rule}")
+    if encoders.are_two_halves:
+        log.info(f"{encoders.image.name} and {encoders.text.name} are taken for the two halves of "
+                 f"one {encoders.image.half_of} model; if they are not, epoch 0 is no better than "
+                 "chance")
     return encoders.fit_settings(settings), encoders
 
 

@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import json
 import logging
-import math
 import threading
 import traceback
 import urllib.error
@@ -25,6 +24,14 @@ from torch import nn
 from src.device import autocast_dtype, full_memory
 from src.encoders import Encoders
 from src.pretrained import IMAGE, TEXT, PretrainedEncoder
+from src.transformers_encoder import (
+    HALF_LOGIT_SCALE,
+    REFUSED,
+    BlipRetrieval,
+    TransformersEncoder,
+    find_logit_scale,
+    find_model_class,
+)
 from src.utils.errors import UsageError, first_line
 
 # Fields of the configuration files of transformers that have no effect here.
@@ -176,51 +183,6 @@ def load_from_torchvision(name):
                              rule="the input of its last linear layer")
 
 
-class TransformersEncoder(nn.Module):
-    """A model of transformers -> its features (B, width).
-
-    The features of a contrastive model, or of one of its halves, are its projected embeddings.
-    Those of another image model are the pooled output, if it has one. Otherwise they are the mean
-    over all tokens or places. Which of these they are is told in `rule` once it has encoded
-    something.
-    """
-
-    def __init__(self, model, modality, contrastive):
-        super().__init__()
-        self.model, self.modality, self.contrastive = model, modality, contrastive
-        self.rule = ""
-
-    def forward(self, images=None, **tokens):
-        function = self.model
-        if self.contrastive:
-            function = getattr(self.model, f"get_{self.modality}_features")
-        output = function(**tokens) if images is None else function(pixel_values=images)
-        features, self.rule = self.pool(output, tokens.get("attention_mask"))
-        return features
-
-    def pool(self, output, attention_mask):
-        """Return the features and the rule by which they were taken from the model's output."""
-        embeddings, pooled_output = "its own projected embeddings", "its pooled output"
-        if isinstance(output, torch.Tensor):  # get_..._features before transformers 5
-            return output[:, 0] if output.ndim == 3 else output, embeddings
-        for name in ("image_embeds", "text_embeds"):  # half of a contrastive model, projected
-            if getattr(output, name, None) is not None:
-                return getattr(output, name), embeddings
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is not None and (self.contrastive or self.modality == IMAGE):
-            if pooled.ndim == 3:  # FLAVA projects all tokens; the first stands for all of them
-                pooled = pooled[:, 0]
-            # Some models return (B, width, 1, 1).
-            return pooled.flatten(1), embeddings if self.contrastive else pooled_output
-        hidden = output.last_hidden_state
-        if hidden.ndim == 4:  # a convnet's output, (B, width, H, W)
-            return hidden.mean((2, 3)), "the mean over places"
-        if self.modality == IMAGE:
-            return hidden.mean(1), "the mean over tokens"
-        is_token = attention_mask[:, :, None].to(hidden.dtype)
-        return (hidden * is_token).sum(1) / is_token.sum(1), "the mean over tokens"
-
-
 def load_from_transformers(name, modality):
     """Load a model of the Hugging Face hub, or one saved in a folder.
 
@@ -315,28 +277,28 @@ def build_from_transformers(transformers, name, modality, local_files_only):
     """Load model and preprocessing, and check that the model is of this modality and complete."""
     options = dict(trust_remote_code=False, local_files_only=local_files_only)
     config = transformers.AutoConfig.from_pretrained(name, **options)
-    model_class = transformers.AutoModel
-    architecture = (config.architectures or [""])[0]
-    if architecture.endswith("WithProjection"):  # AutoModel would drop the projection
-        model_class = getattr(transformers, architecture, model_class)
-    model, loading = model_class.from_pretrained(
+    if (config.model_type, modality) in REFUSED:
+        raise UsageError(f"--{modality}_encoder {name}: this model "
+                         f"{REFUSED[config.model_type, modality]}")
+    model, loading = find_model_class(transformers, config).from_pretrained(
         name, use_safetensors=True, output_loading_info=True, **options)
+    main_input = model.main_input_name
+    if "BlipForImageTextRetrieval" in type(model).__name__:
+        model = BlipRetrieval(model)
     contrastive = all(hasattr(model, f"get_{part}_features") for part in (IMAGE, TEXT))
-    takes_images = model.main_input_name == "pixel_values"
+    takes_images = main_input == "pixel_values"
     if not contrastive and takes_images != (modality == IMAGE):
         raise UsageError(f"--{modality}_encoder {name}: this model does not encode {modality}s; it "
-                         f"takes {model.main_input_name}")
-    missing = [key for key in loading["missing_keys"] if "pooler" not in key]
+                         f"takes {main_input}")
+    # A pooler whose output is not used may be missing.
+    missing = [key for key in loading["missing_keys"]
+               if contrastive or not key.startswith("pooler.")]
     if missing:
         raise UsageError(f"--{modality}_encoder {name}: the model's file lacks weights, such as "
                          f"{missing[0]}")
     if loading["missing_keys"]:
         model.pooler = None  # the file has no weights for it, so it was initialised at random
-    logit_scale = None
-    if contrastive and hasattr(model, "logit_scale"):
-        logit_scale = model.logit_scale.item()
-    elif contrastive and hasattr(model, "temperature"):  # ALIGN divides by it
-        logit_scale = -math.log(model.temperature.item())
+    logit_scale = find_logit_scale(model) if contrastive else None
     if modality == TEXT and not contrastive and model.config.is_encoder_decoder:
         model = model.get_encoder()  # of BART or T5; the decoder generates texts
     encoder = TransformersEncoder(model.float(), modality, contrastive)
@@ -366,7 +328,9 @@ def build_from_transformers(transformers, name, modality, local_files_only):
     preprocessing += as_saved(model.config.get_config_dict(name, **options)[0])
     pretrained = PretrainedEncoder(name, modality, encoder, prepare, preprocessing, logit_scale,
                                    max_tokens, count_tokens)
-    pretrained.rule = encoder.rule
+    pretrained.rule, pretrained.half_of = encoder.rule, encoder.half_of
+    if pretrained.half_of:
+        pretrained.logit_scale = HALF_LOGIT_SCALE
     return pretrained
 
 

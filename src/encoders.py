@@ -55,11 +55,24 @@ class Encoders:
 
     @property
     def is_contrastive_pair(self):
-        """Whether the encoders are the two halves of one contrastive model. Its weights tell, as
-        the same folder may have several names."""
-        return (self.image is not None and self.text is not None
-                and self.image.weights_hash == self.text.weights_hash
-                and self.image.logit_scale is not None)
+        """Whether the encoders are the two halves of one contrastive model.
+
+        Its weights tell, as the same folder may have several names. A half that was saved in a
+        folder of its own has a part of the model's weights.
+        """
+        if self.image is None or self.text is None or None in (
+                self.image.logit_scale, self.text.logit_scale):
+            return False
+        image, text = self.image.tensor_hashes, self.text.tensor_hashes
+        return image <= text or text <= image or self.are_two_halves
+
+    @property
+    def are_two_halves(self):
+        """Whether each encoder is only one half of a contrastive model, of the same type and the
+        same width. That it is the same model cannot be told from their files."""
+        return (self.image is not None and self.text is not None and self.image.half_of != ""
+                and self.image.half_of == self.text.half_of
+                and self.image.width == self.text.width)
 
     @property
     def feature_widths(self):
@@ -150,7 +163,8 @@ class Encoders:
                 # The latent of a text is the sum of the pair's and of our own text encoder's.
                 model.text_encoder.projection.weight.zero_()
                 model.text_encoder.projection.bias.zero_()
-                model.logit_scale.fill_(self.image.logit_scale)
+                whole = self.text if self.image.half_of else self.image
+                model.logit_scale.fill_(whole.logit_scale)
                 model.clamp_logit_scale_()
 
 

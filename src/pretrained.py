@@ -42,7 +42,8 @@ class PretrainedEncoder(nn.Module):
     model like CLIP, which embeds photos and texts in the same space; None for others. max_tokens:
     how many tokens of a text `prepare` keeps, and count_tokens: a function from texts to their
     numbers of tokens; both are None where no text is cut, or where that is unknown. rule: a short
-    text that tells the user how the features are taken from the network, or "".
+    text that tells the user how the features are taken from the network, or "". half_of, which is
+    set afterwards: the type of the contrastive model of which the network is only one half, or "".
 
     Raises UsageError if the encoder does not do this.
     """
@@ -50,11 +51,13 @@ class PretrainedEncoder(nn.Module):
     def __init__(self, name, modality, module, prepare, preprocessing="", logit_scale=None,
                  max_tokens=None, count_tokens=None, rule=""):
         super().__init__()
-        self.rule = rule
+        self.rule, self.half_of = rule, ""
         self.name, self.modality, self.module, self.prepare = name, modality, module, prepare
         self.logit_scale, self.max_tokens, self.count_tokens = logit_scale, max_tokens, count_tokens
         self.train()
-        self.weights_hash, self.preprocessing_hash = hash_weights(module), store_key(preprocessing)
+        self.tensor_hashes = hash_tensors(module)
+        self.weights_hash = store_key(sorted(self.tensor_hashes))
+        self.preprocessing_hash = store_key(preprocessing)
         self.key = store_key(STORE_VERSION, self.weights_hash, self.preprocessing_hash)
         self.example_peak = 0.0
         self.configure(torch.device("cpu"), amp_dtype=None, frozen=True)
@@ -270,8 +273,8 @@ def similar(features, others):
     return bool((distance <= SIMILAR * features.norm(dim=1) + 1e-6).all())
 
 
-def hash_weights(module):
-    """Return 16 hexadecimal digits that identify a module's weights and buffers.
+def hash_tensors(module):
+    """Return the set of the hashes of a module's weights and buffers.
 
     Their names do not count, because versions of a library differ in the names that they give to
     the same weights.
@@ -281,4 +284,4 @@ def hash_weights(module):
         content = hashlib.sha256(f"{tuple(value.shape)} {value.dtype}".encode())
         content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         hashes.add(content.hexdigest())
-    return store_key(sorted(hashes))
+    return hashes

@@ -3,6 +3,7 @@
 Each row of FAMILIES is a tiny random model, saved with its tokenizer or image processor, and its
 authors' features by transformers' own calls. To add a family, add a row."""
 import math
+import shutil
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def siglip(model, inputs):
 # For each: the class of the model, its configuration, and the features of texts and of photos.
 FAMILIES = {
     "CLIP": ("CLIPModel", lambda t: t.CLIPConfig(
-        text_config=text_config(), vision_config=VISION, projection_dim=12), projected, projected),
+        text_config=text_config(projection_dim=12), vision_config=VISION | dict(projection_dim=12),
+        projection_dim=12), projected, projected),
     "SigLIP": ("SiglipModel", lambda t: t.SiglipConfig(
         text_config=text_config(projection_size=16), vision_config=VISION), siglip, siglip),
     "ALIGN": ("AlignModel", lambda t: t.AlignConfig(
@@ -87,6 +89,12 @@ FAMILIES = {
     "AltCLIP": ("AltCLIPModel", lambda t: t.AltCLIPConfig(
         text_config=text_config(project_dim=16, max_position_embeddings=30), vision_config=VISION,
         projection_dim=12), projected, projected),
+    "BLIP": ("BlipForImageTextRetrieval", lambda t: t.BlipConfig(
+        text_config=text_config(encoder_hidden_size=16), vision_config=VISION,
+        image_text_hidden_size=12),
+        lambda model, tokens: model.text_proj(model.text_encoder(**tokens).last_hidden_state[:, 0]),
+        lambda model, images: model.vision_proj(
+            model.vision_model(pixel_values=images).last_hidden_state[:, 0])),
     "CLIP's text half": ("CLIPTextModelWithProjection", lambda t: t.CLIPTextConfig(
         **text_config(projection_dim=12)), lambda model, tokens: model(**tokens).text_embeds, None),
     "CLIP's image half": ("CLIPVisionModelWithProjection", lambda t: t.CLIPVisionConfig(
@@ -157,7 +165,7 @@ def test_features_are_those_that_the_authors_mean(family, tmp_path):
         assert torch.allclose(encoder(images), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["CLIP", "SigLIP", "ALIGN", "AltCLIP"])
+@pytest.mark.parametrize("family", ["CLIP", "SigLIP", "ALIGN", "AltCLIP", "BLIP"])
 def test_both_encoders_of_a_contrastive_model_are_a_pair(family, tmp_path):
     class_name, make_config, *_ = FAMILIES[family]
     model = save(tmp_path / "model", class_name, make_config)
@@ -167,7 +175,8 @@ def test_both_encoders_of_a_contrastive_model_are_a_pair(family, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "model")
     again = load_encoder(f"{tmp_path}/./link/", "text")
     assert Encoders(encoders.image, again).is_contrastive_pair
-    scale = (1 / model.temperature if family == "ALIGN" else model.logit_scale.exp()).item()
+    scale = {"ALIGN": lambda: 1 / model.temperature.item(), "BLIP": lambda: 1 / 0.07}.get(
+        family, lambda: model.logit_scale.exp().item())()
     assert encoders.image.logit_scale == pytest.approx(math.log(scale), abs=1e-5)
 
 
@@ -180,6 +189,49 @@ def test_encoders_of_two_models_are_no_pair(tmp_path):
     image, text = load_encoder(str(tmp_path / "one"), "image"), load_encoder(
         str(tmp_path / "other"), "text")
     assert not Encoders(image, text).is_contrastive_pair
+
+
+def save_halves(folder, class_name, make_config, halves):
+    """Save a model, and its halves of these classes in the folders "image" and "text"."""
+    transformers = pytest.importorskip("transformers")
+    save(folder / "whole", class_name, make_config)
+    for modality, half in zip(("image", "text"), halves):
+        half = getattr(transformers, half).from_pretrained(folder / "whole")
+        half.save_pretrained(shutil.copytree(folder / "whole", folder / modality))
+
+
+@pytest.mark.parametrize("whole, halves, model_type", [
+    ("CLIP", ("CLIPVisionModelWithProjection", "CLIPTextModelWithProjection"), "clip"),
+    ("SigLIP", ("SiglipVisionModel", "SiglipTextModel"), "siglip")])
+@torch.no_grad()
+def test_two_halves_of_a_contrastive_model_are_a_pair(whole, halves, model_type, tmp_path):
+    class_name, make_config, *_ = FAMILIES[whole]
+    save_halves(tmp_path, class_name, make_config, halves)
+    image, text = (load_encoder(str(tmp_path / modality), modality)
+                   for modality in ("image", "text"))
+    pair, two = Encoders(image, text), Encoders(*(
+        load_encoder(str(tmp_path / "whole"), modality) for modality in ("image", "text")))
+    assert pair.is_contrastive_pair and pair.are_two_halves and image.half_of == model_type
+    assert image.logit_scale == math.log(100)
+    assert two.is_contrastive_pair and not two.are_two_halves
+    # The half has some of the weights of the whole.
+    assert Encoders(image, two.text).is_contrastive_pair
+    assert Encoders(two.image, text).is_contrastive_pair
+    photo, texts = image.prepare(photos()[0])[None], text.prepare(TEXTS)
+    assert torch.allclose(image(photo), two.image(photo), atol=1e-5)
+    assert torch.allclose(text(texts), two.text(texts), atol=1e-5)
+
+
+def test_halves_that_do_not_fit_are_no_pair(tmp_path):
+    save(tmp_path / "clip", *FAMILIES["CLIP"][:2])
+    save(tmp_path / "image", *FAMILIES["CLIP's image half"][:2])
+    save(tmp_path / "narrow", "CLIPTextModelWithProjection", lambda t: t.CLIPTextConfig(
+        **text_config(projection_dim=8)))
+    image = load_encoder(str(tmp_path / "image"), "image")
+    narrow, whole = (load_encoder(str(tmp_path / name), "text") for name in ("narrow", "clip"))
+    assert not Encoders(image, narrow).is_contrastive_pair
+    assert not Encoders(image, whole).is_contrastive_pair  # of another model
+    assert not Encoders(text=narrow).is_contrastive_pair
 
 
 def test_siglip_reads_texts_in_lower_case(tmp_path):
@@ -203,3 +255,43 @@ def test_a_text_model_whose_features_depend_on_the_batch_is_refused(tmp_path):
     edit_json(tmp_path / "gpt2" / "tokenizer_config.json", padding_side="left")
     with pytest.raises(UsageError, match="of a text alone than beside a longer one"):
         load_encoder(str(tmp_path / "gpt2"), "text")
+
+
+@pytest.mark.parametrize("class_name, modality, make_config, message", [
+    ("Blip2ForImageTextRetrieval", "image", lambda t: tiny_blip_2(t), "by many vectors"),
+    ("Blip2ForImageTextRetrieval", "text", lambda t: tiny_blip_2(t), "by many vectors"),
+    ("Blip2Model", "text", lambda t: tiny_blip_2(t), "by many vectors"),
+    ("XCLIPModel", "image", lambda t: t.XCLIPConfig(
+        text_config=text_config(), projection_dim=12, vision_config=VISION | dict(
+            mit_hidden_size=16, mit_intermediate_size=16, mit_num_attention_heads=2)), "videos"),
+    ("Siglip2Model", "image", lambda t: t.Siglip2Config(
+        text_config=text_config(projection_size=16), vision_config=SMALL | dict(
+            patch_size=8, num_patches=16)), "fixed resolution")])
+def test_a_model_without_one_vector_of_a_photo_is_refused(
+        class_name, modality, make_config, message, tmp_path):
+    save(tmp_path / "model", class_name, make_config)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_encoder(str(tmp_path / "model"), modality)
+    assert "\n" not in str(caught.value)
+
+
+def tiny_blip_2(t):
+    return t.Blip2Config(
+        vision_config=VISION, num_query_tokens=4, image_text_hidden_size=12,
+        qformer_config=text_config(encoder_hidden_size=16, use_qformer_text_input=True),
+        text_config=dict(model_type="opt", ffn_dim=32, word_embed_proj_dim=16) | text_config())
+
+
+def test_a_dual_encoder_whose_poolers_are_random_is_refused(tmp_path):
+    """transformers makes one of a text model without a pooler, and gives it a random one."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs
+    save(tmp_path / "dual", "VisionTextDualEncoderModel", lambda t: config(
+        t.ViTConfig(**VISION), t.BertConfig(**text_config()), projection_dim=12))
+    file = tmp_path / "dual" / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items()
+               if "text_model.pooler" not in name}, file, metadata={"format": "pt"})
+    for modality in ("image", "text"):
+        with pytest.raises(UsageError, match="lacks weights, such as text_model.pooler"):
+            load_encoder(str(tmp_path / "dual"), modality)
