@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import json
 import logging
-import threading
 import traceback
 import urllib.error
 import urllib.request
@@ -23,7 +22,9 @@ from torch import nn
 
 from src.device import autocast_dtype, full_memory
 from src.encoders import Encoders
+from src.hub_files import SECONDS_TO_ANSWER, check_files, check_hub, failure
 from src.pretrained import IMAGE, TEXT, PretrainedEncoder
+from src.sentence_modules import POOLED_DECODERS, find_modules
 from src.transformers_encoder import (
     HALF_LOGIT_SCALE,
     REFUSED,
@@ -36,8 +37,6 @@ from src.utils.errors import UsageError, first_line
 
 # Fields of the configuration files of transformers that have no effect here.
 VERSION_FIELDS = ("transformers_version", "torch_dtype", "dtype")
-SECONDS_TO_ANSWER = 4  # that a server has
-LFS_POINTER = b"version https://git-lfs"
 NO_LIMIT = 1e15  # tokenizers that state no length have a larger one
 # Texts that different tokenizers treat differently; the last one is too long for most of them.
 EXAMPLE_TEXTS = [
@@ -133,24 +132,6 @@ def which_function(path):
     return f"name the function as FILE.py:FUNCTION, where it is one of {', '.join(names)}"
 
 
-def failure(ask):
-    """Return the exception that `ask`, which asks a server, raises, or None. After
-    SECONDS_TO_ANSWER that is a TimeoutError: looking up a name, for instance, has no limit."""
-    outcome = []
-
-    def run():
-        try:
-            ask()
-            outcome.append(None)
-        except Exception as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(SECONDS_TO_ANSWER)
-    return outcome[0] if outcome else TimeoutError(f"no answer in {SECONDS_TO_ANSWER} seconds")
-
-
 def load_from_torchvision(name):
     """Load a model whose features are the input of its last linear layer, the classifier."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -233,49 +214,12 @@ def load_from_transformers(name, modality):
         raise UsageError(f"--{modality}_encoder {name}: {fault}") from None
 
 
-def check_hub(name, modality):
-    """Raise UsageError if the Hugging Face hub cannot be reached. transformers would try it many
-    times."""
-    import huggingface_hub
-    error = failure(
-        lambda: huggingface_hub.HfApi().model_info(name, timeout=SECONDS_TO_ANSWER))
-    answered = isinstance(error, (huggingface_hub.errors.HfHubHTTPError,
-                                  huggingface_hub.errors.HFValidationError))
-    if error is not None and not answered:
-        raise UsageError(f"--{modality}_encoder {name}: there is no such folder, it has not been "
-                         "downloaded before, and the Hugging Face hub cannot be reached "
-                         f"({first_line(error)})")
-
-
-def check_files(name):
-    """Raise UsageError if a file of a model, in a folder or in the cache of the hub, is damaged."""
-    import safetensors
-    from huggingface_hub.constants import HF_HUB_CACHE
-    files, cure = sorted(Path(name).glob("*")), "copy it there again"
-    if not Path(name).is_dir():
-        cached = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots")
-        # What lies there are links.
-        files, cure = sorted(cached.glob("*/*")), "delete it, and it will be downloaded again"
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                with safetensors.safe_open(file, "pt"):
-                    pass
-            elif file.suffix == ".json":
-                json.loads(file.read_bytes())
-        except Exception as error:  # safetensors has exceptions of its own
-            if full_memory(error):
-                raise
-            file = file.resolve() if not Path(name).is_dir() else file
-            if file.is_file() and file.read_bytes()[:len(LFS_POINTER)] == LFS_POINTER:
-                raise UsageError(f"{file} is only a pointer of Git LFS; `git lfs pull` in its "
-                                 "folder downloads the file") from None
-            raise UsageError(f"{file} is damaged; {cure} ({first_line(error)})") from None
-
-
 def build_from_transformers(transformers, name, modality, local_files_only):
     """Load model and preprocessing, and check that the model is of this modality and complete."""
     options = dict(trust_remote_code=False, local_files_only=local_files_only)
+    modules, doubt = find_modules(name, modality, local_files_only)
+    if modules is not None:
+        options["subfolder"] = modules.subfolder
     config = transformers.AutoConfig.from_pretrained(name, **options)
     if (config.model_type, modality) in REFUSED:
         raise UsageError(f"--{modality}_encoder {name}: this model "
@@ -299,10 +243,13 @@ def build_from_transformers(transformers, name, modality, local_files_only):
     if loading["missing_keys"]:
         model.pooler = None  # the file has no weights for it, so it was initialised at random
     logit_scale = find_logit_scale(model) if contrastive else None
-    if modality == TEXT and not contrastive and model.config.is_encoder_decoder:
+    pools_decoder = modules is not None and model.config.model_type in POOLED_DECODERS
+    if (modality == TEXT and not contrastive and model.config.is_encoder_decoder
+            and not pools_decoder):
         model = model.get_encoder()  # of BART or T5; the decoder generates texts
     encoder = TransformersEncoder(model.float(), modality, contrastive)
     max_tokens = count_tokens = None
+    prompt, prompt_tokens = "", 0
     if modality == IMAGE:
         processor = transformers.AutoImageProcessor.from_pretrained(name, **options)
 
@@ -318,17 +265,30 @@ def build_from_transformers(transformers, name, modality, local_files_only):
             raise UsageError(f"--text_encoder {name}: the files of its tokenizer, such as "
                              "tokenizer.json, are missing; save it in the same folder with "
                              "tokenizer.save_pretrained")
+        if modules is not None:
+            modules.configure_tokenizer(tokenizer)
+            prompt, prompt_tokens = modules.prompt, modules.count_prompt_tokens(tokenizer)
         max_tokens = find_max_tokens(tokenizer, model)
-        prepare = make_tokenize(tokenizer, model, contrastive, max_tokens)
+        prepare = make_tokenize(tokenizer, model, contrastive, max_tokens, prompt)
 
         def count_tokens(texts):
-            return [len(tokens) for tokens in tokenizer(texts, truncation=False)["input_ids"]]
+            texts = [prompt + text for text in texts]
+            ids = tokenizer(texts, truncation=False)["input_ids"]
+            return [len(tokens) - prompt_tokens for tokens in ids]
 
         preprocessing = describe_tokenizer(tokenizer, prepare)
+        if max_tokens is not None:
+            max_tokens -= prompt_tokens
     preprocessing += as_saved(model.config.get_config_dict(name, **options)[0])
-    pretrained = PretrainedEncoder(name, modality, encoder, prepare, preprocessing, logit_scale,
+    network = encoder
+    if modules is not None:
+        network = modules.build_encoder(encoder, prompt_tokens)
+        preprocessing += modules.description
+    pretrained = PretrainedEncoder(name, modality, network, prepare, preprocessing, logit_scale,
                                    max_tokens, count_tokens)
-    pretrained.rule, pretrained.half_of = encoder.rule, encoder.half_of
+    pretrained.rule, pretrained.half_of = encoder.rule + doubt, encoder.half_of
+    if modules is not None:
+        pretrained.rule = modules.rule
     if pretrained.half_of:
         pretrained.logit_scale = HALF_LOGIT_SCALE
     return pretrained
@@ -373,8 +333,11 @@ def find_max_tokens(tokenizer, model):
     return min(limits) if limits else None
 
 
-def make_tokenize(tokenizer, model, contrastive, max_tokens):
-    """Return a function from a list of texts to the tensors that the model accepts, by name."""
+def make_tokenize(tokenizer, model, contrastive, max_tokens, prompt):
+    """Return a function from a list of texts to the tensors that the model accepts, by name.
+
+    prompt: a text that goes before each of them.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = getattr(model.config, "text_config", model.config)
@@ -387,6 +350,7 @@ def make_tokenize(tokenizer, model, contrastive, max_tokens):
         accepted.discard("attention_mask")
 
     def tokenize(texts):
+        texts = [prompt + text for text in texts]
         texts = [text.lower() for text in texts] if is_siglip else texts
         tokens = tokenizer(texts, truncation=max_tokens is not None, max_length=max_tokens,
                            padding=padding, return_tensors="pt")

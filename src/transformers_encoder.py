@@ -30,10 +30,10 @@ def find_model_class(transformers, config):
     """Return the class that loads all weights which the features depend on.
 
     For some models AutoModel is another one, which drops the projection, and it knows no halves of
-    some contrastive models.
+    some contrastive models and no encoders without their decoder, such as T5EncoderModel.
     """
     architecture = (config.architectures or [""])[0]
-    if (architecture.endswith(("WithProjection", "TextModel", "VisionModel"))
+    if (architecture.endswith(("WithProjection", "TextModel", "VisionModel", "EncoderModel"))
             or architecture == "BlipForImageTextRetrieval"):
         return getattr(transformers, architecture, transformers.AutoModel)
     return transformers.AutoModel

@@ -11,8 +11,9 @@ import torchvision
 from PIL import Image
 
 import show_flickr8k_results
-from src import encoder_sources
-from src.encoder_sources import failure, load_encoder
+from src import hub_files
+from src.encoder_sources import load_encoder
+from src.hub_files import failure
 from src.utils.errors import UsageError
 from tests.conftest import ENCODER_FILE, arguments, edit_json, main, word_tokenizer
 
@@ -73,7 +74,7 @@ def test_weights_are_not_downloaded_if_the_server_does_not_answer(hub_file, monk
         forever.wait()
 
     monkeypatch.setattr("urllib.request.urlopen", answer)
-    monkeypatch.setattr(encoder_sources, "SECONDS_TO_ANSWER", 0.01)
+    monkeypatch.setattr(hub_files, "SECONDS_TO_ANSWER", 0.01)
     with pytest.raises(UsageError, match="cannot be downloaded .TimeoutError: no answer in"):
         load_encoder("mobilenet_v3_small", "image")
     forever.set()
