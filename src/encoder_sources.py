@@ -32,6 +32,7 @@ from src.transformers_encoder import (
     TransformersEncoder,
     find_logit_scale,
     find_model_class,
+    loading_options,
 )
 from src.utils.errors import UsageError, first_line
 
@@ -225,7 +226,7 @@ def build_from_transformers(transformers, name, modality, local_files_only):
         raise UsageError(f"--{modality}_encoder {name}: this model "
                          f"{REFUSED[config.model_type, modality]}")
     model, loading = find_model_class(transformers, config).from_pretrained(
-        name, use_safetensors=True, output_loading_info=True, **options)
+        name, **loading_options(config), **options)
     main_input = model.main_input_name
     if "BlipForImageTextRetrieval" in type(model).__name__:
         model = BlipRetrieval(model)
@@ -286,9 +287,7 @@ def build_from_transformers(transformers, name, modality, local_files_only):
         preprocessing += modules.description
     pretrained = PretrainedEncoder(name, modality, network, prepare, preprocessing, logit_scale,
                                    max_tokens, count_tokens)
-    pretrained.rule, pretrained.half_of = encoder.rule + doubt, encoder.half_of
-    if modules is not None:
-        pretrained.rule = modules.rule
+    pretrained.rule = pretrained.rule + doubt if modules is None else modules.rule
     if pretrained.half_of:
         pretrained.logit_scale = HALF_LOGIT_SCALE
     return pretrained

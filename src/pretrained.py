@@ -42,8 +42,9 @@ class PretrainedEncoder(nn.Module):
     model like CLIP, which embeds photos and texts in the same space; None for others. max_tokens:
     how many tokens of a text `prepare` keeps, and count_tokens: a function from texts to their
     numbers of tokens; both are None where no text is cut, or where that is unknown. rule: a short
-    text that tells the user how the features are taken from the network, or "". half_of, which is
-    set afterwards: the type of the contrastive model of which the network is only one half, or "".
+    text that tells the user how the features are taken from the network, or "". A module that finds
+    this out when it runs has an attribute `rule`. half_of: the type of the contrastive model of
+    which the network is only one half, or "".
 
     Raises UsageError if the encoder does not do this.
     """
@@ -51,14 +52,11 @@ class PretrainedEncoder(nn.Module):
     def __init__(self, name, modality, module, prepare, preprocessing="", logit_scale=None,
                  max_tokens=None, count_tokens=None, rule=""):
         super().__init__()
-        self.rule, self.half_of = rule, ""
         self.name, self.modality, self.module, self.prepare = name, modality, module, prepare
         self.logit_scale, self.max_tokens, self.count_tokens = logit_scale, max_tokens, count_tokens
         self.train()
         self.tensor_hashes = hash_tensors(module)
         self.weights_hash = store_key(sorted(self.tensor_hashes))
-        self.preprocessing_hash = store_key(preprocessing)
-        self.key = store_key(STORE_VERSION, self.weights_hash, self.preprocessing_hash)
         self.example_peak = 0.0
         self.configure(torch.device("cpu"), amp_dtype=None, frozen=True)
         try:
@@ -88,6 +86,10 @@ class PretrainedEncoder(nn.Module):
             if alone.shape != features[:1].shape or not similar(features[:1], alone):
                 raise UsageError(f"{name} makes other features of a text alone than beside a "
                                  "longer one, for instance because its tokenizer pads at the left")
+        found_rule = getattr(module, "rule", "")
+        self.rule, self.half_of = rule or found_rule, getattr(module, "half_of", "")
+        self.preprocessing_hash = store_key(preprocessing + found_rule)
+        self.key = store_key(STORE_VERSION, self.weights_hash, self.preprocessing_hash)
 
     def configure(self, device, amp_dtype, frozen):
         """Move the encoder to a device and choose the precision of `encode`.

@@ -26,6 +26,15 @@ REFUSED = {
     ("siglip2", IMAGE): FIXED_SIZE, ("siglip2_vision_model", IMAGE): FIXED_SIZE}
 
 
+def loading_options(config):
+    """Return the arguments of from_pretrained that a model of this type needs."""
+    options = dict(use_safetensors=True, output_loading_info=True)
+    if config.model_type.startswith("aimv2"):
+        # Its attention to texts is causal. The fused one is so only where a batch has padding.
+        options["attn_implementation"] = "eager"
+    return options
+
+
 def find_model_class(transformers, config):
     """Return the class that loads all weights which the features depend on.
 
@@ -75,9 +84,9 @@ class TransformersEncoder(nn.Module):
     """A model of transformers -> its features (B, width).
 
     The features of a contrastive model, or of one of its halves, are its projected embeddings.
-    Those of another image model are the pooled output, if it has one. Otherwise they are the mean
-    over all tokens or places. Which of these they are is told in `rule` once it has encoded
-    something.
+    Those of another image model are the pooled output, or else the class token, by which such
+    models classify photos. Otherwise they are the mean over all tokens or places. Which of these
+    they are is told in `rule` once it has encoded something.
     """
 
     def __init__(self, model, modality, contrastive):
@@ -88,6 +97,8 @@ class TransformersEncoder(nn.Module):
         # model without such a module is the token that stands for the text, as in CLIP.
         self.use_pooled = contrastive or modality == IMAGE or not any(
             "pooler" in name for name, _ in model.named_modules())
+        self.has_class_token = modality == IMAGE and any(
+            name.endswith("cls_token") for name, _ in model.named_parameters())
 
     @property
     def half_of(self):
@@ -119,7 +130,13 @@ class TransformersEncoder(nn.Module):
             # SigLIP's embeddings are its pooled output. Some models return (B, width, 1, 1).
             projected = self.contrastive or self.model.config.model_type.startswith("siglip")
             return pooled.flatten(1), EMBEDDINGS if projected else POOLED
+        if getattr(output, "cls_token_value", None) is not None:  # CvT keeps it apart
+            return output.cls_token_value[:, 0], "its class token"
         hidden = output.last_hidden_state
+        if self.has_class_token and hidden.ndim == 3:
+            if getattr(self.model.config, "use_mean_pooling", False):  # BEiT, Data2Vec
+                return hidden[:, 1:].mean(1), "the mean over patches"
+            return hidden[:, 0], "its class token"
         if hidden.ndim == 4:  # a convnet's output, (B, width, H, W)
             return hidden.mean((2, 3)), "the mean over places"
         if self.modality == IMAGE:

@@ -57,6 +57,10 @@ def pooled(model, images):
     return model(pixel_values=images).pooler_output.flatten(1)
 
 
+def class_token(model, images):
+    return model(pixel_values=images).last_hidden_state[:, 0]
+
+
 def mean_over_places(model, images):
     hidden = model(pixel_values=images).last_hidden_state
     return hidden.mean((2, 3)) if hidden.ndim == 4 else hidden.mean(1)
@@ -68,6 +72,13 @@ def siglip(model, inputs):
     return projected(model, inputs)
 
 
+CONVNET = dict(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32)
+WINDOWS = dict(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2],
+               window_size=4)
+BLOCKS = dict(image_size=32, in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3],
+              strides=[1, 2], num_block_repeats=[1, 1], expand_ratios=[1, 6], depthwise_padding=[],
+              hidden_dim=12, num_hidden_layers=2, width_coefficient=1.0, depth_coefficient=1.0)
+
 # For each: the class of the model, its configuration, and the features of texts and of photos.
 FAMILIES = {
     "CLIP": ("CLIPModel", lambda t: t.CLIPConfig(
@@ -76,11 +87,7 @@ FAMILIES = {
     "SigLIP": ("SiglipModel", lambda t: t.SiglipConfig(
         text_config=text_config(projection_size=16), vision_config=VISION), siglip, siglip),
     "ALIGN": ("AlignModel", lambda t: t.AlignConfig(
-        text_config=text_config(), projection_dim=12, vision_config=dict(
-            image_size=32, in_channels=[32, 16], out_channels=[16, 24], kernel_sizes=[3, 3],
-            strides=[1, 2], num_block_repeats=[1, 1], expand_ratios=[1, 6], depthwise_padding=[],
-            hidden_dim=12, num_hidden_layers=2, width_coefficient=1.0, depth_coefficient=1.0)),
-        projected, projected),
+        text_config=text_config(), projection_dim=12, vision_config=BLOCKS), projected, projected),
     "FLAVA": ("FlavaModel", lambda t: t.FlavaConfig(
         text_config=SMALL | dict(vocab_size=WORDS), image_config=VISION, multimodal_config=SMALL,
         hidden_size=16, projection_dim=12, image_codebook_config=dict(
@@ -114,14 +121,89 @@ FAMILIES = {
         decoder_start_token_id=0),
         lambda model, tokens: mean_over_tokens(model.get_encoder(), tokens), None),
     "ViT": ("ViTModel", lambda t: t.ViTConfig(**VISION), None, pooled),
+    "ViT with a classifier, without a pooler": (
+        "ViTForImageClassification", lambda t: t.ViTConfig(**VISION), None,
+        lambda model, images: class_token(model.vit, images)),
     "DINOv2": ("Dinov2Model", lambda t: t.Dinov2Config(**VISION), None, pooled),
-    "ConvNeXt": ("ConvNextModel", lambda t: t.ConvNextConfig(
-        hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32), None, pooled),
+    "ConvNeXt": ("ConvNextModel", lambda t: t.ConvNextConfig(**CONVNET), None, pooled),
     "ResNet": ("ResNetModel", lambda t: t.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"), None, pooled),
     "MobileViT": ("MobileViTModel", lambda t: t.MobileViTConfig(
         image_size=32, hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16],
         num_attention_heads=2), None, pooled),
+    "Chinese-CLIP": ("ChineseCLIPModel", lambda t: t.ChineseCLIPConfig(
+        text_config=text_config(), vision_config=VISION, projection_dim=12), projected, projected),
+    "CLIPSeg": ("CLIPSegModel", lambda t: t.CLIPSegConfig(
+        text_config=text_config(), vision_config=VISION, projection_dim=12), projected, projected),
+    "GroupViT": ("GroupViTModel", lambda t: t.GroupViTConfig(
+        text_config=text_config(), projection_dim=12, projection_intermediate_dim=16,
+        vision_config=VISION | dict(depths=[1, 1], num_group_tokens=[4, 0],
+                                    num_output_groups=[4, 4])), projected, projected),
+    "OWL-ViT": ("OwlViTModel", lambda t: t.OwlViTConfig(
+        text_config=text_config(), vision_config=VISION, projection_dim=12), projected, projected),
+    "MetaCLIP 2": ("MetaClip2Model", lambda t: t.MetaClip2Config(
+        text_config=text_config(), vision_config=VISION, projection_dim=12), projected, projected),
+    "AIMv2": ("Aimv2Model", lambda t: t.Aimv2Config(
+        text_config=text_config(), vision_config=VISION, projection_dim=12), projected, projected),
+    "TIPSv2": ("Tipsv2Model", lambda t: t.Tipsv2Config(
+        text_config=text_config(), vision_config=dict(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+            patch_size=8)), projected, projected),
+    "ViT and BERT": ("VisionTextDualEncoderModel",
+        lambda t: t.VisionTextDualEncoderConfig.from_vision_text_configs(
+            t.ViTConfig(**VISION), t.BertConfig(**text_config()), projection_dim=12),
+        projected, projected),
+    "SigLIP's image half": ("SiglipVisionModel", lambda t: t.SiglipVisionConfig(**VISION),
+                            None, pooled),
+    "DINOv2 with registers": ("Dinov2WithRegistersModel", lambda t: t.Dinov2WithRegistersConfig(
+        **VISION), None, pooled),
+    "DINOv3": ("DINOv3ViTModel", lambda t: t.DINOv3ViTConfig(**VISION), None, pooled),
+    "DINOv3, ConvNeXt": ("DINOv3ConvNextModel", lambda t: t.DINOv3ConvNextConfig(**CONVNET),
+                         None, pooled),
+    "DeiT": ("DeiTModel", lambda t: t.DeiTConfig(**VISION), None, pooled),
+    "BEiT": ("BeitModel", lambda t: t.BeitConfig(**VISION, use_mean_pooling=True), None, pooled),
+    "Data2Vec": ("Data2VecVisionModel", lambda t: t.Data2VecVisionConfig(**VISION), None,
+                 lambda model, images: model(pixel_values=images).last_hidden_state[:, 1:].mean(1)),
+    "Swin": ("SwinModel", lambda t: t.SwinConfig(**WINDOWS), None, pooled),
+    "Swin 2": ("Swinv2Model", lambda t: t.Swinv2Config(**WINDOWS), None, pooled),
+    "Hiera": ("HieraModel", lambda t: t.HieraConfig(
+        embed_dim=8, image_size=[32, 32], depths=[1, 1], num_heads=[1, 2], num_query_pool=1,
+        masked_unit_size=[4, 4], masked_unit_attention=[True, False]), None, pooled),
+    "ViT-MSN": ("ViTMSNModel", lambda t: t.ViTMSNConfig(**VISION), None, class_token),
+    "I-JEPA": ("IJepaModel", lambda t: t.IJepaConfig(**VISION), None, mean_over_places),
+    "EfficientNet": ("EfficientNetModel", lambda t: t.EfficientNetConfig(
+        **BLOCKS | dict(hidden_dim=1280)), None, pooled),
+    "MobileNetV2": ("MobileNetV2Model", lambda t: t.MobileNetV2Config(
+        image_size=32, depth_multiplier=0.25), None, pooled),
+    "RegNet": ("RegNetModel", lambda t: t.RegNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8), None, pooled),
+    "ConvNeXt 2": ("ConvNextV2Model", lambda t: t.ConvNextV2Config(**CONVNET), None, pooled),
+    "LeViT": ("LevitModel", lambda t: t.LevitConfig(
+        image_size=32, hidden_sizes=[16, 16, 16], num_attention_heads=[2, 2, 2], depths=[1, 1, 1],
+        key_dim=[8, 8, 8]), None, pooled),
+    "PVT": ("PvtModel", lambda t: t.PvtConfig(
+        image_size=32, depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16],
+        num_attention_heads=[1, 1, 2, 2]), None, class_token),
+    "CvT": ("CvtModel", lambda t: t.CvtConfig(
+        embed_dim=[8, 8, 16], num_heads=[1, 1, 2], depth=[1, 2, 3]), None,
+        lambda model, images: model(pixel_values=images).cls_token_value[:, 0]),
+    "PoolFormer": ("PoolFormerModel", lambda t: t.PoolFormerConfig(
+        hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]), None, mean_over_places),
+    "MPNet": ("MPNetModel", lambda t: t.MPNetConfig(**text_config()), mean_over_tokens, None),
+    "ELECTRA": ("ElectraModel", lambda t: t.ElectraConfig(
+        **text_config(embedding_size=16)), mean_over_tokens, None),
+    "DeBERTa": ("DebertaV2Model", lambda t: t.DebertaV2Config(
+        **text_config(relative_attention=True, pos_att_type="p2c|c2p")), mean_over_tokens, None),
+    "ALBERT": ("AlbertModel", lambda t: t.AlbertConfig(
+        **text_config(embedding_size=16)), mean_over_tokens, None),
+    "ModernBERT": ("ModernBertModel", lambda t: t.ModernBertConfig(
+        **text_config()), mean_over_tokens, None),
+    "XLM-RoBERTa": ("XLMRobertaModel", lambda t: t.XLMRobertaConfig(
+        **text_config()), mean_over_tokens, None),
+    "Qwen 3": ("Qwen3Model", lambda t: t.Qwen3Config(
+        **text_config(num_key_value_heads=2, head_dim=8)), mean_over_tokens, None),
+    "DPR": ("DPRQuestionEncoder", lambda t: t.DPRConfig(**text_config()),
+            lambda model, tokens: model(**tokens).pooler_output, None),
 }
 
 
@@ -131,6 +213,8 @@ def save(folder, class_name, make_config):
     folder.mkdir()
     word_tokenizer(folder)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    if not hasattr(transformers, class_name):
+        pytest.skip(f"this version of transformers has no {class_name}")
     torch.manual_seed(0)
     model = getattr(transformers, class_name)(make_config(transformers)).eval()
     for parameter in model.parameters():  # so that the features of two inputs differ clearly
@@ -165,7 +249,7 @@ def test_features_are_those_that_the_authors_mean(family, tmp_path):
         assert torch.allclose(encoder(images), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["CLIP", "SigLIP", "ALIGN", "AltCLIP", "BLIP"])
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if None not in row])
 def test_both_encoders_of_a_contrastive_model_are_a_pair(family, tmp_path):
     class_name, make_config, *_ = FAMILIES[family]
     model = save(tmp_path / "model", class_name, make_config)
@@ -175,9 +259,9 @@ def test_both_encoders_of_a_contrastive_model_are_a_pair(family, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "model")
     again = load_encoder(f"{tmp_path}/./link/", "text")
     assert Encoders(encoders.image, again).is_contrastive_pair
-    scale = {"ALIGN": lambda: 1 / model.temperature.item(), "BLIP": lambda: 1 / 0.07}.get(
-        family, lambda: model.logit_scale.exp().item())()
-    assert encoders.image.logit_scale == pytest.approx(math.log(scale), abs=1e-5)
+    scale = 1 / model.temperature if hasattr(model, "temperature") else (
+        torch.tensor(1 / 0.07) if family == "BLIP" else model.logit_scale.exp())
+    assert encoders.image.logit_scale == pytest.approx(math.log(scale.item()), abs=1e-5)
 
 
 def test_encoders_of_two_models_are_no_pair(tmp_path):
@@ -194,6 +278,8 @@ def test_encoders_of_two_models_are_no_pair(tmp_path):
 def save_halves(folder, class_name, make_config, halves):
     """Save a model, and its halves of these classes in the folders "image" and "text"."""
     transformers = pytest.importorskip("transformers")
+    if "siglip_text_model" not in transformers.CONFIG_MAPPING and class_name == "SiglipModel":
+        pytest.skip("this version of transformers cannot load SigLIP's text half by its type")
     save(folder / "whole", class_name, make_config)
     for modality, half in zip(("image", "text"), halves):
         half = getattr(transformers, half).from_pretrained(folder / "whole")
