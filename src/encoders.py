@@ -60,19 +60,21 @@ class Encoders:
         Its weights tell, as the same folder may have several names. A half that was saved in a
         folder of its own has a part of the model's weights.
         """
-        if self.image is None or self.text is None or None in (
-                self.image.logit_scale, self.text.logit_scale):
+        image, text = self.image, self.text
+        if image is None or text is None or image.width != text.width:
             return False
-        image, text = self.image.tensor_hashes, self.text.tensor_hashes
-        return image <= text or text <= image or self.are_two_halves
+        if image.logit_scale is None or text.logit_scale is None:
+            return False
+        return (image.tensor_hashes <= text.tensor_hashes
+                or text.tensor_hashes <= image.tensor_hashes or self.are_two_halves)
 
     @property
     def are_two_halves(self):
         """Whether each encoder is only one half of a contrastive model, of the same type and the
         same width. That it is the same model cannot be told from their files."""
-        return (self.image is not None and self.text is not None and self.image.half_of != ""
-                and self.image.half_of == self.text.half_of
-                and self.image.width == self.text.width)
+        image, text = self.image, self.text
+        return (image is not None and text is not None and image.half_of != ""
+                and image.half_of == text.half_of and image.width == text.width)
 
     @property
     def feature_widths(self):

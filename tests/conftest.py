@@ -295,12 +295,12 @@ def copied(shapes, tmp_path):
     return shutil.copytree(shapes, tmp_path / "shapes", ignore=shutil.ignore_patterns(STORE_FOLDER))
 
 
-def word_tokenizer(folder):
+def word_tokenizer(folder, more=""):
     """Save a tokenizer of transformers that knows a few words; it ends each text with [EOS]."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    words = "[PAD] [UNK] [EOS] a an the red blue green small large circle square above below"
-    vocabulary = {word: i for i, word in enumerate(words.split())}
+    words = "[PAD] [UNK] [EOS] a an the red blue green small large circle square above below "
+    vocabulary = {word: i for i, word in enumerate((words + more).split())}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -11,8 +11,11 @@ from PIL import Image
 
 from src.encoder_sources import load_encoder
 from src.encoders import Encoders
+from src.runs import HISTORY, load_json
+from src.search import photos_of_split
 from src.utils.errors import UsageError
-from tests.conftest import edit_json, word_tokenizer
+from src.utils.photo_store import open_photo
+from tests.conftest import arguments, edit_json, main, word_tokenizer
 
 pytestmark = pytest.mark.extra
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
@@ -87,7 +90,7 @@ FAMILIES = {
     "SigLIP": ("SiglipModel", lambda t: t.SiglipConfig(
         text_config=text_config(projection_size=16), vision_config=VISION), siglip, siglip),
     "ALIGN": ("AlignModel", lambda t: t.AlignConfig(
-        text_config=text_config(), projection_dim=12, vision_config=BLOCKS), projected, projected),
+        text_config=text_config(), projection_dim=24, vision_config=BLOCKS), projected, projected),
     "FLAVA": ("FlavaModel", lambda t: t.FlavaConfig(
         text_config=SMALL | dict(vocab_size=WORDS), image_config=VISION, multimodal_config=SMALL,
         hidden_size=16, projection_dim=12, image_codebook_config=dict(
@@ -207,8 +210,9 @@ FAMILIES = {
 }
 
 
-def save(folder, class_name, make_config):
-    """Save a tiny random model, with a tokenizer and an image processor for any model."""
+def save(folder, class_name, make_config, spread=0.2):
+    """Save a tiny random model, with a tokenizer and an image processor for any model. spread: the
+    standard deviation of its weights."""
     transformers = pytest.importorskip("transformers")
     folder.mkdir()
     word_tokenizer(folder)
@@ -219,7 +223,7 @@ def save(folder, class_name, make_config):
     model = getattr(transformers, class_name)(make_config(transformers)).eval()
     for parameter in model.parameters():  # so that the features of two inputs differ clearly
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=spread)
     model.save_pretrained(folder)
     return model
 
@@ -381,3 +385,54 @@ def test_a_dual_encoder_whose_poolers_are_random_is_refused(tmp_path):
     for modality in ("image", "text"):
         with pytest.raises(UsageError, match="lacks weights, such as text_model.pooler"):
             load_encoder(str(tmp_path / "dual"), modality)
+
+
+@torch.no_grad()
+def scores_of_its_own(model, folder, photos, texts):
+    """Return what the model itself says of photos and texts, (photos, texts), in one pass."""
+    import transformers
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    images = processor(images=[open_photo(photo, 64) for photo in photos], return_tensors="pt")
+    padding, options = True, {}
+    if "Siglip" in type(model).__name__:  # as its authors say
+        padding, texts = "max_length", [text.lower() for text in texts]
+    if "Blip" in type(model).__name__:
+        options["use_itm_head"] = False
+    tokens = tokenizer(texts, padding=padding, return_token_type_ids=False, return_tensors="pt")
+    if padding == "max_length":
+        del tokens["attention_mask"]
+    output = model(**images, **tokens, **options)
+    return output.itm_score if "Blip" in type(model).__name__ else output.logits_per_image
+
+
+def hits_at_k(scores, owners, k):
+    """Return the percentages of photos and of texts whose rank is at most k, one by one."""
+    photos = texts = 0
+    for photo, row in enumerate(scores):
+        best = row[owners == photo].max()
+        photos += int((row[owners != photo] >= best).sum()) < k
+    for text, column in enumerate(scores.T):
+        mine = column[owners[text]]
+        others = torch.arange(len(column)) != owners[text]
+        texts += int((column[others] >= mine).sum()) < k
+    return 100 * photos / len(scores), 100 * texts / scores.shape[1]
+
+
+@pytest.mark.parametrize("family", ["CLIP", "ALIGN", "BLIP", "SigLIP", "SigLIP 2"])
+def test_epoch_0_ranks_as_the_model_itself_does(family, shapes, tmp_path):
+    folder = tmp_path / "model"
+    model = save(folder, *FAMILIES[family.removesuffix(" 2")][:2], spread=0.5)
+    words = "tiny two three there are picture of orange purple cross crosses at bottom top and"
+    capitals = " A There" if family == "SigLIP 2" else ""  # of a fixed resolution
+    word_tokenizer(folder, words + capitals)
+    names = ["--image_encoder", folder, "--text_encoder", folder, "--no-amp"]
+    assert main(*arguments(shapes, tmp_path / "run", *names, epochs=1)) == 0
+    zero_shot = load_json(tmp_path / "run" / HISTORY)[0]
+    photos, captions = photos_of_split(shapes, "val")
+    owners = torch.tensor([i for i, texts in enumerate(captions) for _ in texts])
+    scores = scores_of_its_own(model, folder, photos, sum(captions, []))
+    assert zero_shot["epoch"] == 0 and len(set(scores.argmax(0).tolist())) > 1
+    for k in (1, 5, 10):
+        assert [zero_shot["val"][f"{way}_r{k}"] for way in ("i2t", "t2i")] == pytest.approx(
+            hits_at_k(scores, owners, k))
