@@ -218,7 +218,7 @@ def load_from_transformers(name, modality):
 def build_from_transformers(transformers, name, modality, local_files_only):
     """Load model and preprocessing, and check that the model is of this modality and complete."""
     options = dict(trust_remote_code=False, local_files_only=local_files_only)
-    modules, doubt = find_modules(name, modality, local_files_only)
+    modules, doubt = find_modules(name, modality)
     if modules is not None:
         options["subfolder"] = modules.subfolder
     config = transformers.AutoConfig.from_pretrained(name, **options)

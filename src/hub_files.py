@@ -1,4 +1,5 @@
 """Files of models: in a folder, in the cache of the Hugging Face hub, or on the hub."""
+import functools
 import json
 import threading
 from pathlib import Path
@@ -28,48 +29,53 @@ def failure(ask):
     return outcome[0] if outcome else TimeoutError(f"no answer in {SECONDS_TO_ANSWER} seconds")
 
 
-def check_hub(name, modality):
-    """Raise UsageError if the Hugging Face hub cannot be reached. transformers would try it many
-    times."""
+@functools.cache
+def hub_failure(name):
+    """Return the exception because of which the Hugging Face hub cannot be asked for a model, or
+    None. It is asked once."""
     import huggingface_hub
     error = failure(
         lambda: huggingface_hub.HfApi().model_info(name, timeout=SECONDS_TO_ANSWER))
     answered = isinstance(error, (huggingface_hub.errors.HfHubHTTPError,
                                   huggingface_hub.errors.HFValidationError))
-    if error is not None and not answered:
-        raise UsageError(f"--{modality}_encoder {name}: there is no such folder, it has not been "
-                         "downloaded before, and the Hugging Face hub cannot be reached "
-                         f"({first_line(error)})")
+    return None if answered else error
 
 
-def find_file(name, file, local_files_only):
+def check_hub(name, modality):
+    """Raise UsageError if the Hugging Face hub cannot be reached. transformers would try it many
+    times."""
+    error = hub_failure(name)
+    if error is not None:
+        fault = "it has not been downloaded before"
+        if cached_files(name):
+            fault = "not all of its files have been downloaded before"
+        raise UsageError(f"--{modality}_encoder {name}: there is no such folder, {fault}, and the "
+                         f"Hugging Face hub cannot be reached ({first_line(error)})")
+
+
+def find_file(name, file):
     """Return the path of a file of a model, or None if the model has no such file.
 
-    A file of the hub is downloaded unless it is in the cache. Raises OSError if that fails;
-    local_files_only: it also fails if the hub does not answer soon.
+    The hub is only asked about what is not in its cache. Raises OSError if it cannot be reached.
     """
     if Path(name).is_dir():
         path = Path(name, file)
         return path if path.is_file() else None
     import huggingface_hub
-    if local_files_only and not cached_files(name):
-        raise OSError(f"{name} has not been downloaded before")
+    errors = huggingface_hub.errors
     try:
         cached = huggingface_hub.try_to_load_from_cache(name, file)
-        if cached is None and local_files_only:
-            error = failure(lambda: huggingface_hub.hf_hub_download(name, file))
-            if error is not None:
-                raise error
-            cached = huggingface_hub.try_to_load_from_cache(name, file)
-        if cached is None:
-            cached = huggingface_hub.hf_hub_download(name, file)
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
-        raise OSError(first_line(error)) from None
-    except huggingface_hub.errors.EntryNotFoundError:
+        if cached is not None:  # a path, or a mark that there is no such file
+            return Path(cached) if isinstance(cached, str) else None
+        if hub_failure(name) is not None:
+            raise OSError(f"{name}: the hub cannot be reached")
+        return Path(huggingface_hub.hf_hub_download(name, file))
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):  # the hub could not be reached
+            raise OSError(first_line(error)) from None
         return None
-    except huggingface_hub.errors.HFValidationError as error:
+    except errors.HFValidationError as error:
         raise OSError(first_line(error)) from None
-    return Path(cached) if isinstance(cached, str) else None  # else a mark that there is none
 
 
 def cached_files(name):

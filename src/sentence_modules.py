@@ -34,15 +34,16 @@ WITHOUT_EFFECT = {"trust_remote_code", "torch_dtype", "dtype", "attn_implementat
 POOLED_DECODERS = ("bart", "mbart", "plbart", "mvp", "led", "bigbird_pegasus")
 
 
-def find_modules(name, modality, local_files_only):
+def find_modules(name, modality):
     """Return the `SentenceModules` of a model of sentence-transformers, or None for another model,
     and a text for the user if that is unknown."""
     try:
-        if find_file(name, "modules.json", local_files_only) is None:
+        if find_file(name, "modules.json") is None:
             return None, ""
     except OSError:
-        return None, "; whether its authors mean another pooling is unknown without the hub"
-    return SentenceModules(name, modality, local_files_only), ""
+        doubt = "; whether its authors mean another pooling is unknown without the hub"
+        return None, doubt if modality == "text" else ""
+    return SentenceModules(name, modality), ""
 
 
 class SentenceModules:
@@ -55,8 +56,8 @@ class SentenceModules:
     Raises UsageError for modules and options that are unknown here, and OSError if the hub fails.
     """
 
-    def __init__(self, name, modality, local_files_only):
-        self.name, self.modality, self.local_files_only = name, modality, local_files_only
+    def __init__(self, name, modality):
+        self.name, self.modality = name, modality
         modules = [(self.find_kind(module["type"]), module["path"])
                    for module in self.read_json("modules.json", required=True)]
         (kind, self.subfolder), *rest = modules or [("", "")]
@@ -81,14 +82,11 @@ class SentenceModules:
         raise UsageError(f"--{self.modality}_encoder {self.name}: this model of "
                          f"sentence-transformers {fault}")
 
-    def find_file(self, file):
-        return find_file(self.name, file, self.local_files_only)
-
     def read_json(self, *path, required=False):
         """Read a configuration; if it is unknown whether there is one, it is only an error for a
         required one."""
         try:
-            file = self.find_file("/".join(filter(None, path)))
+            file = find_file(self.name, "/".join(filter(None, path)))
         except OSError:
             if required:
                 raise
@@ -149,12 +147,12 @@ class SentenceModules:
     def read_layer(self, kind, folder):
         """Return a module that comes after pooling, with its weights."""
         from safetensors.torch import load_file
-        config = self.read_json(folder, "config.json", required=kind != "Normalize")
+        if kind == "Normalize":
+            return Normalize()
+        config = self.read_json(folder, "config.json", required=True)
         for key in ("module_input_name", "module_output_name"):
             if (config.get(key) or "sentence_embedding") != "sentence_embedding":
                 self.refuse(f"has a {kind} for {config[key]}, which this project does not know")
-        if kind == "Normalize":
-            return Normalize()
         if kind == "LayerNorm":
             layer = nn.LayerNorm(config["dimension"])
         elif kind == "Dense":
@@ -166,8 +164,8 @@ class SentenceModules:
             layer = Dense(config["in_features"], config["out_features"], config.get("bias", True),
                           getattr(nn, activation)(), config.get("use_residual", False))
         else:
-            self.refuse(f"has a second {kind}")
-        file = self.find_file(f"{folder}/model.safetensors")
+            self.refuse(f"has the module {kind} in a place that this project does not know")
+        file = find_file(self.name, f"{folder}/model.safetensors")
         if file is None:
             self.refuse(f"lacks {folder}/model.safetensors; a .bin file could run code when it is "
                         "read")

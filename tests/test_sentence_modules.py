@@ -7,8 +7,10 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from src.encoder_sources import load_encoder
+from src.encoders import Encoders
 from src.utils.errors import UsageError
 from tests.conftest import edit_json, word_tokenizer
 
@@ -53,6 +55,10 @@ def bart(t):
         vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0,
         max_position_embeddings=24, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2))
+
+
+def clip(t):
+    return t.CLIPModel(t.CLIPConfig(text_config=SMALL, vision_config=VISION, projection_dim=12))
 
 
 def save(folder, make_model, **tokenizer_changes):
@@ -228,6 +234,36 @@ def test_older_files_are_read(row, subfolder, tmp_path):
     except ImportError:
         return
     compare(sentence_transformers, tmp_path / "model")
+
+
+@pytest.mark.parametrize("style", ["CLIPModel", "Transformer and Normalize"])
+@torch.no_grad()
+def test_an_image_text_model_is_a_pair(style, tmp_path):
+    folder = tmp_path / "model"
+    subfolder = folder / "0_CLIPModel" if style == "CLIPModel" else folder
+    model = save(subfolder, clip)
+    import transformers
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={
+        "height": 32, "width": 32}).save_pretrained(subfolder)
+    if style == "CLIPModel":
+        write_modules(folder, {"0_CLIPModel": "CLIPModel"})
+    else:
+        outputs = {part: {"method": f"get_{part}_features", "method_output_name": "pooler_output"}
+                   for part in ("image", "text")}
+        write_modules(folder, {"": "Transformer", "1_Normalize": "Normalize"}, **{
+            "sentence_bert_config.json": {"modality_config": outputs}})
+    image, text = (load_encoder(str(folder), modality) for modality in ("image", "text"))
+    assert Encoders(image, text).is_contrastive_pair
+    photos = torch.stack([image.prepare(Image.effect_noise((60, 40), sigma).convert("RGB"))
+                          for sigma in (20, 90)])
+    tokens = text.prepare(TEXTS[:3])
+    expected = model(pixel_values=photos, **tokens)
+    for features, right in ((image(photos), expected.image_embeds),
+                            (text(tokens), expected.text_embeds)):
+        if style == "CLIPModel":  # transformers' own are of unit length
+            assert not torch.allclose(features.norm(dim=1), torch.ones(len(features)), atol=1e-2)
+            features = torch.nn.functional.normalize(features)
+        assert torch.allclose(features, right, atol=1e-4)
 
 
 def cls_model(folder, **files):
