@@ -201,18 +201,26 @@ def load_from_transformers(name, modality):
             fault = ("a package is missing: pip install -r requirements-extra.txt "
                      f"({first_line(error)})")
         elif is_folder:
-            fault = f"transformers finds no such model in this folder ({first_line(error)})"
-            if list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors")):
-                fault = ("the weights in this folder are in a .bin file, which could run code when "
-                         "it is read; save them as safetensors")
-            elif (Path(name) / "adapter_config.json").is_file():
-                fault = ("this folder holds an adapter and not a model; merge it into its model "
-                         "with merge_and_unload and save that")
-            elif (modality == IMAGE and (Path(name) / "config.json").is_file()
-                  and not list(Path(name).glob("*processor_config.json"))):
-                fault = ("preprocessor_config.json is missing in this folder; save the image "
-                         "processor there with its save_pretrained")
+            fault = describe_fault(Path(name), modality, error)
         raise UsageError(f"--{modality}_encoder {name}: {fault}") from None
+
+
+def describe_fault(folder, modality, error):
+    """Say why transformers could not load the model in a folder."""
+    if list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
+        return ("the weights in this folder are in a .bin file, which could run code when it is "
+                "read; save them as safetensors")
+    if (folder / "adapter_config.json").is_file():
+        return ("this folder holds an adapter and not a model; merge it into its model with "
+                "merge_and_unload and save that")
+    if not (folder / "config.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; it has folders with one, such as {folder / inner[0]}" if inner else ""
+        return f"transformers finds no such model in this folder, as it has no config.json{hint}"
+    if modality == IMAGE and not list(folder.glob("*processor_config.json")):
+        return ("preprocessor_config.json is missing in this folder; save the image processor "
+                "there with its save_pretrained")
+    return f"transformers cannot load the model in this folder ({first_line(error)})"
 
 
 def build_from_transformers(transformers, name, modality, local_files_only):
@@ -259,7 +267,13 @@ def build_from_transformers(transformers, name, modality, local_files_only):
 
         preprocessing = as_saved(processor.get_image_processor_dict(name, **options)[0])
     else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        except (ValueError, TypeError, AttributeError) as error:
+            check_files(name)
+            raise UsageError(f"--text_encoder {name}: transformers cannot load its tokenizer; are "
+                             "all of its files there, such as tokenizer.json or spiece.model? "
+                             f"({first_line(error)})") from None
         # Without the files of a tokenizer, transformers 5 makes one that knows no words.
         words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
         if not any(character.isalnum() for word in words for character in str(word)):

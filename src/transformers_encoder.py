@@ -22,7 +22,8 @@ REFUSED = {
     ("blip-2", IMAGE): MANY_VECTORS, ("blip-2", TEXT): MANY_VECTORS,
     ("instructblip", IMAGE): MANY_VECTORS, ("instructblip", TEXT): MANY_VECTORS,
     ("instructblipvideo", IMAGE): FRAMES, ("instructblipvideo", TEXT): FRAMES,
-    ("xclip", IMAGE): FRAMES, ("xclip", TEXT): FRAMES,
+    ("xclip", IMAGE): FRAMES, ("xclip", TEXT): FRAMES, ("videomae", IMAGE): FRAMES,
+    ("timesformer", IMAGE): FRAMES, ("vivit", IMAGE): FRAMES, ("vjepa2", IMAGE): FRAMES,
     ("siglip2", IMAGE): FIXED_SIZE, ("siglip2_vision_model", IMAGE): FIXED_SIZE}
 
 

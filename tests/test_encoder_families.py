@@ -354,6 +354,7 @@ def test_a_text_model_whose_features_depend_on_the_batch_is_refused(tmp_path):
     ("XCLIPModel", "image", lambda t: t.XCLIPConfig(
         text_config=text_config(), projection_dim=12, vision_config=VISION | dict(
             mit_hidden_size=16, mit_intermediate_size=16, mit_num_attention_heads=2)), "videos"),
+    ("VideoMAEModel", "image", lambda t: t.VideoMAEConfig(**VISION), "videos"),
     ("Siglip2Model", "image", lambda t: t.Siglip2Config(
         text_config=text_config(projection_size=16), vision_config=SMALL | dict(
             patch_size=8, num_patches=16)), "fixed resolution")])

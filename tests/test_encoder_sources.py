@@ -204,6 +204,10 @@ def test_features_of_a_text_model_are_the_mean_over_its_tokens(bert, clip, tmp_p
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="transformers finds no such model"):
         load_encoder(str(tmp_path / "empty"), "text")
+    (tmp_path / "parts").mkdir()
+    shutil.copytree(bert, tmp_path / "parts" / "text")
+    with pytest.raises(UsageError, match="no config.json; it has folders with one, .*parts/text"):
+        load_encoder(str(tmp_path / "parts"), "text")
 
 
 @pytest.mark.extra
@@ -270,6 +274,15 @@ def test_a_text_model_without_the_files_of_its_tokenizer_is_refused(bert, clip, 
             path.unlink()
         with pytest.raises(UsageError, match="tokenizer"):
             load_encoder(str(folder), "text")
+
+
+@pytest.mark.extra
+def test_a_tokenizer_that_lacks_a_file_is_named(bert, tmp_path):
+    pytest.importorskip("sentencepiece")
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="SiglipTokenizer")
+    with pytest.raises(UsageError, match="cannot load its tokenizer; are all of its files there"):
+        load_encoder(str(folder), "text")
 
 
 @pytest.mark.extra
