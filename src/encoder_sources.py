@@ -23,6 +23,7 @@ from torch import nn
 from src.device import autocast_dtype, full_memory
 from src.encoders import Encoders
 from src.hub_files import SECONDS_TO_ANSWER, check_files, check_hub, failure
+from src.inner_layers import InnerLayers
 from src.pretrained import IMAGE, TEXT, PretrainedEncoder
 from src.sentence_modules import POOLED_DECODERS, find_modules
 from src.transformers_encoder import (
@@ -85,7 +86,8 @@ def load_from_file(name, modality):
 
     The function takes no arguments. For images it returns (module, transform): the transform turns
     a PIL photo, RGB and upright, into a float tensor (3, H, W), and the module turns
-    (B, 3, H, W) into features (B, width). For texts it returns (module, tokenize): `tokenize` turns
+    (B, 3, H, W) into features (B, width); wrapped in `InnerLayers`, it also gives those of its inner
+    layers. For texts it returns (module, tokenize): `tokenize` turns
     a list of texts into a dict of tensors (B, ...), and `module(**tensors)` returns (B, width).
     `src/experiments/efficientnet_lite2.py` is an example.
     """
@@ -161,8 +163,8 @@ def load_from_torchvision(name):
         raise UsageError(f"--image_encoder {name}: this model has no linear layer whose input "
                          "could serve as features")
     model.set_submodule(linear[-1], nn.Identity())
-    return PretrainedEncoder(name, IMAGE, model, weights.transforms(), str(weights),
-                             rule="the input of its last linear layer")
+    network = InnerLayers(model, "the input of its last linear layer")
+    return PretrainedEncoder(name, IMAGE, network, weights.transforms(), str(weights))
 
 
 def load_from_transformers(name, modality):
@@ -296,6 +298,8 @@ def build_from_transformers(transformers, name, modality, local_files_only):
             max_tokens -= prompt_tokens
     preprocessing += as_saved(model.config.get_config_dict(name, **options)[0])
     network = encoder
+    if modality == IMAGE and modules is None and not encoder.makes_embeddings:
+        network = InnerLayers(encoder)
     if modules is not None:
         network = modules.build_encoder(encoder, prompt_tokens)
         preprocessing += modules.description

@@ -100,13 +100,16 @@ class TransformersEncoder(nn.Module):
             "pooler" in name for name, _ in model.named_modules())
         self.has_class_token = modality == IMAGE and any(
             name.endswith("cls_token") for name, _ in model.named_parameters())
+        # Whether the features are embeddings in a space of photos and texts.
+        self.makes_embeddings = (contrastive or type(model).__name__.endswith("WithProjection")
+                                 or model.config.model_type.startswith("siglip"))
 
     @property
     def half_of(self):
         """The type of the contrastive model of which this is one half, or ""."""
         suffix = "_vision_model" if self.modality == IMAGE else "_text_model"
         model_type = self.model.config.model_type
-        is_half = self.rule == EMBEDDINGS and model_type.endswith(suffix)
+        is_half = self.makes_embeddings and model_type.endswith(suffix)
         return model_type.removesuffix(suffix) if is_half else ""
 
     def forward(self, images=None, **tokens):
@@ -129,8 +132,7 @@ class TransformersEncoder(nn.Module):
             if pooled.ndim == 3:  # FLAVA projects all tokens; the first stands for all of them
                 pooled = pooled[:, 0]
             # SigLIP's embeddings are its pooled output. Some models return (B, width, 1, 1).
-            projected = self.contrastive or self.model.config.model_type.startswith("siglip")
-            return pooled.flatten(1), EMBEDDINGS if projected else POOLED
+            return pooled.flatten(1), EMBEDDINGS if self.makes_embeddings else POOLED
         if getattr(output, "cls_token_value", None) is not None:  # CvT keeps it apart
             return output.cls_token_value[:, 0], "its class token"
         hidden = output.last_hidden_state

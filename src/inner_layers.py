@@ -1,0 +1,97 @@
+"""Features of inner layers of an image network, beside those of its last layer.
+
+The last layers of a network that was trained to tell classes apart forget what does not tell them
+apart, such as colours, numbers and surroundings, of which captions speak."""
+import contextlib
+
+import torch
+from torch import nn
+
+QUARTERS = (3, 4)  # of a network's depth, each of which gives the features of one layer
+
+
+class InnerLayers(nn.Module):
+    """A network with features of two of its inner layers: photos (B, 3, H, W) -> (B, width).
+
+    First come the network's own features (B, ...). Then, for the third and for the fourth quarter
+    of its convolutions and linear layers, in the order in which they compute, the means over all
+    places of what one of them takes: the one with the widest input, and of several the last. In
+    most networks these are the activations in the middle of a block. The signed square root of the
+    means evens out the few channels that respond strongly (Perronnin, Sanchez and Mensink 2010).
+
+    `layers` are the names of these layers, which are found in the first call. Where there are none,
+    the network keeps its own features alone. own_rule: a text that tells the user how these are
+    taken from the network; by default its attribute `rule`."""
+
+    def __init__(self, network, own_rule=""):
+        super().__init__()
+        self.network, self.own_rule, self.layers = network, own_rule, None
+
+    @property
+    def rule(self):
+        """A text that tells the user how the features are taken from the network."""
+        own = self.own_rule or getattr(self.network, "rule", "") or "its own features"
+        inner = " and ".join(self.layers or ())
+        return f"{own}, and the means of what {inner} take" if inner else own
+
+    def forward(self, images):
+        if self.layers is None:
+            self.layers = self._choose_layers(images)
+        means = {}
+
+        def keep(name, layer, features):
+            channels = channel_dim(layer) % features.ndim
+            places = [dim for dim in range(1, features.ndim) if dim != channels]
+            mean = features.float().mean(places)
+            # At zero the gradient of the square root would be infinite.
+            means[name] = mean.sign() * mean.abs().clamp(min=1e-6).sqrt()
+
+        with self._watch(self.layers, keep):
+            features = self.network(images)
+        return torch.cat([features, *(means[name] for name in self.layers)], dim=1)
+
+    @torch.no_grad()
+    def _choose_layers(self, images):
+        """Return the names of the layers whose input gives features."""
+        images = torch.cat([images[:1], images[:1]])
+        widths = []  # (name of a layer, width of its input), in the order in which they compute
+
+        def note(name, layer, features):
+            # A layer may also take the windows of a photo one by one, or, as a classifier does, one
+            # vector for the whole photo.
+            width = features.shape[channel_dim(layer)]
+            if len(features) == len(images) and features[0].numel() > width:
+                widths.append((name, width))
+
+        with self._watch([name for name, layer in self.network.named_modules()
+                          if isinstance(layer, (nn.Conv2d, nn.Linear))], note):
+            self.network(images)
+        called = [name for name, _ in widths]
+        widths = [(name, width) for name, width in widths if called.count(name) == 1]
+        chosen = []
+        for quarter in QUARTERS:
+            part = widths[(quarter - 1) * len(widths) // 4:quarter * len(widths) // 4]
+            if part:
+                widest = max(width for _, width in part)
+                chosen.append([name for name, width in part if width == widest][-1])
+        return chosen
+
+    @contextlib.contextmanager
+    def _watch(self, names, function):
+        """Inside, function(name, layer, features) is called before a layer of one of these names
+        takes its features."""
+        def hook_of(name):
+            return lambda layer, inputs: function(name, layer, inputs[0])
+
+        hooks = [self.network.get_submodule(name).register_forward_pre_hook(hook_of(name))
+                 for name in names]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def channel_dim(layer):
+    """The dimension of the channels in the input of a convolution or of a linear layer."""
+    return 1 if isinstance(layer, nn.Conv2d) else -1

@@ -1,0 +1,113 @@
+"""The features of inner layers beside a network's own."""
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from src.inner_layers import InnerLayers
+
+
+def signed_root(x):
+    return x.sign() * x.abs().sqrt()
+
+
+class Block(nn.Module):
+    """Takes maps (B, width, H, W), or with `last` tokens (B, N, width), to four times the width and
+    back."""
+
+    def __init__(self, width, last):
+        super().__init__()
+        make = nn.Linear if last else (lambda *sizes: nn.Conv2d(*sizes, 1))
+        self.expand, self.reduce = make(width, 4 * width), make(4 * width, width)
+
+    def forward(self, x):
+        return x + self.reduce(self.expand(x).relu())
+
+
+class Network(nn.Module):
+    def __init__(self, blocks, tokens):
+        super().__init__()
+        self.tokens = tokens
+        self.blocks = nn.ModuleList(Block(3, tokens) for _ in range(blocks))
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, images):
+        x = images.flatten(2).transpose(1, 2) if self.tokens else images
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1) if self.tokens else x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@torch.no_grad()
+def test_the_widest_layers_of_the_third_and_of_the_fourth_quarter_are_added(tokens):
+    network, images = Network(8, tokens), torch.randn(2, 3, 6, 4)
+    features = InnerLayers(network)(images)
+    expected = [network(images)]
+    x = images.flatten(2).transpose(1, 2) if tokens else images
+    for i, block in enumerate(network.blocks):
+        if i in (5, 7):
+            inner = block.expand(x).relu()
+            expected.append(signed_root(inner.mean(1) if tokens else inner.mean((2, 3))))
+        x = block(x)
+    assert features.shape == (2, 5 + 12 + 12)
+    assert torch.allclose(features, torch.cat(expected, 1), atol=1e-3)
+
+
+def test_the_rule_names_the_layers():
+    wrapped = InnerLayers(Network(8, False), "its own output")
+    wrapped(torch.randn(2, 3, 4, 4))
+    assert wrapped.rule == ("its own output, and the means of what blocks.5.reduce and "
+                            "blocks.7.reduce take")
+
+
+def test_layers_that_see_one_vector_or_windows_and_shared_layers_are_left_out():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.window, self.shared, self.vector = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, images):
+            tokens = images.flatten(2).transpose(1, 2)
+            windows = self.window(tokens.reshape(-1, 2, 3)).view_as(tokens)
+            return self.vector(self.shared(self.shared(windows)).mean(1))
+
+    wrapped, images = InnerLayers(Windows()), torch.randn(2, 3, 4, 4)
+    assert torch.equal(wrapped(images), wrapped.network(images))
+    assert wrapped.layers == [] and wrapped.rule == "its own features"
+
+
+def test_features_of_a_photo_do_not_depend_on_its_batch():
+    network, images = Network(8, False), torch.randn(3, 3, 4, 4)
+    together = InnerLayers(network)(images)
+    alone = InnerLayers(network)
+    assert torch.allclose(torch.cat([alone(image[None]) for image in images]), together, atol=1e-6)
+
+
+def test_a_copy_keeps_its_own_features_and_gradients_are_finite():
+    wrapped = InnerLayers(Network(8, False))
+    wrapped(torch.randn(2, 3, 4, 4))
+    other = copy.deepcopy(wrapped)
+    with torch.no_grad():
+        other.network.blocks[7].expand.weight.zero_()
+        other.network.blocks[7].expand.bias.zero_()
+    images = torch.randn(2, 3, 4, 4)
+    features = other(images)
+    assert (features[:, -12:] == 0).all() and (wrapped(images)[:, -12:] > 0).any()
+    features.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in other.parameters())
+
+
+@pytest.mark.parametrize("name, width", [
+    ("resnet18", 512 + 256 + 512), ("mobilenet_v3_small", 1024 + 240 + 576),
+    ("efficientnet_b0", 1280 + 672 + 1152), ("shufflenet_v2_x0_5", 1024 + 96 + 192)])
+@torch.no_grad()
+def test_layers_of_torchvisions_models(name, width):
+    model = torchvision.models.get_model(name, weights=None).eval()
+    linear = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    model.set_submodule(linear[-1], nn.Identity())
+    wrapped = InnerLayers(model)
+    assert wrapped(torch.randn(2, 3, 64, 64)).shape == (2, width)
+    assert len(wrapped.layers) == 2
