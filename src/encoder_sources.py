@@ -86,9 +86,9 @@ def load_from_file(name, modality):
 
     The function takes no arguments. For images it returns (module, transform): the transform turns
     a PIL photo, RGB and upright, into a float tensor (3, H, W), and the module turns
-    (B, 3, H, W) into features (B, width); wrapped in `InnerLayers`, it also gives those of its inner
-    layers. For texts it returns (module, tokenize): `tokenize` turns
-    a list of texts into a dict of tensors (B, ...), and `module(**tensors)` returns (B, width).
+    (B, 3, H, W) into features (B, width). Wrapped in `InnerLayers`, a module gives the features of
+    its inner layers as well. For texts the function returns (module, tokenize): `tokenize` turns a
+    list of texts into a dict of tensors (B, ...), and `module(**tensors)` returns (B, width).
     `src/experiments/efficientnet_lite2.py` is an example.
     """
     path, _, function = name.rpartition(":") if ".py:" in name else (name, "", "")
