@@ -203,7 +203,9 @@ def load_from_transformers(name, modality):
             fault = ("a package is missing: pip install -r requirements-extra.txt "
                      f"({first_line(error)})")
         elif is_folder:
-            fault = describe_fault(Path(name), modality, error)
+            modules, _ = find_modules(name, modality)
+            folder = Path(name, modules.subfolder if modules is not None else "")
+            fault = describe_fault(folder, modality, error)
         raise UsageError(f"--{modality}_encoder {name}: {fault}") from None
 
 
@@ -284,8 +286,10 @@ def build_from_transformers(transformers, name, modality, local_files_only):
                              "tokenizer.save_pretrained")
         if modules is not None:
             modules.configure_tokenizer(tokenizer)
-            prompt, prompt_tokens = modules.prompt, modules.count_prompt_tokens(tokenizer)
         max_tokens = find_max_tokens(tokenizer, model)
+        if modules is not None:
+            prompt = modules.prompt
+            prompt_tokens = modules.count_prompt_tokens(tokenizer, max_tokens)
         prepare = make_tokenize(tokenizer, model, contrastive, max_tokens, prompt)
 
         def count_tokens(texts):

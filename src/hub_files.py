@@ -79,7 +79,7 @@ def find_file(name, file):
 
 
 def cached_files(name):
-    """Return the files of a model of the hub that have been downloaded."""
+    """Return the files of a model of the hub that have been downloaded, which are links."""
     from huggingface_hub.constants import HF_HUB_CACHE
     folder = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots")
     return sorted([*folder.glob("*/*"), *folder.glob("*/*/*")])
@@ -89,7 +89,7 @@ def check_files(name):
     """Raise UsageError if a file of a model, in a folder or in the cache of the hub, is damaged."""
     import safetensors
     files, cure = sorted([*Path(name).glob("*"), *Path(name).glob("*/*")]), "copy it there again"
-    if not Path(name).is_dir():  # what lies in the cache are links
+    if not Path(name).is_dir():
         files, cure = cached_files(name), "delete it, and it will be downloaded again"
     for file in files:
         try:

@@ -10,7 +10,7 @@ from torch import nn
 
 from src.hub_files import find_file
 from src.sentence_pooling import RULES, Dense, Normalize, Pooling, SentenceEncoder
-from src.utils.errors import UsageError
+from src.utils.errors import UsageError, first_line
 
 # Older files have a flag for each way of pooling. Several ways are concatenated in this order.
 POOLING_FLAGS = {
@@ -43,7 +43,12 @@ def find_modules(name, modality):
     except OSError:
         doubt = "; whether its authors mean another pooling is unknown without the hub"
         return None, doubt if modality == "text" else ""
-    return SentenceModules(name, modality), ""
+    try:
+        return SentenceModules(name, modality), ""
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UsageError(f"--{modality}_encoder {name}: its modules.json, or a file that it names, "
+                         f"is not as sentence-transformers writes it ({first_line(error)})"
+                         ) from None
 
 
 class SentenceModules:
@@ -60,9 +65,12 @@ class SentenceModules:
         self.name, self.modality = name, modality
         modules = [(self.find_kind(module["type"]), module["path"])
                    for module in self.read_json("modules.json", required=True)]
-        (kind, self.subfolder), *rest = modules or [("", "")]
-        if kind not in ("Transformer", "CLIPModel"):
-            self.refuse(f"begins with the module {kind or 'nothing'} and not with a Transformer")
+        for _, folder in modules:
+            if folder.startswith("/") or ".." in folder:
+                self.refuse(f"names the folder {folder}, which is not one of its own")
+        if not modules or modules[0][0] not in ("Transformer", "CLIPModel"):
+            self.refuse("does not begin with a Transformer")
+        (kind, self.subfolder), *rest = modules
         self.read_transformer(kind)
         self.modes, self.include_prompt = [], True
         if self.has_tokens:
@@ -126,7 +134,8 @@ class SentenceModules:
         for part in ("model", "config", "processor", "tokenizer"):
             options |= config.get(f"{part}_args") or {}
             options |= config.get(f"{part}_kwargs") or {}
-        options |= config.get("processing_kwargs") or {}
+        if config.get("processing_kwargs"):
+            options["processing_kwargs"] = config["processing_kwargs"]
         self.max_tokens = options.pop("model_max_length")
         self.padding_side = options.pop("padding_side", None)
         self.lower_case = config.get("do_lower_case", False)
@@ -205,11 +214,12 @@ class SentenceModules:
         elif self.lower_case:
             tokenizer.do_lower_case = True
 
-    def count_prompt_tokens(self, tokenizer):
+    def count_prompt_tokens(self, tokenizer, max_tokens):
         """Return how many tokens of a text are those of the prompt."""
         if not self.prompt:
             return 0
-        ids = tokenizer(self.prompt)["input_ids"]
+        ids = tokenizer(self.prompt, truncation=max_tokens is not None,
+                        max_length=max_tokens)["input_ids"]
         return len(ids) - (ids[-1] in tokenizer.all_special_ids)  # such as [SEP]
 
     def build_encoder(self, encoder, prompt_tokens):

@@ -331,6 +331,9 @@ def test_cut_texts_are_counted_with_their_prompt(tmp_path):
     assert encoder.max_tokens == 8  # which is one of [EOS] and seven of the text
     assert encoder.count_cut(["red " * 7, "red " * 8]) == 1
     assert encoder.rule == 'CLS, from its modules.json with the prompt "a small "'
+    edit_json(tmp_path / "model" / "sentence_bert_config.json", max_seq_length=2)
+    encoder = load_encoder(str(tmp_path / "model"), "text")
+    assert encoder.max_tokens == 1  # [EOS], as the prompt leaves no room for a text
     edit_json(tmp_path / "model" / "config_sentence_transformers.json", default_prompt_name=None)
     encoder = load_encoder(str(tmp_path / "model"), "text")
     assert encoder.rule == 'CLS, from its modules.json without a prompt such as "a small "'
@@ -369,6 +372,11 @@ REFUSED = {
              "puts texts into a chat template"),
     "option": (None, {"sentence_bert_config.json": {"model_args": {"attention": 3}}},
                "has the option attention, which"),
+    "a folder elsewhere": ({"": "Transformer", "../1_Pooling": "Pooling"}, {},
+                           "names the folder ../1_Pooling, which"),
+    "nothing": ({}, {}, "does not begin with a Transformer"),
+    "options of the tokenizer": (None, {"sentence_bert_config.json": {
+        "processing_kwargs": {"text": {"max_length": 5}}}}, "has the option processing_kwargs"),
     "no such prompt": (None, {"config_sentence_transformers.json": {
         "default_prompt_name": "passage"}}, "lacks its default prompt passage"),
 }
@@ -412,6 +420,24 @@ def test_damaged_files_in_subfolders_are_named(tmp_path):
     cls_model(tmp_path / "model")
     (tmp_path / "model" / "1_Pooling" / "config.json").write_text("{")
     with pytest.raises(UsageError, match="1_Pooling/config.json is damaged"):
+        load_encoder(str(tmp_path / "model"), "text")
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', '[{"idx": 0}]', '[3]'])
+def test_another_modules_json_is_refused(content, tmp_path):
+    cls_model(tmp_path / "model")
+    (tmp_path / "model" / "modules.json").write_text(content)
+    with pytest.raises(UsageError, match="is not as sentence-transformers writes it"):
+        load_encoder(str(tmp_path / "model"), "text")
+
+
+def test_the_folder_of_the_transformer_is_the_one_whose_faults_are_told(tmp_path):
+    save(tmp_path / "model" / "0_Transformer", bert)
+    write_modules(tmp_path / "model", {"0_Transformer": "Transformer", "1_Pooling": "Pooling"},
+                  **{"1_Pooling/config.json": FLAGS})
+    weights = tmp_path / "model" / "0_Transformer" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    with pytest.raises(UsageError, match="in a .bin file, which could run code"):
         load_encoder(str(tmp_path / "model"), "text")
 
 
