@@ -247,6 +247,9 @@ def build_from_transformers(transformers, name, modality, local_files_only):
     if not contrastive and takes_images != (modality == IMAGE):
         raise UsageError(f"--{modality}_encoder {name}: this model does not encode {modality}s; it "
                          f"takes {main_input}")
+    if modality == IMAGE and not contrastive and model.config.is_encoder_decoder:  # such as DETR
+        raise UsageError(f"--image_encoder {name}: this model finds objects in photos, or writes "
+                         "about them; it has no features of a whole photo")
     # A pooler whose output is not used may be missing.
     missing = [key for key in loading["missing_keys"]
                if contrastive or not key.startswith("pooler.")]

@@ -12,8 +12,7 @@ EMBEDDINGS, POOLED = "its own projected embeddings", "its pooled output"
 BLIP_LOGIT_SCALE = math.log(1 / 0.07)
 # The halves of a contrastive model lack its scale. It is 100 for CLIP and similar for SigLIP.
 HALF_LOGIT_SCALE = math.log(100)
-MANY_VECTORS = ("describes a photo by many vectors, of which the best one counts for a text, and "
-                "not by one")
+MANY_VECTORS = "describes a photo by many vectors, and not by one that a text could have as well"
 FRAMES = "encodes videos and not single photos"
 FIXED_SIZE = ("takes patches of a photo in its own shape; take a SigLIP 2 of a fixed resolution, "
               "such as google/siglip2-base-patch16-224")

@@ -89,6 +89,9 @@ FAMILIES = {
         projection_dim=12), projected, projected),
     "SigLIP": ("SiglipModel", lambda t: t.SiglipConfig(
         text_config=text_config(projection_size=16), vision_config=VISION), siglip, siglip),
+    "SigLIP 2 with any shape of photo": ("Siglip2Model", lambda t: t.Siglip2Config(
+        text_config=text_config(projection_size=16), vision_config=SMALL | dict(
+            patch_size=8, num_patches=16)), siglip, None),
     "ALIGN": ("AlignModel", lambda t: t.AlignConfig(
         text_config=text_config(), projection_dim=24, vision_config=BLOCKS), projected, projected),
     "FLAVA": ("FlavaModel", lambda t: t.FlavaConfig(
@@ -105,6 +108,9 @@ FAMILIES = {
         lambda model, tokens: model.text_proj(model.text_encoder(**tokens).last_hidden_state[:, 0]),
         lambda model, images: model.vision_proj(
             model.vision_model(pixel_values=images).last_hidden_state[:, 0])),
+    "BLIP without its heads": ("BlipModel", lambda t: t.BlipConfig(
+        text_config=text_config(encoder_hidden_size=16), vision_config=VISION, projection_dim=12),
+        projected, projected),
     "CLIP's text half": ("CLIPTextModelWithProjection", lambda t: t.CLIPTextConfig(
         **text_config(projection_dim=12)), lambda model, tokens: model(**tokens).text_embeds, None),
     "CLIP's image half": ("CLIPVisionModelWithProjection", lambda t: t.CLIPVisionConfig(
@@ -192,6 +198,24 @@ FAMILIES = {
         lambda model, images: model(pixel_values=images).cls_token_value[:, 0]),
     "PoolFormer": ("PoolFormerModel", lambda t: t.PoolFormerConfig(
         hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]), None, mean_over_places),
+    "PVT 2": ("PvtV2Model", lambda t: t.PvtV2Config(
+        image_size=32, depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16],
+        num_attention_heads=[1, 1, 2, 2]), None, mean_over_places),
+    "SegFormer": ("SegformerModel", lambda t: t.SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], num_attention_heads=[1, 1, 2, 2]),
+        None, mean_over_places),
+    "FocalNet": ("FocalNetModel", lambda t: t.FocalNetConfig(
+        image_size=32, embed_dim=8, depths=[1, 1], focal_levels=[2, 2], focal_windows=[3, 3]),
+        None, pooled),
+    "BiT": ("BitModel", lambda t: t.BitConfig(
+        embedding_size=32, hidden_sizes=[128, 256], depths=[1, 1]), None, pooled),
+    "MobileViT 2": ("MobileViTV2Model", lambda t: t.MobileViTV2Config(
+        image_size=32, width_multiplier=0.25, output_stride=16), None, pooled),
+    "CLIP's text half without its projection": (
+        "CLIPTextModel", lambda t: t.CLIPTextConfig(**text_config()),
+        lambda model, tokens: model(**tokens).pooler_output, None),
+    "NomicBERT": ("NomicBertModel", lambda t: t.NomicBertConfig(
+        **text_config()), mean_over_tokens, None),
     "MPNet": ("MPNetModel", lambda t: t.MPNetConfig(**text_config()), mean_over_tokens, None),
     "ELECTRA": ("ElectraModel", lambda t: t.ElectraConfig(
         **text_config(embedding_size=16)), mean_over_tokens, None),
@@ -355,6 +379,12 @@ def test_a_text_model_whose_features_depend_on_the_batch_is_refused(tmp_path):
     ("XCLIPModel", "image", lambda t: t.XCLIPConfig(
         text_config=text_config(), projection_dim=12, vision_config=VISION | dict(
             mit_hidden_size=16, mit_intermediate_size=16, mit_num_attention_heads=2)), "videos"),
+    ("DetrModel", "image", lambda t: t.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+        backbone_config=t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1],
+                                       layer_type="basic", out_features=["stage2"]),
+        num_queries=3, **{name: size for name, size in seq2seq_config().items()
+                          if name != "vocab_size"}), "finds objects"),
     ("VideoMAEModel", "image", lambda t: t.VideoMAEConfig(**VISION), "videos"),
     ("Siglip2Model", "image", lambda t: t.Siglip2Config(
         text_config=text_config(projection_size=16), vision_config=SMALL | dict(
