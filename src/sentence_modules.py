@@ -220,7 +220,8 @@ class SentenceModules:
             return 0
         ids = tokenizer(self.prompt, truncation=max_tokens is not None,
                         max_length=max_tokens)["input_ids"]
-        return len(ids) - (ids[-1] in tokenizer.all_special_ids)  # such as [SEP]
+        ends = bool(ids) and ids[-1] in tokenizer.all_special_ids  # with [SEP], for instance
+        return len(ids) - ends
 
     def build_encoder(self, encoder, prompt_tokens):
         """Return the `SentenceEncoder` around a TransformersEncoder."""

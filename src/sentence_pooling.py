@@ -55,16 +55,16 @@ class Pooling(nn.Module):
 class Dense(nn.Module):
     """A linear layer with an activation, and perhaps a residual connection."""
 
-    def __init__(self, in_features, out_features, bias, activation, use_residual):
+    def __init__(self, in_features, out_features, bias, activation_function, use_residual):
         super().__init__()
         self.linear = nn.Linear(in_features, out_features, bias)
-        self.activation, self.residual = activation, None
+        self.activation_function, self.residual = activation_function, None
         if use_residual:
             same = in_features == out_features
             self.residual = nn.Identity() if same else nn.Linear(in_features, out_features, False)
 
     def forward(self, x):
-        features = self.activation(self.linear(x))
+        features = self.activation_function(self.linear(x))
         return features if self.residual is None else features + self.residual(x)
 
 

@@ -120,7 +120,7 @@ LIBRARY = {
     "LayerNorm": (bert, [pool("mean"), lambda modules: modules.Dropout(0.5),
                          lambda modules: modules.LayerNorm(16)], {}),
     "residual": (bert, [pool("mean"), dense(16, torch.nn.GELU, use_residual=True),
-                        dense(12, torch.nn.ReLU, use_residual=True)], {}),
+                        dense(12, torch.nn.PReLU, use_residual=True)], {}),
 }
 
 
