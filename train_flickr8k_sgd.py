@@ -10,6 +10,7 @@ what is written at the end of an epoch and of the run. One step is in `src/train
 A run that is stopped and continued with --resume ends on a CPU with exactly the weights of an
 uninterrupted one: the order of the pairs, the augmentation and the learning rate follow from the
 seed and the number of the step, and the rest is in the checkpoint."""
+import copy
 import dataclasses
 import logging
 import math
@@ -17,7 +18,13 @@ import shlex
 import sys
 import time
 
-from src.settings import FISHER_EPOCHS, FISHER_PHOTOS, for_contrastive_pair, parse_args
+from src.settings import (
+    FISHER_EPOCHS,
+    FISHER_PHOTOS,
+    for_contrastive_pair,
+    for_first_stage,
+    parse_args,
+)
 
 if __name__ == "__main__":
     # --help and wrong arguments are answered before torch is imported, which takes seconds.
@@ -49,7 +56,7 @@ from src.training import (
 )
 from src.utils import distributed
 from src.utils.augment import normalize, resize
-from src.utils.console import ProgressLine, duration, log_to_console
+from src.utils.console import ProgressLine, duration, log_to_console, say_once
 from src.utils.errors import RunError, UsageError, first_line
 from src.utils.flickr8k_simple import iterate_batches, place_photos
 from src.utils.splits import check_folders, load_splits
@@ -80,10 +87,6 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
             sample = resize(photos[rows], settings.training_pixels(1))
             model.image_encoder.stem.fit(normalize(sample))
     set_temperature(model, settings.temperature)
-    if settings.finetune:
-        for encoder in encoders:
-            encoder.freeze_unused()
-        encoders.attach(model, settings)
     return model
 
 
@@ -112,25 +115,40 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
     if checkpoint is not None:
         encoders.check_unchanged(checkpoint["config"], output_dir)
     tokenizer = tokenizer_from_state(checkpoint["tokenizer"]) if checkpoint else None
-    with distributed.local_main_process_first():  # it fills the cache, the others read it
+    has_two_stages = settings.finetune > 0 and encoders.image is not None
+    # One process of a machine fills the cache, the others read it.
+    with distributed.local_main_process_first(), say_once(log):
         splits, tokenizer = load_splits(settings, tokenizer, encoders.image, encoders.text)
+        if has_two_stages and checkpoint is None:
+            with encoders.frozen():
+                features, _ = load_splits(settings, tokenizer, encoders.image, encoders.text)
     train = splits["train"]
     torch.manual_seed(settings.seed)
     model = build_model(settings, tokenizer, encoders, train.photos)
     model.to(device, memory_format=torch.channels_last)
-    encoders.initialize(model, train, autocast_dtype(settings.amp, device))
     batches = batches_of_epoch(train, settings, 1)
     if not batches.numel():
         raise UsageError(f"a batch has fewer pairs than there are processes ({world})")
 
-    seconds = 0.0
-    if settings.fisher and checkpoint is None:
-        splits["train"], seconds = train_fisher_network(
-            settings, model.fisher_network, tokenizer, train, device)
+    seconds, first_loss = 0.0, None
+    if checkpoint is None:  # otherwise all of this is in the checkpoint
+        if has_two_stages:
+            first_loss, seconds = train_first_stage(
+                settings, model, encoders, tokenizer, features, device)
+        else:
+            encoders.initialize(model, train)
+        if settings.fisher:
+            splits["train"], seconds = train_fisher_network(
+                settings, model.fisher_network, tokenizer, train, device)
+    if settings.finetune:
+        for encoder in encoders:
+            encoder.freeze_unused()
+        encoders.attach(model, settings)
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
-    run.seconds = seconds
+    run.seconds, run.first_loss = seconds, first_loss
     run.dir, run.is_main = output_dir, rank == 0
-    run.epoch = 0 if encoders.is_contrastive_pair else 1  # epoch 0 comes before any training
+    # Epoch 0 comes before the first step of this loop.
+    run.epoch = 0 if encoders.is_contrastive_pair or has_two_stages else 1
     run.config = describe_run(settings, encoders, model, splits, device, command)
     if checkpoint is not None:
         config_before = checkpoint["config"]
@@ -211,19 +229,56 @@ def train_fisher_network(settings, network, tokenizer, data, device):
     if len(part.photos) == len(data.photos):
         data = data.with_fisher_vectors(vectors[:, 0])  # the bank will use them
     set_temperature(network, settings.temperature)
-    batches = [batches_of_epoch(part, settings, i) for i in range(FISHER_EPOCHS)]
-    network.train().requires_grad_(True)
-    run = RunState(settings, network, tokenizer, device, sum(map(len, batches)))
-    vectors = place_photos(vectors, device)
-    for step, batch in enumerate(iterate_batches(part, vectors, torch.cat(batches), device)):
-        torch.manual_seed(settings.seed * SEED_STRIDE + step)
-        training_step(run, batch)
-    network.load_state_dict(run.evaluated_model.state_dict())
+    network.requires_grad_(True)
+    train_on_features(settings, network, tokenizer, part, vectors, range(FISHER_EPOCHS), device)
     network.requires_grad_(False)
-    network.zero_grad()  # else its last gradient would count when the other network's is clipped
     seconds = time.time() - began
     log.info(f"the Fisher network took {seconds:.0f} s, which count towards the first epoch")
     return data, seconds
+
+
+def train_first_stage(settings, model, encoders, tokenizer, splits, device):
+    """Train the model on the features of frozen encoders, as a run does that keeps them frozen ->
+    (the loss of the last epoch, seconds). Fine-tuning begins with this model, because a random one
+    would distort the encoders (linear probing, then fine-tuning; Kumar et al. 2022).
+
+    splits: with the features. A contrastive pair may be better as it is. The model is then left as
+    that pair, and the loss is None."""
+    began, settings = time.time(), for_first_stage(settings)
+    data, amp_dtype = splits["train"], autocast_dtype(settings.amp, device)
+    log.info(f"training all but the encoders first, for {settings.epochs} epochs")
+    encoders.initialize(model, data)
+    state_before, score_before = copy.deepcopy(model.state_dict()), -1.0
+    if encoders.is_contrastive_pair:
+        score_before = evaluate(model, splits["val"], amp_dtype)["avg_r1"]
+    loss = train_on_features(
+        settings, model, tokenizer, data, data.photos, range(1, settings.epochs + 1), device)
+    if evaluate(model, splits["val"], amp_dtype)["avg_r1"] < score_before:
+        model.load_state_dict(state_before)
+        loss = None
+    seconds = time.time() - began
+    log.info(f"the first stage took {seconds:.0f} s, which count towards epoch 0; now the encoders "
+             "are trained, too")
+    return loss, seconds
+
+
+def train_on_features(settings, model, tokenizer, data, features, epochs, device):
+    """Train a model for these epochs -> the mean loss of the last one. features: of the photos and
+    of their mirror images (N, 2, width). Raises RunError if that loss is not finite."""
+    batches = [batches_of_epoch(data, settings, epoch) for epoch in epochs]
+    steps = sum(map(len, batches))
+    model.train()
+    run = RunState(settings, model, tokenizer, device, steps)
+    features, losses = place_photos(features, device), []
+    for step, batch in enumerate(iterate_batches(data, features, torch.cat(batches), device)):
+        torch.manual_seed(settings.seed * SEED_STRIDE + step)
+        losses.append(training_step(run, batch))
+    model.load_state_dict(run.evaluated_model.state_dict())
+    model.zero_grad()  # otherwise these gradients would count when later ones are clipped
+    loss = torch.stack(losses[-len(batches[-1]):]).mean().item()
+    if not math.isfinite(loss):
+        raise RunError(f"the loss became {loss}; a smaller --lr may help")
+    return loss
 
 
 def estimate_epoch_seconds(run, splits):
@@ -270,9 +325,9 @@ def fit(run, splits, stop):
     photos = place_photos(data.photos, device)
     rank, world = distributed.rank_and_world()
     line, steps_done = ProgressLine(run.is_main), 0
-    if run.epoch == 0:  # the zero-shot figures of two halves of a model such as CLIP
-        began, val = time.time(), validate(run, splits["val"])
-        end_epoch(run, {"epoch": 0, "train": {"loss": None}, "val": val, "lr": 0.0,
+    if run.epoch == 0:  # of a model such as CLIP as it is, or of the first stage of fine-tuning
+        began, val = time.time() - run.seconds, validate(run, splits["val"])
+        end_epoch(run, {"epoch": 0, "train": {"loss": run.first_loss}, "val": val, "lr": 0.0,
                         "seconds": time.time() - began})
     run.model.train()
     while run.epoch <= settings.epochs:

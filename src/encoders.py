@@ -2,23 +2,20 @@
 
 A frozen encoder makes the features that the model takes. With --finetune an encoder becomes a part
 of the model and is trained with the rest."""
+import contextlib
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from src.pretrained import EXAMPLE_SIZES, EXCERPT, IMAGE, PretrainedEncoder
-from src.utils.augment import normalize, resize
-from src.utils.console import printable
-from src.utils.errors import DataError, UsageError
-from src.utils.flickr8k_simple import map_tensors
+from src.pretrained import IMAGE, PretrainedEncoder
+from src.utils.augment import normalize
+from src.utils.errors import UsageError
 
 # The number of photos or captions whose features give the mean and the standard deviation by which
-# the model standardises features: those that a training encoder makes, and those that are stored.
-SAMPLE, SAMPLE_BATCH = 512, 32
-STORED_SAMPLE = 50_000
+# the model standardises features: stored ones, and those that have to be computed for it.
+STORED_SAMPLE, SAMPLE = 50_000, 512
 
 
 class Renormalize(nn.Module):
@@ -29,15 +26,11 @@ class Renormalize(nn.Module):
 
     def __init__(self, encoder):
         super().__init__()
-        black, white = (
-            encoder.prepare(Image.new("RGB", EXAMPLE_SIZES[0], colour))[None].mean((2, 3))
-            for colour in ("black", "white"))
-        our_black, our_white = (normalize(torch.full((1, 3, 1, 1), level)).flatten(1)
-                                for level in (0.0, 1.0))
+        black, white = encoder.black_and_white()
+        our_black, our_white = (normalize(torch.full((1, 3, 1, 1), level)) for level in (0.0, 1.0))
         scale = (white - black) / (our_white - our_black)
-        shift = black - scale * our_black
-        self.register_buffer("scale", scale[:, :, None, None], persistent=False)
-        self.register_buffer("shift", shift[:, :, None, None], persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", black - scale * our_black, persistent=False)
 
     def forward(self, images):
         return images * self.scale + self.shift
@@ -120,44 +113,49 @@ class Encoders:
             settings = replace(settings, image_size=height)
         return settings
 
+    @contextlib.contextmanager
+    def frozen(self):
+        """Inside, the encoders are frozen, also if they will be trained later. Raises UsageError
+        for an encoder whose features cannot be stored."""
+        frozen = [encoder.frozen for encoder in self]
+        for encoder in self:
+            encoder.configure(encoder.device, encoder.amp_dtype, frozen=True)
+        try:
+            yield
+        finally:
+            for encoder, was_frozen in zip(self, frozen):
+                encoder.configure(encoder.device, encoder.amp_dtype, was_frozen)
+
     def attach(self, model, settings):
         """Make the encoders a part of the model, which then takes photos and texts instead of
-        their features."""
+        their features. Encoders that will be trained take photos normalised as for our own
+        encoder, see `augment.normalize`."""
         if self.image is not None:
             model.image_backbone = self.image
             if settings.finetune:
-                # Training photos come from the photo store, normalised as for our own encoder.
-                model.image_backbone = nn.Sequential(Renormalize(self.image), self.image)
+                renormalize = Renormalize(self.image).to(self.image.device)
+                model.image_backbone = nn.Sequential(renormalize, self.image)
         if self.text is not None:
             model.text_backbone = self.text
 
-    def initialize(self, model, train, amp_dtype):
-        """Standardise the features by those of the training split.
+    def initialize(self, model, train):
+        """Standardise the features by those of the training split, which are stored. Only those of
+        a text encoder may be missing.
 
         A contrastive pair makes the model start as that pair: it ranks as the pair does alone.
         """
         identity = self.is_contrastive_pair
         if self.image is not None:
-            if self.image.frozen:
-                features = sample_rows(train.photos)[:, 0]
-            else:
-                def images(rows):
-                    side = self.image.pixels[0]
-                    return normalize(resize(train.photos[rows], side, "bicubic"))
-
-                features = encode_sample(
-                    self.image, model.image_backbone, images, train.names, amp_dtype)
+            features = sample_rows(train.photos)[:, 0]
             check_different(self.image, features)
             model.image_encoder.standardize(features, identity)
         if self.text is not None:
-            if self.text.frozen:
-                features = sample_rows(train.text_features)
+            if train.text_features is None:
+                rows = np.linspace(0, len(train) - 1, min(SAMPLE, len(train))).round()
+                texts = [train.captions[int(row)] for row in rows]
+                features = torch.from_numpy(self.text.encode_texts(texts))
             else:
-                def texts(rows):
-                    return train.text_inputs(rows.tolist())["text_features"]
-
-                features = encode_sample(
-                    self.text, model.text_backbone, texts, train.captions, amp_dtype)
+                features = sample_rows(train.text_features)
             check_different(self.text, features)
             model.text_head.standardize(features, identity)
         if self.is_contrastive_pair:
@@ -182,28 +180,6 @@ def sample_rows(features):
     """Return at most STORED_SAMPLE of the stored features, evenly spread."""
     rows = np.linspace(0, len(features) - 1, min(STORED_SAMPLE, len(features)))
     return features[rows.round()]
-
-
-@torch.no_grad()
-def encode_sample(encoder, backbone, load_inputs, items, amp_dtype):
-    """Return the features of at most SAMPLE photos or captions, evenly spread.
-
-    backbone: the encoder as a part of the model. `load_inputs(rows)` returns its inputs for a
-    tensor of row numbers. items: the names of the photos, or the captions. Raises DataError, with
-    the item, for features that are not finite.
-    """
-    rows = torch.linspace(0, len(items) - 1, min(SAMPLE, len(items))).long()
-    features = []
-    with torch.autocast(encoder.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        for batch in rows.split(SAMPLE_BATCH):
-            inputs = map_tensors(lambda tensor: tensor.to(encoder.device), load_inputs(batch))
-            features.append(backbone(inputs))
-    features = torch.cat(features)
-    faulty = rows[~torch.isfinite(features).all(1).cpu()].tolist()
-    if faulty:
-        raise DataError(f"{encoder.name}: its features of {printable(items[faulty[0]][:EXCERPT])} "
-                        f"are NaN or infinite, and of {len(faulty)} of {len(rows)} examples in all")
-    return features
 
 
 NO_ENCODERS = Encoders()

@@ -10,6 +10,8 @@ import torch
 from src.device import full_memory
 from src.utils.errors import DataError, UsageError, first_line
 from src.utils.photo_store import (
+    STORE_VERSION,
+    Pixels,
     Rows,
     decoding_threads,
     delete_other_shards,
@@ -22,6 +24,7 @@ PHOTO_BATCH, TEXT_BATCH = 64, 128
 # On a CPU a larger batch takes twice as long per photo: the outputs of the layers become so large
 # that the allocator returns them to the system and has to get them again each time.
 CPU_PHOTO_BATCH = 4
+TOLERANCE = 3.0  # levels of 255, by which a photo's pixels may be rounded or clipped
 TEXT_SHARD = 10_000  # texts in each file of a feature store
 
 
@@ -114,6 +117,49 @@ class PhotoFeatures:
     @staticmethod
     def view(rows):
         return rows
+
+
+class PreparedPixels:
+    """The row format of a store of photos as an encoder takes them, but for its normalisation:
+    uint8 (side, side, 3). They are resized and cropped by the encoder's own preprocessing.
+
+    Raises UsageError if that preprocessing ends with anything but the normalisation of each channel
+    by constants."""
+
+    dtype = np.uint8
+
+    def __init__(self, encoder):
+        self.encoder, self.shape = encoder, (*encoder.pixels, 3)
+        self.name = f"pixels_{encoder.preprocessing_hash}"
+        self.key = STORE_VERSION
+        black, white = encoder.black_and_white()
+        self.shift, self.scale = black[0], (white - black)[0] / 255
+        inputs = encoder.example_input()
+        error = self.to_pixels(inputs) * self.scale + self.shift - inputs
+        if not (error.abs() <= TOLERANCE * self.scale.abs()).all():  # also NaN
+            raise UsageError(f"--finetune: the preprocessing of {encoder.name} normalises each "
+                             "photo by itself, which is not supported; leave --finetune out")
+
+    def to_pixels(self, photos):
+        """Photos (..., 3, H, W) as the encoder takes them -> uint8, without the normalisation."""
+        return ((photos - self.shift) / self.scale).round().clamp(0, 255).to(torch.uint8)
+
+    def load(self, path):
+        """Read a photo file as uint8 (3, H, W). Raises DataError."""
+        return self.to_pixels(self.encoder.load(path))
+
+    def rows(self, paths):
+        """Yield what `read_photo` returns for each path."""
+        encoder = self.encoder
+
+        def read(path):
+            return read_photo(path, encoder.decode, lambda photo: self.to_pixels(
+                encoder.prepare_photo(path, photo)).permute(1, 2, 0).contiguous().numpy())
+
+        with decoding_threads() as pool:
+            yield from pool.map(read, paths)
+
+    view = staticmethod(Pixels.view)
 
 
 def open_text_store(encoder, store, texts, progress=None):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from src.device import full_memory
-from src.feature_store import PhotoFeatures, open_text_store
+from src.feature_store import PhotoFeatures, PreparedPixels, open_text_store
 from src.utils.console import printable
 from src.utils.errors import DataError, UsageError, first_line
 from src.utils.flickr8k_simple import map_tensors
@@ -197,9 +197,17 @@ class PretrainedEncoder(nn.Module):
         precision = str(self.amp_dtype or torch.float32).removeprefix("torch.")
         return f"{self.modality}_{self.key}_{precision}"
 
-    def photo_features(self, views):
-        """Return the row format of a store of this encoder's features. views: 1 or 2."""
-        return PhotoFeatures(self, views)
+    def row_format(self, views):
+        """Return the row format of a store of photos: that of this encoder's features, for a photo
+        and perhaps its mirror image (views: 1 or 2), or, if the encoder is trained, that of photos
+        as it takes them."""
+        return PhotoFeatures(self, views) if self.frozen else PreparedPixels(self)
+
+    def black_and_white(self):
+        """Return what becomes of the levels of a black and of a white photo, (2, 1, 3, 1, 1)."""
+        photos = [self.prepare(Image.new("RGB", EXAMPLE_SIZES[0], colour))
+                  for colour in ("black", "white")]
+        return torch.stack(photos).mean((2, 3))[:, None, :, None, None]
 
     def text_features(self, store, texts, progress=None):
         """Return the features of texts as `Rows` (N, width), see `open_text_store`."""

@@ -97,12 +97,16 @@ def load_model(run_dir):
     there is no run, or no best model yet, if a file of the run is damaged or belongs to another
     version of this project, and if a pretrained encoder is unavailable or has changed."""
     model, tokenizer, settings, encoders = load_model_and_encoders(run_dir)
+    if encoders.image is not None and encoders.image.frozen:
+        return model, tokenizer, encoders.image.load
+    trained = None if encoders.image is None else encoders.image.row_format(1)
 
     def transform(photo):
-        if encoders.image is not None and not settings.finetune:
-            return encoders.image.load(photo)
-        pixels = load_photo(photo, settings.stored_pixels("val"))
-        return normalize(torch.from_numpy(pixels)[None])[0]
+        if trained is not None:
+            pixels = trained.load(photo)
+        else:
+            pixels = torch.from_numpy(load_photo(photo, settings.stored_pixels("val")))
+        return normalize(pixels[None])[0]
 
     return model, tokenizer, transform
 

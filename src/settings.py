@@ -21,14 +21,17 @@ START_SHARE = 0.6  # the share of the epochs, from the first on, that train on s
 FISHER_PIXELS, FISHER_PHOTOS, FISHER_EPOCHS = 160, 30_000, 12
 
 
-def setting(default, meaning=None, bounds=None, choices=None, shown=None, architecture=False):
+def setting(default, meaning=None, bounds=None, choices=None, shown=None, architecture=False,
+            bare=None):
     """A field of `Settings`.
 
     meaning: the help text of the flag; a setting without a meaning has no flag. bounds: the allowed
     range, such as "[0, 1)". shown: the default as --help describes it, where it is not a constant.
-    architecture: whether the model's constructor takes it."""
+    architecture: whether the model's constructor takes it. bare: the value of the flag where it
+    stands without one; None for flags that need a value."""
     return dataclasses.field(default=default, metadata=dict(
-        meaning=meaning, bounds=bounds, choices=choices, shown=shown, architecture=architecture))
+        meaning=meaning, bounds=bounds, choices=choices, shown=shown, architecture=architecture,
+        bare=bare))
 
 
 def architecture(default, meaning=None, bounds=None):
@@ -75,8 +78,9 @@ class Settings:
     text_encoder: str = setting("", "pretrained text encoder: one of transformers, or "
                                 "FILE.py:FUNCTION; its latent is added to that of the text encoder "
                                 "trained here", shown="none")
-    finetune: float = setting(0.0, "learning rate of the pretrained encoders relative to --lr; at "
-                              "0 they are frozen and encode everything once", "[0, inf)")
+    finetune: float = setting(0.0, "train the pretrained encoders, too, after the rest; the value "
+                              "is the learning rate of that second stage relative to --lr",
+                              "[0, inf)", shown="off; 0.01 if no value is given", bare=0.01)
     dropout: float = architecture(0.0)
 
     recipe: str = setting("own", "own: the preset's recipe; reference: the original run's",
@@ -165,6 +169,10 @@ PRETRAINED = dict(
 # which has less to learn. They were chosen with a model that was trained on half of Flickr8k's
 # photos and tuned on the other half.
 CONTRASTIVE_PAIR = dict(lr=0.1, dropout=0.2)
+# With --finetune and a pretrained image encoder these values replace those of PRETRAINED once the
+# rest of the model has been trained on features of frozen encoders. The chunks fit a ViT-B and its
+# text encoder into 24 GB.
+FINETUNED = dict(epochs=3, batch_size=500, chunk_size=100, min_crop=0.5, color_jitter=0.0)
 # The recipe of the original run. Its write-up does not mention temperature and weight decay.
 REFERENCE = dict(
     epochs=30, batch_size=64, captions_per_image=1, lr=0.01, text_lr=1.0, weight_decay=0.0,
@@ -186,7 +194,8 @@ def make_settings(**given):
               "data_dir": "data/synthetic" if synthetic else Settings.data_dir} | given
     pretrained = PRETRAINED if given.get("image_encoder") else {}
     recipe = REFERENCE if given.get("recipe") == "reference" else {}
-    values = PRESETS[chosen["model"]] | pretrained | recipe | chosen
+    finetuned = FINETUNED if pretrained and given.get("finetune") else {}
+    values = PRESETS[chosen["model"]] | pretrained | finetuned | recipe | chosen
     for name in ("extra_data", "conv_channels"):  # lists, as they are when read from a config.json
         values[name] = list(values.get(name, getattr(Settings, name)))
     settings = Settings(**values)
@@ -205,6 +214,15 @@ def for_contrastive_pair(settings, given):
     fixed = {*given, *(REFERENCE if settings.recipe == "reference" else ())}
     changes = {name: value for name, value in CONTRASTIVE_PAIR.items() if name not in fixed}
     return dataclasses.replace(settings, **changes)
+
+
+def for_first_stage(settings):
+    """The settings of the first stage of fine-tuning, in which the encoders are frozen: those of a
+    run that keeps them frozen."""
+    frozen = make_settings(model=settings.model, recipe=settings.recipe,
+                           image_encoder=settings.image_encoder)
+    changes = {name: getattr(frozen, name) for name in FINETUNED}
+    return dataclasses.replace(settings, finetune=0.0, **changes)
 
 
 def settings_of(config, run_dir):
@@ -229,6 +247,8 @@ def add_flag(group, setting):
             default = "off" if setting.default is False else setting.default
         if setting.name in PRETRAINED and str(PRETRAINED[setting.name]) != str(default):
             default = f"{default}; {PRETRAINED[setting.name]} with --image_encoder"
+        if setting.name in FINETUNED:
+            default = f"{default}; {FINETUNED[setting.name]} with --finetune"
     options = {"help": f"{about['meaning']} (default: {default})"}
     if setting.type is bool:
         negatable = setting.default is not False
@@ -239,6 +259,8 @@ def add_flag(group, setting):
         options["type"] = number(setting.type, about["bounds"])
     else:
         options["type"] = text
+    if about["bare"] is not None:
+        options |= {"nargs": "?", "const": about["bare"]}
     if setting.type is list:
         options |= {"nargs": "+", "metavar": "DIR"}
     group.add_argument(f"--{setting.name}", **options)

@@ -26,6 +26,9 @@ from src.utils.errors import RunError, UsageError
 MAX_GRAD_NORM = 1.0
 MAX_GRAPHS = 8  # CUDA graphs kept, one for each shape of batch
 PROGRESS = ("epoch", "step", "loss_sum", "seconds", "history")  # what a RunState saves of itself
+# When pretrained encoders are trained, the learning rate of an encoder's first weights relative to
+# that of its last ones, and the number of parts of an encoder that have different ones.
+FIRST_LAYER_LR, LAYER_GROUPS = 0.1, 10
 ADVICE = "the last good checkpoint is kept; a smaller --lr may help"
 
 
@@ -257,17 +260,22 @@ class CudaGraphs:
 
 def build_optimizer(model, settings, fused):
     """SGD with Nesterov momentum. Weight decay applies to weight matrices, not to norms and biases.
-    The weights of pretrained encoders, which have a smaller learning rate, decay more slowly in
-    proportion."""
-    groups = {}
+
+    The weights of pretrained encoders have a smaller learning rate, see `layer_lrs`, and decay more
+    slowly in proportion. Beside a pretrained image encoder, the rest of the model has been trained
+    before, and has the same learning rate as the encoder's last layers."""
+    groups, lr_of_layer = {}, layer_lrs(model)
+    is_second_stage = settings.finetune and settings.image_encoder
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         lr_factor, weight_decay = 1.0, settings.weight_decay
         if part == "text_encoder" and "transformer" not in name:
             lr_factor = settings.text_lr
             weight_decay /= lr_factor  # SGD multiplies the decay by the learning rate
-        elif part in ("image_backbone", "text_backbone"):
-            lr_factor = settings.finetune
+        if name in lr_of_layer:
+            lr_factor = settings.finetune * lr_of_layer[name]
+        elif is_second_stage:
+            lr_factor *= settings.finetune
         if parameter.ndim < 2:
             weight_decay = 0.0
         if parameter.requires_grad:
@@ -275,6 +283,23 @@ def build_optimizer(model, settings, fused):
     groups = [{"params": parameters, "lr": settings.lr * lr_factor, "weight_decay": weight_decay}
               for (lr_factor, weight_decay), parameters in groups.items()]
     return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=True, fused=fused)
+
+
+def layer_lrs(model):
+    """The learning rates of the weights of pretrained encoders relative to that of an encoder's
+    last weights, {name: rate}.
+
+    They rise by equal factors from FIRST_LAYER_LR at the input to 1 at the output, because the
+    first layers are the most general ones. An encoder's weights are taken to lie in the order in
+    which it defines them."""
+    rates = {}
+    for part in ("image_backbone", "text_backbone"):
+        names = [name for name, parameter in model.named_parameters()
+                 if name.startswith(f"{part}.") and parameter.requires_grad]
+        for i, name in enumerate(names, start=1):
+            depth = math.ceil(LAYER_GROUPS * i / len(names))  # from 1 to LAYER_GROUPS
+            rates[name] = FIRST_LAYER_LR ** ((LAYER_GROUPS - depth) / (LAYER_GROUPS - 1))
+    return rates
 
 
 def cosine_schedule(warmup, final, total_steps):

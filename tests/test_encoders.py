@@ -174,7 +174,7 @@ def test_a_contrastive_pair_starts_as_itself(clip, shapes, tmp_path, capsys):
     encoders = load_encoders(settings)
     splits, tokenizer = load_splits(settings, None, encoders.image, encoders.text)
     model = training.build_model(settings, tokenizer, encoders).eval()
-    encoders.initialize(model, splits["train"], None)
+    encoders.initialize(model, splits["train"])
     # CLIP starts training at a temperature of 0.07.
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-3)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 This module must not import torch, so that --help answers at once."""
 import argparse
+import contextlib
 import logging
 import os
 import shutil
@@ -93,6 +94,24 @@ def log_to_console(log):
     log.setLevel(logging.INFO)
     log.addHandler(to_stdout)
     log.addHandler(to_stderr)
+
+
+@contextlib.contextmanager
+def say_once(log):
+    """Inside, a message is dropped if it has been logged inside before."""
+    said = set()
+
+    def is_new(record):
+        message = record.getMessage()
+        is_new = message not in said
+        said.add(message)
+        return is_new
+
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
 
 
 def duration(seconds):

@@ -156,6 +156,7 @@ def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, pr
     folder. progress(done, total): called while photos are read. image_encoder, text_encoder:
     PretrainedEncoder or None. With frozen encoders, `photos` are features, float16 (N, views,
     width), of the photo and, in training, of its mirror image, and `text_features` are (M, width).
+    With an image encoder that is trained, `photos` are pixels as it takes them.
 
     Raises DataError if a photo is missing, unreadable or without captions. With allow_incomplete
     such photos are skipped."""
@@ -191,8 +192,8 @@ def read_pairs(folder, split, image_size, allow_incomplete=False, cache=True, pr
     if fault and not allow_incomplete:
         raise DataError(fault)
     row_format = Pixels(image_size)
-    if image_encoder is not None and image_encoder.frozen:
-        row_format = image_encoder.photo_features(1 if split in ("val", "test") else 2)
+    if image_encoder is not None:
+        row_format = image_encoder.row_format(1 if split in ("val", "test") else 2)
     store = folder.root / STORE_FOLDER / split if cache else None
     photos, digests, signatures, unreadable = open_photo_store(
         store, names, folder.path, row_format, progress)
