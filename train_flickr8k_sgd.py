@@ -10,21 +10,13 @@ what is written at the end of an epoch and of the run. One step is in `src/train
 A run that is stopped and continued with --resume ends on a CPU with exactly the weights of an
 uninterrupted one: the order of the pairs, the augmentation and the learning rate follow from the
 seed and the number of the step, and the rest is in the checkpoint."""
-import copy
-import dataclasses
 import logging
 import math
 import shlex
 import sys
 import time
 
-from src.settings import (
-    FISHER_EPOCHS,
-    FISHER_PHOTOS,
-    for_contrastive_pair,
-    for_first_stage,
-    parse_args,
-)
+from src.settings import for_contrastive_pair, parse_args
 
 if __name__ == "__main__":
     # --help and wrong arguments are answered before torch is imported, which takes seconds.
@@ -36,7 +28,6 @@ from src import report, runs
 from src.bank import BETA
 from src.device import (
     allow_fast_kernels,
-    autocast_dtype,
     describe,
     find_device,
     full_memory,
@@ -45,7 +36,14 @@ from src.device import (
 from src.encoder_sources import load_encoders
 from src.encoders import NO_ENCODERS
 from src.evaluation import compare_bank, evaluate, make_bank
-from src.fisher import build_network, make_fisher_vectors, with_fisher_vectors
+from src.first_stage import (
+    SEED_STRIDE,
+    batches_of_epoch,
+    set_temperature,
+    train_first_stage,
+    train_fisher_network,
+)
+from src.fisher import build_network, with_fisher_vectors
 from src.training import (
     ADVICE,
     RunState,
@@ -66,7 +64,6 @@ log = logging.getLogger("flickr8k_sgd")
 LOG_INTERVAL = 10  # steps between two looks at the loss, each of which waits for the device
 STEM_PHOTOS = 1000  # training photos to which the first filters are fit
 CHECKPOINT_INTERVAL = 60  # seconds; a power cut costs no more training than this
-SEED_STRIDE = 1_000_003  # a prime, so that the seeds of different runs do not overlap
 
 
 def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
@@ -88,21 +85,6 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
             model.image_encoder.stem.fit(normalize(sample))
     set_temperature(model, settings.temperature)
     return model
-
-
-@torch.no_grad()
-def set_temperature(model, temperature):
-    model.logit_scale.fill_(-math.log(temperature))
-    model.clamp_logit_scale_()
-
-
-def batches_of_epoch(data, settings, epoch):
-    """This process's share of each batch of an epoch, as rows of captions (steps, pairs)."""
-    rank, world = distributed.rank_and_world()
-    batches = data.epoch(settings.captions_per_image, settings.batch_size,
-                         settings.seed * SEED_STRIDE + epoch)
-    share = batches.shape[1] // world
-    return batches[:, rank * share:(rank + 1) * share]
 
 
 # ------------------------------------------------------------------------ before the first step
@@ -141,9 +123,7 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
             splits["train"], seconds = train_fisher_network(
                 settings, model.fisher_network, tokenizer, train, device)
     if settings.finetune:
-        for encoder in encoders:
-            encoder.freeze_unused()
-        encoders.attach(model, settings)
+        encoders.make_trainable(model, settings)
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.seconds, run.first_loss = seconds, first_loss
     run.dir, run.is_main = output_dir, rank == 0
@@ -212,73 +192,6 @@ def describe_run(settings, encoders, model, splits, device, command):
         "data": {name: split.counts() for name, split in splits.items()},
         "layout": train.folders[0].layout, "extra_data": train.extra_data,
         "fingerprints": fingerprints}
-
-
-def train_fisher_network(settings, network, tokenizer, data, device):
-    """Train the Fisher network -> (the training split, perhaps with its Fisher vectors, seconds).
-
-    It has the recipe of the memory network, except that the Fisher vectors of the photos and of
-    their mirror images are computed once, for at most FISHER_PHOTOS photos."""
-    began, part = time.time(), data.first(FISHER_PHOTOS)
-    log.info(f"training the Fisher network first, on {len(part.photos):,} photos")
-    settings = dataclasses.replace(settings, epochs=FISHER_EPOCHS, chunk_size=0)
-    amp_dtype = autocast_dtype(settings.amp, device)
-    network.image_backbone.fit(part.photos)
-    distributed.broadcast_buffers(network.image_backbone)  # each process makes a share of vectors
-    vectors = make_fisher_vectors(network.image_backbone, part.photos, amp_dtype, views=2)
-    if len(part.photos) == len(data.photos):
-        data = data.with_fisher_vectors(vectors[:, 0])  # the bank will use them
-    set_temperature(network, settings.temperature)
-    network.requires_grad_(True)
-    train_on_features(settings, network, tokenizer, part, vectors, range(FISHER_EPOCHS), device)
-    network.requires_grad_(False)
-    seconds = time.time() - began
-    log.info(f"the Fisher network took {seconds:.0f} s, which count towards the first epoch")
-    return data, seconds
-
-
-def train_first_stage(settings, model, encoders, tokenizer, splits, device):
-    """Train the model on the features of frozen encoders, as a run does that keeps them frozen ->
-    (the loss of the last epoch, seconds). Fine-tuning begins with this model, because a random one
-    would distort the encoders (linear probing, then fine-tuning; Kumar et al. 2022).
-
-    splits: with the features. A contrastive pair may be better as it is. The model is then left as
-    that pair, and the loss is None."""
-    began, settings = time.time(), for_first_stage(settings)
-    data, amp_dtype = splits["train"], autocast_dtype(settings.amp, device)
-    log.info(f"training all but the encoders first, for {settings.epochs} epochs")
-    encoders.initialize(model, data)
-    state_before, score_before = copy.deepcopy(model.state_dict()), -1.0
-    if encoders.is_contrastive_pair:
-        score_before = evaluate(model, splits["val"], amp_dtype)["avg_r1"]
-    loss = train_on_features(
-        settings, model, tokenizer, data, data.photos, range(1, settings.epochs + 1), device)
-    if evaluate(model, splits["val"], amp_dtype)["avg_r1"] < score_before:
-        model.load_state_dict(state_before)
-        loss = None
-    seconds = time.time() - began
-    log.info(f"the first stage took {seconds:.0f} s, which count towards epoch 0; now the encoders "
-             "are trained, too")
-    return loss, seconds
-
-
-def train_on_features(settings, model, tokenizer, data, features, epochs, device):
-    """Train a model for these epochs -> the mean loss of the last one. features: of the photos and
-    of their mirror images (N, 2, width). Raises RunError if that loss is not finite."""
-    batches = [batches_of_epoch(data, settings, epoch) for epoch in epochs]
-    steps = sum(map(len, batches))
-    model.train()
-    run = RunState(settings, model, tokenizer, device, steps)
-    features, losses = place_photos(features, device), []
-    for step, batch in enumerate(iterate_batches(data, features, torch.cat(batches), device)):
-        torch.manual_seed(settings.seed * SEED_STRIDE + step)
-        losses.append(training_step(run, batch))
-    model.load_state_dict(run.evaluated_model.state_dict())
-    model.zero_grad()  # otherwise these gradients would count when later ones are clipped
-    loss = torch.stack(losses[-len(batches[-1]):]).mean().item()
-    if not math.isfinite(loss):
-        raise RunError(f"the loss became {loss}; a smaller --lr may help")
-    return loss
 
 
 def estimate_epoch_seconds(run, splits):

@@ -450,7 +450,7 @@ def make_fisher_network_small(patch):
         return data, FISHER_SECONDS + seconds
 
     patch.setattr(script, "train_fisher_network", slow_train_fisher_network)
-    patch.setattr(script, "FISHER_EPOCHS", 6)
+    patch.setattr("src.first_stage.FISHER_EPOCHS", 6)
     patch.setattr("src.settings.FISHER_PIXELS", 48)
     patch.setattr("src.fisher.FISHER_PIXELS", 48)
 

@@ -122,6 +122,8 @@ def start_run(settings, tokenizer, device, encoders=NO_ENCODERS, memory_format=t
     """Return a RunState with a new model, in its last epoch, where photos have their full size."""
     torch.manual_seed(0)
     model = build_model(settings, tokenizer, encoders)
+    if settings.finetune:
+        encoders.make_trainable(model, settings)
     model.to(device, memory_format=memory_format).train()
     run = RunState(settings, model, tokenizer, device, total_steps=1_000_000)
     run.epoch = settings.epochs
