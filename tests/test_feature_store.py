@@ -272,7 +272,7 @@ def test_a_finetuned_encoder_that_makes_nan_names_the_photo(failing, blank, tmp_
     root, name = blank
     given = ["--image_encoder", f"{failing}:nan", "--finetune", 1]
     assert main(*arguments(root, tmp_path / "run", *given)) == 2
-    assert f"its features of {name} are NaN" in capsys.readouterr().err
+    assert f"({name}: its features by {failing}:nan are NaN" in capsys.readouterr().err
 
 
 def test_several_processes_share_a_store(encoder_file, tmp_path):

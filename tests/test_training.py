@@ -19,6 +19,8 @@ from src.losses import info_nce_loss
 from src.model import MAX_LOGIT_SCALE, MultiModalMemoryNetwork
 from src.settings import make_settings, size_before_crop
 from src.training import (
+    FIRST_LAYER_LR,
+    LAYER_GROUPS,
     MAX_GRAPHS,
     CudaGraphs,
     MovingAverage,
@@ -272,26 +274,52 @@ def test_each_chunk_takes_its_rows_of_the_text_features(trained):
 # -------------------------------------------------------------------- optimizer and its company
 
 
+def recipe_of_weights(model, optimizer):
+    """Return {name of a parameter: (learning rate, weight decay)}."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: (group["lr"], group["weight_decay"])
+            for group in optimizer.param_groups for p in group["params"]}
+
+
 def test_optimizer_groups_have_their_learning_rates_and_weight_decays():
-    settings = make_settings(model="tiny", lr=0.5, text_lr=4.0, finetune=0.1, weight_decay=0.02,
-                             image_encoder="resnet18")
+    settings = make_settings(model="tiny", lr=0.5, text_lr=4.0, weight_decay=0.02)
     model = MultiModalMemoryNetwork(**model_arguments("tiny"))
-    model.image_backbone = torch.nn.Linear(2, 2)
     model.memory.requires_grad_(False)
     optimizer = build_optimizer(model, settings, fused=False)
-    names = {p: name for name, p in model.named_parameters()}
-    recipe = {names[p]: (group["lr"], group["weight_decay"])
-              for group in optimizer.param_groups for p in group["params"]}
-
+    recipe = recipe_of_weights(model, optimizer)
     assert recipe.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert recipe["image_encoder.projection.weight"] == (0.5, 0.02)
     assert recipe["image_encoder.projection.bias"] == (0.5, 0.0)
     assert recipe["logit_scale"] == (0.5, 0.0)
     assert recipe["text_encoder.token_embedding.weight"] == (2.0, 0.005)
     assert recipe["text_encoder.transformer.token_embedding.weight"] == (0.5, 0.02)
-    assert recipe["image_backbone.weight"] == (0.05, 0.02)
-    assert recipe["image_backbone.bias"] == (0.05, 0.0)
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_the_first_layers_of_an_encoder_have_the_smallest_learning_rates():
+    settings = make_settings(model="tiny", lr=0.5, finetune=0.1, weight_decay=0.02,
+                             image_encoder="resnet18")
+    model = MultiModalMemoryNetwork(**model_arguments("tiny"), image_features=3, text_features=3)
+    model.image_backbone = torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(20)])
+    model.image_backbone[0].requires_grad_(False)  # it does not count
+    model.text_backbone = torch.nn.Linear(3, 3)
+    recipe = recipe_of_weights(model, build_optimizer(model, settings, fused=False))
+    rates = [recipe[f"image_backbone.{i}.weight"][0] for i in range(1, 20)]
+    assert rates == sorted(rates) and len(set(rates)) == LAYER_GROUPS
+    assert rates[0] == pytest.approx(0.05 * FIRST_LAYER_LR) and rates[-1] == pytest.approx(0.05)
+    steps = {round(high / low, 6) for low, high in zip(rates, rates[1:])}
+    assert len(steps) == 2 and min(steps) == 1.0
+    assert recipe["image_backbone.19.weight"][1] == 0.02
+    assert recipe["image_backbone.19.bias"][1] == 0.0
+    assert recipe["text_backbone.bias"] == (pytest.approx(0.05), 0.0)
+    # What has been trained before has the learning rate of the last layers.
+    assert recipe["image_encoder.projection.weight"] == (pytest.approx(0.05), 0.02)
+
+    from_scratch = make_settings(model="tiny", lr=0.5, text_lr=1.0, finetune=0.1,
+                                 text_encoder="a/b")
+    recipe = recipe_of_weights(model, build_optimizer(model, from_scratch, fused=False))
+    assert recipe["image_encoder.projection.weight"][0] == 0.5
+    assert recipe["text_backbone.bias"][0] == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("warmup, final", [(0.1, 0.0), (0.2, 0.3), (0.0, 1.0)])
