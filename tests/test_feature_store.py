@@ -9,7 +9,9 @@ from PIL import Image
 import show_flickr8k_results
 from src import feature_store
 from src.encoder_sources import load_encoder
+from src.encoders import Renormalize
 from src.runs import HISTORY, load_json
+from src.utils.augment import normalize
 from src.utils.photo_store import STORE_FOLDER, open_photo
 from src.utils.ragged import Texts
 from src.utils.splits import hold_out, open_split, read_pairs
@@ -273,6 +275,37 @@ def test_a_finetuned_encoder_that_makes_nan_names_the_photo(failing, blank, tmp_
     given = ["--image_encoder", f"{failing}:nan", "--finetune", 1]
     assert main(*arguments(root, tmp_path / "run", *given)) == 2
     assert f"({name}: its features by {failing}:nan are NaN" in capsys.readouterr().err
+
+
+def test_an_encoder_that_is_trained_takes_photos_of_its_own_preprocessing(dataset_dir):
+    """Here that is a part of the photo, in which the pixels are not squeezed."""
+    file = dataset_dir / "crop.py"
+    file.write_text(ENCODER_FILE.replace("SEED", "0").replace(
+        "v2.Resize((32, 32))", "v2.Resize(48), v2.CenterCrop(32)"))
+    folder = dataset_dir / "Flicker8k_Dataset"
+    for i, path in enumerate(sorted(folder.iterdir())):
+        Image.effect_noise((50 + 9 * i, 70), 60 + i).convert("RGB").save(path)
+    encoder = load_encoder(f"{file}:photos", "image")
+    encoder.configure(encoder.device, None, frozen=False)
+    data = open_split(dataset_dir, "train", 16, CharTokenizer(), image_encoder=encoder)
+    assert data.photos.shape == (6, 3, 32, 32) and data.photos.dtype == torch.uint8
+    renormalize = Renormalize(encoder)
+    for name, photo in zip(data.names, data.photos[:]):
+        expected = encoder.load(folder / name)
+        assert torch.allclose(renormalize(normalize(photo[None]))[0], expected, atol=1e-5)
+    again = open_split(dataset_dir, "train", 16, CharTokenizer(), image_encoder=encoder)
+    assert torch.equal(again.photos[:], data.photos[:])
+
+
+def test_preprocessing_that_differs_from_photo_to_photo_cannot_be_trained(
+        shapes, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(ENCODER_FILE.replace("SEED", "0").replace(
+        "v2.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))", "lambda photo: photo / photo.max()"))
+    given = arguments(shapes, tmp_path / "run", "--image_encoder", f"{file}:photos", "--finetune")
+    assert main(*given) == 2
+    err = capsys.readouterr().err
+    assert "normalises each photo by itself" in err and err.count("\n") == 1
 
 
 def test_several_processes_share_a_store(encoder_file, tmp_path):

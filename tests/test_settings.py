@@ -7,6 +7,7 @@ from src.encoders import NO_ENCODERS, Encoders
 from src.model import ModelConfig
 from src.settings import (
     CONTRASTIVE_PAIR,
+    FINETUNED,
     GROUPS,
     PRESETS,
     PRETRAINED,
@@ -14,6 +15,7 @@ from src.settings import (
     Settings,
     flags,
     for_contrastive_pair,
+    for_first_stage,
     make_settings,
     parse_args,
     settings_of,
@@ -165,6 +167,24 @@ def test_a_contrastive_pair_leaves_the_reference_recipe_as_it_is():
     changed = for_contrastive_pair(settings, {})
     assert changed.lr == REFERENCE["lr"]
     assert changed.dropout == CONTRASTIVE_PAIR["dropout"]  # the original run had no such setting
+
+
+def test_fine_tuning_has_a_recipe_and_begins_with_that_of_frozen_encoders():
+    encoders = ["--image_encoder", "a/b", "--text_encoder", "a/b"]
+    settings = settings_from_flags(*encoders, "--finetune", "--lr", "0.2", "--chunk_size", "7")
+    assert settings.finetune == 0.01 and settings.chunk_size == 7 and settings.lr == 0.2
+    assert settings.epochs == FINETUNED["epochs"] and settings.dropout == PRETRAINED["dropout"]
+    assert for_first_stage(settings) == settings_from_flags(*encoders, "--lr", "0.2")
+    assert settings_from_flags(*encoders, "--finetune", "0.5").finetune == 0.5
+    # Without a pretrained image encoder there is one stage, with the recipe of the preset.
+    alone = settings_from_flags(*encoders[2:], "--finetune")
+    assert alone == dataclasses.replace(settings_from_flags(*encoders[2:]), finetune=0.01)
+
+
+@pytest.mark.parametrize("preset, recipe", [("tiny", "own"), ("small", "reference")])
+def test_the_first_stage_follows_the_preset_and_the_recipe(preset, recipe):
+    given = dict(image_encoder="a/b", model=preset, recipe=recipe)
+    assert for_first_stage(make_settings(finetune=0.1, **given)) == make_settings(**given)
 
 
 def stub_encoder(weights_hash="1f", logit_scale=None, pixels=(224, 224)):
