@@ -189,7 +189,8 @@ def test_the_first_stage_follows_the_preset_and_the_recipe(preset, recipe):
 
 def stub_encoder(weights_hash="1f", logit_scale=None, pixels=(224, 224)):
     return SimpleNamespace(
-        name="a/b", weights_hash=weights_hash, width=640, logit_scale=logit_scale, pixels=pixels)
+        name="a/b", weights_hash=weights_hash, tensor_hashes={weights_hash}, half_of="", width=640,
+        logit_scale=logit_scale, pixels=pixels)
 
 
 @pytest.mark.parametrize("encoders, finetune, changes", [
@@ -198,9 +199,11 @@ def stub_encoder(weights_hash="1f", logit_scale=None, pixels=(224, 224)):
     (Encoders(image=stub_encoder()), 0.1, {"image_size": 224}),
     (Encoders(text=stub_encoder()), 0.1, {}),
     (Encoders(stub_encoder("1f"), stub_encoder("2e")), 0.0, {}),
-    (Encoders(stub_encoder("1f", logit_scale=4.6), stub_encoder("2e")), 0.0, {}),
-    (Encoders(stub_encoder(logit_scale=4.6), stub_encoder()), 0.0, {"latent_dim": 640}),
-    (Encoders(stub_encoder(logit_scale=4.6), stub_encoder()), 0.1,
+    (Encoders(stub_encoder("1f", 4.6), stub_encoder("2e", 4.6)), 0.0, {}),
+    (Encoders(stub_encoder(logit_scale=4.6), stub_encoder()), 0.0, {}),
+    (Encoders(stub_encoder(logit_scale=4.6), stub_encoder(logit_scale=4.6)), 0.0,
+     {"latent_dim": 640}),
+    (Encoders(stub_encoder(logit_scale=4.6), stub_encoder(logit_scale=4.6)), 0.1,
      {"latent_dim": 640, "image_size": 224}),
 ])
 def test_encoders_fit_the_sizes_in_the_settings(encoders, finetune, changes):
