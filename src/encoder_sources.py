@@ -23,7 +23,7 @@ from torch import nn
 from src.device import autocast_dtype, full_memory
 from src.encoders import Encoders
 from src.hub_files import SECONDS_TO_ANSWER, check_files, check_hub, failure
-from src.inner_layers import InnerLayers
+from src.inner_layers import InnerLayers, MiddleLayer
 from src.pretrained import IMAGE, TEXT, PretrainedEncoder
 from src.sentence_modules import POOLED_DECODERS, find_modules
 from src.transformers_encoder import (
@@ -305,14 +305,14 @@ def build_from_transformers(transformers, name, modality, local_files_only):
             max_tokens -= prompt_tokens
     preprocessing += as_saved(model.config.get_config_dict(name, **options)[0])
     network = encoder
-    if modality == IMAGE and modules is None and not encoder.makes_embeddings:
-        network = InnerLayers(encoder)
     if modules is not None:
         network = modules.build_encoder(encoder, prompt_tokens)
         preprocessing += modules.description
+    if not encoder.makes_embeddings:
+        network = InnerLayers(network) if modality == IMAGE else MiddleLayer(network, model)
     pretrained = PretrainedEncoder(name, modality, network, prepare, preprocessing, logit_scale,
                                    max_tokens, count_tokens)
-    pretrained.rule = pretrained.rule + doubt if modules is None else modules.rule
+    pretrained.rule += doubt
     if pretrained.half_of:
         pretrained.logit_scale = HALF_LOGIT_SCALE
     return pretrained

@@ -1,7 +1,7 @@
-"""Features of inner layers of an image network, beside those of its last layer.
+"""Features of inner layers of a network, beside those of its last layer.
 
-The last layers of a network that was trained to tell classes apart forget what does not tell them
-apart, such as colours, numbers and surroundings, of which captions speak."""
+The last layers of a network forget what its own task does not need. One that tells classes apart,
+for instance, forgets colours, numbers and surroundings, of which captions speak."""
 import contextlib
 
 import torch
@@ -11,7 +11,7 @@ QUARTERS = (3, 4)  # of a network's depth, each of which gives the features of o
 
 
 class InnerLayers(nn.Module):
-    """A network with features of two of its inner layers: photos (B, 3, H, W) -> (B, width).
+    """An image network with features of two of its inner layers: photos (B, 3, H, W) -> (B, width).
 
     First come the network's own features (B, ...). Then, for the third and for the fourth quarter
     of its convolutions and linear layers, in the order in which they compute, the means over all
@@ -90,6 +90,48 @@ class InnerLayers(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+class MiddleLayer(nn.Module):
+    """A text network with features of its middle layer: tensors by name -> (B, width).
+
+    First come the network's own features, then the means over tokens of the states after half of
+    the layers of `model`, the model of transformers in the network. If this returns no such states,
+    the network keeps its own features alone."""
+
+    def __init__(self, network, model):
+        super().__init__()
+        self.network, self.layer = network, None
+        self.model_name = {part: name for name, part in network.named_modules()}[model]
+
+    @property
+    def rule(self):
+        """A text that tells the user how the features are taken from the network."""
+        own = self.network.rule
+        return own if self.layer is None else f"{own}, and the mean after layer {self.layer}"
+
+    def forward(self, **tokens):
+        states = []
+
+        def ask_for_states(model, inputs, options):
+            return inputs, options | {"output_hidden_states": True}
+
+        def keep(model, inputs, output):
+            states.extend(getattr(output, "hidden_states", None) or ())
+
+        with contextlib.ExitStack() as hooks:
+            model = self.network.get_submodule(self.model_name)
+            for hook in (model.register_forward_pre_hook(ask_for_states, with_kwargs=True),
+                         model.register_forward_hook(keep)):
+                hooks.callback(hook.remove)
+            features = self.network(**tokens)
+        middle, mask = len(states) // 2, tokens.get("attention_mask")
+        if not states or mask is None or states[middle].shape[:2] != mask.shape:
+            return features
+        self.layer = middle
+        is_token = mask[:, :, None].float()
+        mean = (states[middle].float() * is_token).sum(1) / is_token.sum(1).clamp(min=1)
+        return torch.cat([features, mean], dim=1)
 
 
 def channel_dim(layer):

@@ -41,16 +41,17 @@ class PretrainedEncoder(nn.Module):
     version of a library is installed. logit_scale: the logarithm of the scale of a contrastive
     model like CLIP, which embeds photos and texts in the same space; None for others. max_tokens:
     how many tokens of a text `prepare` keeps, and count_tokens: a function from texts to their
-    numbers of tokens; both are None where no text is cut, or where that is unknown. rule: a short
-    text that tells the user how the features are taken from the network, or "". A module that finds
-    this out when it runs has an attribute `rule`. half_of: the type of the contrastive model of
-    which the network is only one half, or "".
+    numbers of tokens; both are None where no text is cut, or where that is unknown.
+
+    From attributes of the module, or else "", come `rule`, a short text that tells the user how the
+    features are taken from the network, and `half_of`, the type of the contrastive model of which
+    the network is only one half.
 
     Raises UsageError if the encoder does not do this.
     """
 
     def __init__(self, name, modality, module, prepare, preprocessing="", logit_scale=None,
-                 max_tokens=None, count_tokens=None, rule=""):
+                 max_tokens=None, count_tokens=None):
         super().__init__()
         self.name, self.modality, self.module, self.prepare = name, modality, module, prepare
         self.logit_scale, self.max_tokens, self.count_tokens = logit_scale, max_tokens, count_tokens
@@ -86,9 +87,8 @@ class PretrainedEncoder(nn.Module):
             if alone.shape != features[:1].shape or not similar(features[:1], alone):
                 raise UsageError(f"{name} makes other features of a text alone than beside a "
                                  "longer one, for instance because its tokenizer pads at the left")
-        found_rule = getattr(module, "rule", "")
-        self.rule, self.half_of = rule or found_rule, getattr(module, "half_of", "")
-        self.preprocessing_hash = store_key(preprocessing + found_rule)
+        self.rule, self.half_of = getattr(module, "rule", ""), getattr(module, "half_of", "")
+        self.preprocessing_hash = store_key(preprocessing + self.rule)
         self.key = store_key(STORE_VERSION, self.weights_hash, self.preprocessing_hash)
 
     def configure(self, device, amp_dtype, frozen):

@@ -225,7 +225,8 @@ class SentenceModules:
 
     def build_encoder(self, encoder, prompt_tokens):
         """Return the `SentenceEncoder` around a TransformersEncoder."""
-        if not self.has_tokens:
-            return SentenceEncoder(encoder, None, self.layers, self.width)
-        pooling = Pooling(self.modes, 0 if self.include_prompt else prompt_tokens)
-        return SentenceEncoder(encoder.model, pooling, self.layers, self.width)
+        transformer, pooling = encoder, None
+        if self.has_tokens:
+            transformer = encoder.model
+            pooling = Pooling(self.modes, 0 if self.include_prompt else prompt_tokens)
+        return SentenceEncoder(transformer, pooling, self.layers, self.width, self.rule)

@@ -77,13 +77,13 @@ class SentenceEncoder(nn.Module):
     """A transformer, the pooling of its tokens, and the modules after it -> features (B, width).
 
     pooling: None if the transformer makes features itself, as CLIP does. width: how many of the
-    features are kept, None for all.
+    features are kept, None for all. rule: a text that tells the user all this.
     """
 
-    def __init__(self, transformer, pooling, layers, width):
+    def __init__(self, transformer, pooling, layers, width, rule):
         super().__init__()
         self.transformer, self.pooling = transformer, pooling
-        self.layers, self.width = layers, width
+        self.layers, self.width, self.rule = layers, width, rule
 
     def forward(self, *images, **tokens):
         features = self.transformer(*images, **tokens)

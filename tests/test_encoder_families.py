@@ -265,17 +265,22 @@ def test_features_are_those_that_the_authors_mean(family, tmp_path):
         encoder = load_encoder(str(tmp_path / "model"), "text")
         tokens = encoder.prepare(TEXTS)
         expected = text_features(model, tokens)
-        assert encoder(tokens).shape == expected.shape == (2, encoder.width)
-        assert torch.allclose(encoder(tokens), expected, atol=1e-4)
-        assert torch.allclose(encoder(encoder.prepare(TEXTS[:1])), expected[:1], atol=1e-4)
+        check(encoder, tokens, expected)
+        check(encoder, encoder.prepare(TEXTS[:1]), expected[:1])
         assert not torch.allclose(expected[0], expected[1], atol=1e-3)
     if image_features is not None:
         encoder = load_encoder(str(tmp_path / "model"), "image")
         images = torch.stack([encoder.prepare(photo) for photo in photos()])
-        expected = image_features(model, images)
-        features = encoder(images)  # perhaps with those of inner layers beside them
-        assert features.shape == (2, encoder.width)
-        assert torch.allclose(features[:, :expected.shape[1]], expected, atol=1e-4)
+        check(encoder, images, image_features(model, images))
+
+
+def check(encoder, inputs, expected):
+    """Compare the features, or those that stand before the features of inner layers."""
+    features = encoder(inputs)
+    inner = getattr(encoder.module, "layers", None) or getattr(encoder.module, "layer", None)
+    assert features.shape == (len(expected), encoder.width)
+    assert (encoder.width > expected.shape[1]) == bool(inner)
+    assert torch.allclose(features[:, :expected.shape[1]], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if None not in row])
@@ -366,7 +371,7 @@ def test_a_model_that_is_random_is_refused(tmp_path):
 def test_a_text_model_whose_features_depend_on_the_batch_is_refused(tmp_path):
     save(tmp_path / "gpt2", "GPT2Model", lambda t: t.GPT2Config(
         n_embd=16, n_layer=1, n_head=2, n_positions=24, vocab_size=WORDS))
-    assert load_encoder(str(tmp_path / "gpt2"), "text").width == 16
+    assert load_encoder(str(tmp_path / "gpt2"), "text").width == 16 + 16
     edit_json(tmp_path / "gpt2" / "tokenizer_config.json", padding_side="left")
     with pytest.raises(UsageError, match="of a text alone than beside a longer one"):
         load_encoder(str(tmp_path / "gpt2"), "text")

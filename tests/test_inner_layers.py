@@ -1,12 +1,13 @@
 """The features of inner layers beside a network's own."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from src.inner_layers import InnerLayers
+from src.inner_layers import InnerLayers, MiddleLayer
 
 
 def signed_root(x):
@@ -111,3 +112,53 @@ def test_layers_of_torchvisions_models(name, width):
     wrapped = InnerLayers(model)
     assert wrapped(torch.randn(2, 3, 64, 64)).shape == (2, width)
     assert len(wrapped.layers) == 2
+
+
+class States(nn.Module):
+    """As a model of transformers: returns the states before and after each of its four layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, states, attention_mask, output_hidden_states=False):
+        all_states = [states]
+        for layer in self.layers:
+            all_states.append(layer(all_states[-1]).relu())
+        return SimpleNamespace(last_hidden_state=all_states[-1],
+                               hidden_states=all_states if output_hidden_states else None)
+
+
+class LastToken(nn.Module):
+    rule = "the last token"
+
+    def __init__(self):
+        super().__init__()
+        self.model = States()
+
+    def forward(self, **tokens):
+        return self.model(**tokens).last_hidden_state[:, -1]
+
+
+@torch.no_grad()
+def test_the_mean_over_tokens_after_the_middle_layer_is_added():
+    network = LastToken()
+    wrapped = MiddleLayer(network, network.model)
+    states, mask = torch.randn(2, 5, 3), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    features = wrapped(states=states, attention_mask=mask)
+    for layer in network.model.layers[:2]:
+        states = layer(states).relu()
+    means = torch.stack([states[0].mean(0), states[1, 2:].mean(0)])
+    assert torch.allclose(features[:, 3:], means, atol=1e-6)
+    assert wrapped.rule == "the last token, and the mean after layer 2"
+    assert network.model(states, mask).hidden_states is None  # nothing stays behind in the model
+
+
+def test_a_copy_of_a_text_network_has_its_own_middle_layer():
+    network = LastToken()
+    copied = copy.deepcopy(MiddleLayer(network, network.model))
+    copied.network.model.layers[0].weight.data.zero_()
+    copied.network.model.layers[0].bias.data.fill_(-1)
+    tokens = dict(states=torch.randn(1, 5, 3), attention_mask=torch.ones(1, 5))
+    after = copied.network.model.layers[1].bias.relu()
+    assert torch.allclose(copied(**tokens)[0, 3:], after)
