@@ -96,8 +96,8 @@ class MiddleLayer(nn.Module):
     """A text network with features of its middle layer: tensors by name -> (B, width).
 
     First come the network's own features, then the means over tokens of the states after half of
-    the layers of `model`, the model of transformers in the network. If this returns no such states,
-    the network keeps its own features alone."""
+    the layers of `model`, the model of transformers in the network. If this has fewer than two
+    layers or does not return their states, the network keeps its own features alone."""
 
     def __init__(self, network, model):
         super().__init__()
@@ -125,8 +125,8 @@ class MiddleLayer(nn.Module):
                          model.register_forward_hook(keep)):
                 hooks.callback(hook.remove)
             features = self.network(**tokens)
-        middle, mask = len(states) // 2, tokens.get("attention_mask")
-        if not states or mask is None or states[middle].shape[:2] != mask.shape:
+        middle, mask = (len(states) - 1) // 2, tokens.get("attention_mask")  # the first: no layer
+        if middle < 1 or mask is None or states[middle].shape[:2] != mask.shape:
             return features
         self.layer = middle
         is_token = mask[:, :, None].float()

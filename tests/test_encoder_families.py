@@ -371,7 +371,7 @@ def test_a_model_that_is_random_is_refused(tmp_path):
 def test_a_text_model_whose_features_depend_on_the_batch_is_refused(tmp_path):
     save(tmp_path / "gpt2", "GPT2Model", lambda t: t.GPT2Config(
         n_embd=16, n_layer=1, n_head=2, n_positions=24, vocab_size=WORDS))
-    assert load_encoder(str(tmp_path / "gpt2"), "text").width == 16 + 16
+    assert load_encoder(str(tmp_path / "gpt2"), "text").width == 16
     edit_json(tmp_path / "gpt2" / "tokenizer_config.json", padding_side="left")
     with pytest.raises(UsageError, match="of a text alone than beside a longer one"):
         load_encoder(str(tmp_path / "gpt2"), "text")

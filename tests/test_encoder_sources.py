@@ -191,7 +191,7 @@ def test_features_of_a_torchvision_model_are_its_classifiers_input(tmp_path, mon
 def test_features_of_a_text_model_are_the_mean_over_its_tokens(bert, clip, tmp_path):
     encoder = load_encoder(str(bert), "text")
     tokens = encoder.prepare(["a red circle", "a square"])
-    hidden = encoder.module.model(**tokens).last_hidden_state
+    hidden = encoder.module.network.model(**tokens).last_hidden_state
     assert torch.allclose(encoder(tokens)[1], hidden[1, :3].mean(0), atol=1e-6)
     assert encoder.rule == "the mean over tokens"
     assert load_encoder(str(bert), "text").key == encoder.key  # no weight is random
