@@ -74,14 +74,18 @@ def train_first_stage(settings, model, encoders, tokenizer, splits, device):
     data, amp_dtype = splits["train"], autocast_dtype(settings.amp, device)
     log.info(f"training all but the encoders first, for {settings.epochs} epochs")
     encoders.initialize(model, data)
-    state_before, score_before = copy.deepcopy(model.state_dict()), -1.0
     if encoders.is_contrastive_pair:
+        state_before = copy.deepcopy(model.state_dict())
         score_before = evaluate(model, splits["val"], amp_dtype)["avg_r1"]
     loss = train_on_features(
         settings, model, tokenizer, data, data.photos, range(1, settings.epochs + 1), device)
-    if evaluate(model, splits["val"], amp_dtype)["avg_r1"] < score_before:
-        model.load_state_dict(state_before)
-        loss = None
+    if encoders.is_contrastive_pair:
+        score = evaluate(model, splits["val"], amp_dtype)["avg_r1"]
+        log.info(f"val R@1 {score_before:.2f} of the contrastive pair as it is, {score:.2f} after "
+                 "the first stage; fine-tuning begins with the better of both")
+        if score < score_before:
+            model.load_state_dict(state_before)
+            loss = None
     seconds = time.time() - began
     log.info(f"the first stage took {seconds:.0f} s, which count towards epoch 0; now the encoders "
              "are trained, too")
