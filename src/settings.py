@@ -80,7 +80,7 @@ class Settings:
                                 "trained here", shown="none")
     finetune: float = setting(0.0, "train the pretrained encoders, too, after the rest; the value "
                               "is the learning rate of that second stage relative to --lr",
-                              "[0, inf)", shown="off; 0.01 if no value is given", bare=0.01)
+                              "[0, inf)", shown="off; 0.1 if no value is given", bare=0.1)
     dropout: float = architecture(0.0)
 
     recipe: str = setting("own", "own: the preset's recipe; reference: the original run's",

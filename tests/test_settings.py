@@ -172,13 +172,13 @@ def test_a_contrastive_pair_leaves_the_reference_recipe_as_it_is():
 def test_fine_tuning_has_a_recipe_and_begins_with_that_of_frozen_encoders():
     encoders = ["--image_encoder", "a/b", "--text_encoder", "a/b"]
     settings = settings_from_flags(*encoders, "--finetune", "--lr", "0.2", "--chunk_size", "7")
-    assert settings.finetune == 0.01 and settings.chunk_size == 7 and settings.lr == 0.2
+    assert settings.finetune == 0.1 and settings.chunk_size == 7 and settings.lr == 0.2
     assert settings.epochs == FINETUNED["epochs"] and settings.dropout == PRETRAINED["dropout"]
     assert for_first_stage(settings) == settings_from_flags(*encoders, "--lr", "0.2")
     assert settings_from_flags(*encoders, "--finetune", "0.5").finetune == 0.5
     # Without a pretrained image encoder there is one stage, with the recipe of the preset.
     alone = settings_from_flags(*encoders[2:], "--finetune")
-    assert alone == dataclasses.replace(settings_from_flags(*encoders[2:]), finetune=0.01)
+    assert alone == dataclasses.replace(settings_from_flags(*encoders[2:]), finetune=0.1)
 
 
 @pytest.mark.parametrize("preset, recipe", [("tiny", "own"), ("small", "reference")])
