@@ -14,6 +14,7 @@ from src.utils.console import (
     number,
     prepare_output,
     printable,
+    say_once,
     text,
 )
 
@@ -114,3 +115,13 @@ def test_wrong_arguments_are_one_line_and_status_2(given, message, capsys):
 def test_texts_for_messages():
     assert printable("a\nb\x1b[1m\udce9") == "a?b?[1m?"
     assert first_three("abc") == "a, b, c" and first_three("abcde") == "a, b, c and 2 more"
+
+
+def test_a_message_is_said_once(caplog):
+    log = logging.getLogger("test of say_once")
+    log.setLevel(logging.INFO)
+    with say_once(log):
+        for message in ("first", "second", "first"):
+            log.info(message)
+    log.info("first")
+    assert caplog.messages == ["first", "second", "first"]
