@@ -161,6 +161,8 @@ def set_up_encoders(settings, args, device):
     if encoders.is_contrastive_pair and not args.resume:
         settings = for_contrastive_pair(settings, vars(args))
     for encoder in encoders:
+        if not encoder.frozen:
+            encoder.freeze_unused()  # or else it says here that the encoder cannot be trained
         item = "photo" if encoder is encoders.image else "caption"
         how = "once; the features are stored" if encoder.frozen else "in each step and is trained"
         rule = f" ({encoder.rule})" if encoder.rule else ""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 QUARTERS = (3, 4)  # of a network's depth, each of which gives the features of one layer
+COPIES = 5  # of a photo that choose the layers; few tensors have as many channels, colours or parts
 
 
 class InnerLayers(nn.Module):
@@ -44,16 +45,20 @@ class InnerLayers(nn.Module):
             places = [dim for dim in range(1, features.ndim) if dim != channels]
             mean = features.float().mean(places)
             # At zero the gradient of the square root would be infinite.
-            means[name] = mean.sign() * mean.abs().clamp(min=1e-6).sqrt()
+            mean = mean.sign() * mean.abs().clamp(min=1e-6).sqrt()
+            means.setdefault(name, []).append(mean)
 
         with self._watch(self.layers, keep):
             features = self.network(images)
-        return torch.cat([features, *(means[name] for name in self.layers)], dim=1)
+        if not (isinstance(features, torch.Tensor) and features.ndim == 2):
+            return features  # what uses them says what is wrong
+        # A network that splits a large batch calls its layers once for each part.
+        return torch.cat([features, *(torch.cat(means[name]) for name in self.layers)], dim=1)
 
     @torch.no_grad()
     def _choose_layers(self, images):
         """Return the names of the layers whose input gives features."""
-        images = torch.cat([images[:1], images[:1]])
+        images = images[:1].repeat(COPIES, 1, 1, 1)
         widths = []  # (name of a layer, width of its input), in the order in which they compute
 
         def note(name, layer, features):
@@ -81,10 +86,12 @@ class InnerLayers(nn.Module):
         """Inside, function(name, layer, features) is called before a layer of one of these names
         takes its features."""
         def hook_of(name):
-            return lambda layer, inputs: function(name, layer, inputs[0])
+            def hook(layer, inputs, options):
+                function(name, layer, inputs[0] if inputs else options["input"])
+            return hook
 
-        hooks = [self.network.get_submodule(name).register_forward_pre_hook(hook_of(name))
-                 for name in names]
+        hooks = [self.network.get_submodule(name).register_forward_pre_hook(
+                     hook_of(name), with_kwargs=True) for name in names]
         try:
             yield
         finally:

@@ -4,6 +4,7 @@
 photo, its mirror image and every caption once, and its features are kept in a feature store beside
 the photo store. With --finetune it becomes a part of the model and is trained with the rest.
 """
+import copy
 import hashlib
 import itertools
 import math
@@ -56,14 +57,15 @@ class PretrainedEncoder(nn.Module):
         self.name, self.modality, self.module, self.prepare = name, modality, module, prepare
         self.logit_scale, self.max_tokens, self.count_tokens = logit_scale, max_tokens, count_tokens
         self.train()
-        self.tensor_hashes = hash_tensors(module)
-        self.weights_hash = store_key(sorted(self.tensor_hashes))
         self.example_peak = 0.0
-        self.configure(torch.device("cpu"), amp_dtype=None, frozen=True)
         try:
+            self.tensor_hashes = hash_tensors(module)
+            self.weights_hash = store_key(sorted(self.tensor_hashes))
+            self.configure(torch.device("cpu"), amp_dtype=None, frozen=True)
             inputs = self.example_input()
+            first = self.prepare(PROBE_TEXTS[:1]) if modality == TEXT else inputs[:1]
             with torch.no_grad():
-                features, again = self(inputs), self(inputs)
+                features, again, alone = self(inputs), self(inputs), self(first)
         except UsageError:
             raise
         except Exception as error:  # other people's code may raise anything
@@ -81,12 +83,12 @@ class PretrainedEncoder(nn.Module):
         if not similar(features, again):
             raise UsageError(f"{name} draws random numbers: each time it makes other features of "
                              f"the same {modality}")
-        if modality == TEXT:
-            with torch.no_grad():
-                alone = self(self.prepare(PROBE_TEXTS[:1]))
-            if alone.shape != features[:1].shape or not similar(features[:1], alone):
-                raise UsageError(f"{name} makes other features of a text alone than beside a "
-                                 "longer one, for instance because its tokenizer pads at the left")
+        if alone.shape != features[:1].shape or not similar(features[:1], alone):
+            cause = "a longer one, for instance because its tokenizer pads at the left"
+            if modality == IMAGE:
+                cause = "another one, for instance because of a squeeze() or of batch statistics"
+            raise UsageError(f"{name} makes other features of one {modality} alone than beside "
+                             f"{cause}")
         self.rule, self.half_of = getattr(module, "rule", ""), getattr(module, "half_of", "")
         self.preprocessing_hash = store_key(preprocessing + self.rule)
         self.key = store_key(STORE_VERSION, self.weights_hash, self.preprocessing_hash)
@@ -245,16 +247,28 @@ class PretrainedEncoder(nn.Module):
 
     def freeze_unused(self):
         """Train all weights but those that the features do not depend on. Raises UsageError if
-        they depend on none."""
+        they depend on none, or if the network cannot be trained or copied."""
         self.requires_grad_(True)
-        features = self(self.example_input())
-        if not features.requires_grad:
+        inputs = map_tensors(lambda tensor: tensor.to(self.device), self.example_input())
+        try:
+            features = self(inputs)
+            if features.requires_grad:
+                features.sum().backward()
+            trained = [parameter.grad is not None for parameter in self.parameters()]
+            self.zero_grad()
+            copy.deepcopy(self)  # as the moving average of the weights does
+            if not all(isinstance(value, torch.Tensor) for value in self.state_dict().values()):
+                raise TypeError("its state_dict has values that are no tensors")
+        except Exception as error:  # other people's code may raise anything
+            if full_memory(error):
+                raise
+            raise UsageError(f"--finetune: {self.name} cannot be trained ({first_line(error)})"
+                             ) from None
+        if not any(trained):
             raise UsageError(f"--finetune: the features of {self.name} depend on no weights that "
                              "could be trained")
-        features.sum().backward()
-        for parameter in self.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
-            parameter.grad = None
+        for parameter, is_trained in zip(self.parameters(), trained):
+            parameter.requires_grad_(is_trained)
 
 
 def name_the_text(function, texts, name):
@@ -279,6 +293,7 @@ def example_photo(size):
 
 def similar(features, others):
     """Whether the rows of two tensors (B, width) are equal but for rounding errors."""
+    features, others = features.float(), others.float()
     distance = (features - others).norm(dim=1)
     return bool((distance <= SIMILAR * features.norm(dim=1) + 1e-6).all())
 
@@ -289,9 +304,14 @@ def hash_tensors(module):
     Their names do not count, because versions of a library differ in the names that they give to
     the same weights.
     """
-    hashes = set()
-    for value in module.state_dict().values():
-        content = hashlib.sha256(f"{tuple(value.shape)} {value.dtype}".encode())
-        content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        hashes.add(content.hexdigest())
+    hashes, values = set(), list(module.state_dict().values())
+    while values:
+        value = values.pop()
+        if isinstance(value, torch.Tensor):
+            value = value.dequantize() if value.is_quantized else value
+            content = hashlib.sha256(f"{tuple(value.shape)} {value.dtype}".encode())
+            content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            hashes.add(content.hexdigest())
+        elif isinstance(value, (tuple, list, dict)):  # as quantized layers have them
+            values += value.values() if isinstance(value, dict) else value
     return hashes

@@ -162,3 +162,57 @@ def test_a_copy_of_a_text_network_has_its_own_middle_layer():
     tokens = dict(states=torch.randn(1, 5, 3), attention_mask=torch.ones(1, 5))
     after = copied.network.model.layers[1].bias.relu()
     assert torch.allclose(copied(**tokens)[0, 3:], after)
+
+
+class Keywords(Network):
+    """Calls its layers with a keyword."""
+
+    def forward(self, images):
+        for block in self.blocks:
+            images = images + block.reduce(input=block.expand(input=images).relu())
+        return images.mean((2, 3))
+
+
+class Parts(Network):
+    """Splits its batch."""
+
+    def forward(self, images):
+        return torch.cat([super(Parts, self).forward(part) for part in images.split(6)])
+
+
+class TokensFirst(Network):
+    """Takes two tokens of each photo, as (tokens, photos, width)."""
+
+    def forward(self, images):
+        x = images.mean((2, 3)).expand(2, -1, -1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(0))
+
+
+@torch.no_grad()
+def test_layers_may_be_called_with_a_keyword_or_for_parts_of_a_batch():
+    images = torch.randn(13, 3, 4, 4)
+    for kind in (Keywords, Parts):
+        wrapped = InnerLayers(kind(8, False))
+        features = wrapped(images)
+        assert wrapped.layers == ["blocks.5.reduce", "blocks.7.reduce"]
+        assert features.shape[0] == 13 and features.shape[1] > 2 * 12
+        alone = torch.cat([wrapped(image[None]) for image in images])
+        assert torch.allclose(features, alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_before_photos_give_no_features():
+    wrapped = InnerLayers(TokensFirst(8, True))
+    assert wrapped(torch.randn(2, 3, 4, 4)).shape == (2, 5) and wrapped.layers == []
+
+
+@pytest.mark.parametrize("result", [lambda x: (x,), lambda x: {"x": x}, lambda x: x[:, :, None]])
+def test_a_network_that_returns_something_else_is_left_alone(result):
+    class Other(Network):
+        def forward(self, images):
+            return result(super().forward(images))
+
+    network, images = Other(8, False), torch.randn(2, 3, 4, 4)
+    assert type(InnerLayers(network)(images)) is type(network(images))

@@ -1,5 +1,8 @@
 """Pretrained encoders. Tiny ones with random weights stand in, so that nothing is downloaded."""
+import threading
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from src.pretrained import PretrainedEncoder
 from src.retrieval import retrieval_metrics
 from src.runs import BEST, CONFIG, HISTORY, load_checkpoint, load_json
 from src.search import embed_photos, embed_texts, load_model, photos_of_split
+from src.utils.errors import UsageError
 from tests.conftest import arguments, encoder_flags, main, run_script
 
 
@@ -93,6 +97,74 @@ def test_the_names_of_weights_do_not_count():
     assert pretrained.hash_tensors(second) == before
     second.k_proj.bias.data[0] += 1e-6
     assert pretrained.hash_tensors(second) != before
+
+
+def test_weights_of_quantized_layers_count():
+    def quantized(bias):
+        layer = torch.nn.Linear(3, 3)
+        torch.nn.init.ones_(layer.weight)
+        torch.nn.init.constant_(layer.bias, bias)
+        with warnings.catch_warnings(action="ignore"):
+            return torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer))
+
+    first, same, other = (pretrained.hash_tensors(quantized(bias)) for bias in (0.0, 0.0, 1.0))
+    assert first and first == same != other
+
+
+class Odd(torch.nn.Linear):
+    def __init__(self, forward):
+        super().__init__(3 * 32 * 32, 4)
+        self.function = forward
+
+    def forward(self, images):
+        return self.function(super().forward(images.flatten(1)))
+
+
+def odd_encoder(forward):
+    return PretrainedEncoder("odd", "image", Odd(forward), lambda photo: torch.from_numpy(
+        np.array(photo.resize((32, 32)), np.float32)).permute(2, 0, 1) / 255)
+
+
+@pytest.mark.parametrize("forward", [torch.squeeze, lambda x: x - x.mean(0)])
+def test_features_that_depend_on_the_batch_are_refused(forward):
+    with pytest.raises(UsageError, match="odd makes other features of one image alone than"):
+        odd_encoder(forward)
+
+
+def test_weights_without_values_are_refused():
+    with pytest.raises(UsageError, match="odd fails as an encoder of images .RuntimeError: Can't"):
+        PretrainedEncoder("odd", "image", torch.nn.LazyLinear(3), None)
+
+
+@pytest.mark.parametrize("forward, error", [
+    (lambda x: torch.from_numpy(x.numpy()), "cannot be trained"),
+    (torch.detach, "depend on no weights")])
+def test_what_cannot_be_trained_is_refused(forward, error):
+    encoder = odd_encoder(forward)
+    with pytest.raises(UsageError, match=f"--finetune: .*odd {error}"):
+        encoder.freeze_unused()
+
+
+def test_what_cannot_be_copied_is_not_trained():
+    encoder = odd_encoder(torch.tanh)
+    encoder.lock = threading.Lock()
+    with pytest.raises(UsageError, match="--finetune: odd cannot be trained .TypeError: cannot"):
+        encoder.freeze_unused()
+
+
+def test_a_state_of_other_values_than_tensors_is_not_trained(monkeypatch):
+    monkeypatch.setattr(Odd, "get_extra_state", lambda self: "a text", raising=False)
+    encoder = odd_encoder(torch.tanh)
+    with pytest.raises(UsageError, match="--finetune: odd cannot be trained .TypeError: its state"):
+        encoder.freeze_unused()
+
+
+def test_an_encoder_is_made_trainable_where_it_is():
+    """The device of the weights need not be the one on which photos are prepared."""
+    encoder = odd_encoder(torch.tanh)
+    encoder.configure(torch.device("meta"), None, frozen=False)
+    encoder.freeze_unused()
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
 
 
 @pytest.mark.parametrize("modality, function", [("image", "photos"), ("text", "texts")])
