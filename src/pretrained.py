@@ -87,8 +87,8 @@ class PretrainedEncoder(nn.Module):
             cause = "a longer one, for instance because its tokenizer pads at the left"
             if modality == IMAGE:
                 cause = "another one, for instance because of a squeeze() or of batch statistics"
-            raise UsageError(f"{name} makes other features of one {modality} alone than beside "
-                             f"{cause}")
+            item = "photo" if modality == IMAGE else "text"
+            raise UsageError(f"{name} makes other features of a {item} alone than beside {cause}")
         self.rule, self.half_of = getattr(module, "rule", ""), getattr(module, "half_of", "")
         self.preprocessing_hash = store_key(preprocessing + self.rule)
         self.key = store_key(STORE_VERSION, self.weights_hash, self.preprocessing_hash)

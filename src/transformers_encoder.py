@@ -28,7 +28,9 @@ REFUSED = {
 
 def loading_options(config):
     """Return the arguments of from_pretrained that a model of this type needs."""
-    options = dict(use_safetensors=True, output_loading_info=True)
+    # A model saved in bfloat16 would otherwise compute its constants in it. This is the name of the
+    # option in transformers 4, which 5 still takes.
+    options = dict(use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32)
     if config.model_type.startswith("aimv2"):
         # Its attention to texts is causal. The fused one is so only where a batch has padding.
         options["attn_implementation"] = "eager"
@@ -141,7 +143,7 @@ class TransformersEncoder(nn.Module):
             return hidden[:, 0], "its class token"
         if hidden.ndim == 4:  # a convnet's output, (B, width, H, W)
             return hidden.mean((2, 3)), "the mean over places"
-        if self.modality == IMAGE:
+        if attention_mask is None:
             return hidden.mean(1), "the mean over tokens"
         is_token = attention_mask[:, :, None].to(hidden.dtype)
         return (hidden * is_token).sum(1) / is_token.sum(1), "the mean over tokens"

@@ -377,6 +377,25 @@ def test_a_text_model_whose_features_depend_on_the_batch_is_refused(tmp_path):
         load_encoder(str(tmp_path / "gpt2"), "text")
 
 
+def test_a_text_model_without_a_mask_is_refused(tmp_path):
+    """FNet mixes the padding with the tokens."""
+    save(tmp_path / "fnet", "FNetModel", lambda t: t.FNetConfig(
+        vocab_size=WORDS, hidden_size=16, num_hidden_layers=1, intermediate_size=32,
+        max_position_embeddings=24, tpu_short_seq_length=24))
+    with pytest.raises(UsageError, match="of a text alone than beside a longer one"):
+        load_encoder(str(tmp_path / "fnet"), "text")
+
+
+def test_a_model_saved_in_bfloat16_computes_in_float32(tmp_path):
+    features = []
+    model = save(tmp_path / "swin", "Swinv2Model", lambda t: t.Swinv2Config(**WINDOWS))
+    for dtype in (torch.bfloat16, torch.float32):  # with the same weights
+        model.to(torch.bfloat16).to(dtype).save_pretrained(tmp_path / "swin")
+        encoder = load_encoder(str(tmp_path / "swin"), "image")
+        features.append(encoder(encoder.example_input()))
+    assert torch.equal(*features)
+
+
 @pytest.mark.parametrize("class_name, modality, make_config, message", [
     ("Blip2ForImageTextRetrieval", "image", lambda t: tiny_blip_2(t), "by many vectors"),
     ("Blip2ForImageTextRetrieval", "text", lambda t: tiny_blip_2(t), "by many vectors"),

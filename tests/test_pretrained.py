@@ -127,7 +127,7 @@ def odd_encoder(forward):
 
 @pytest.mark.parametrize("forward", [torch.squeeze, lambda x: x - x.mean(0)])
 def test_features_that_depend_on_the_batch_are_refused(forward):
-    with pytest.raises(UsageError, match="odd makes other features of one image alone than"):
+    with pytest.raises(UsageError, match="odd makes other features of a photo alone than"):
         odd_encoder(forward)
 
 
