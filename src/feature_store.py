@@ -103,7 +103,8 @@ class PhotoFeatures:
                 return [(None, fault)]
             results = [self._encode_each([photo])[0] for photo in photos]
             if not self.has_encoded:
-                raise UsageError(f"{name} fails ({first_line(error)})") from None
+                hint = "; try --no-amp" if self.encoder.amp_dtype is not None else ""
+                raise UsageError(f"{name} fails ({first_line(error)}){hint}") from None
             return results
         self.has_encoded = True
         fault = f"its features by {name} are NaN or too large for float16"

@@ -239,7 +239,8 @@ class PretrainedEncoder(nn.Module):
                 cure = "Restore them (if the function draws them at random, it needs a fixed seed)"
         else:
             part = "image processor" if self.modality == IMAGE else "tokenizer"
-            preprocessing, cure = f"the configuration or the {part}", "Restore its files"
+            preprocessing = f"the configuration, the {part} or the version of this project"
+            cure = "Restore its files"
         names = {"weights": "the weights", "preprocessing": preprocessing}
         what = " and ".join(names[part] for part in changed)
         return (f"the {self.modality} encoder {self.name} is not the one that the run was trained "

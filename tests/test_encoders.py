@@ -100,10 +100,9 @@ def load_one(folder, modality):
 
 @pytest.mark.extra
 @pytest.mark.parametrize("modality, file, changes, changed", [
-    ("image", "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]},
-     "the configuration or the image processor"),
-    ("image", "config.json", {"hidden_act": "relu"}, "the configuration or the image processor"),
-    ("text", "config.json", {"hidden_act": "relu"}, "the configuration or the tokenizer"),
+    ("image", "preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "the image processor"),
+    ("image", "config.json", {"hidden_act": "relu"}, "the image processor"),
+    ("text", "config.json", {"hidden_act": "relu"}, "the tokenizer"),
     ("text", "tokenizer_config.json", {"model_max_length": 12}, "the tokenizer"),
     ("text", "tokenizer.json", {"normalizer": {"type": "Lowercase"}}, "the tokenizer"),
     ("text", "config.json", {"transformers_version": "4.0.0", "torch_dtype": "float32"}, None)])
@@ -116,7 +115,7 @@ def test_the_files_of_a_transformer_are_remembered(
     if changed is None:
         encoders.check_unchanged(config, "run")
         return
-    with pytest.raises(UsageError, match=f"{folder}.*{changed} changed"):
+    with pytest.raises(UsageError, match=f"{folder}.*{changed} or the version of"):
         encoders.check_unchanged(config, "run")
 
 

@@ -239,6 +239,18 @@ def test_a_search_leaves_out_the_photos_that_an_encoder_fails_for(
     assert f"lens_cap.png: {encoder}" in err and err.count("\n") == 1
 
 
+def test_an_encoder_that_fails_in_mixed_precision_says_what_to_try(shapes, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(ENCODER_FILE.replace("SEED", "0").replace(
+        "return torch.nn.functional", "assert not torch.is_autocast_enabled('cpu')\n"
+        "        return torch.nn.functional"))
+    given = arguments(shapes, tmp_path / "run", "--image_encoder", f"{file}:photos", epochs=1)
+    assert main(*given, "--amp") == 2
+    err = capsys.readouterr().err
+    assert f"{file}:photos fails (AssertionError" in err and "; try --no-amp\n" in err
+    assert main(*given, "--no-amp") == 0
+
+
 def test_an_encoder_that_fails_for_all_photos_says_why(failing, shapes, tmp_path, capsys):
     for function, message in (("bug", "AttributeError: 'Image' object has no attribute 'no_such"),
                               ("any_shape", "prepares photos of different shapes as tensors of "
