@@ -237,6 +237,9 @@ def build_from_transformers(transformers, name, modality, local_files_only):
     if (config.model_type, modality) in REFUSED:
         raise UsageError(f"--{modality}_encoder {name}: this model "
                          f"{REFUSED[config.model_type, modality]}")
+    if getattr(config, "quantization_config", None):
+        raise UsageError(f"--{modality}_encoder {name}: the weights of this model are quantized; "
+                         "take the model that it was made from")
     model, loading = find_model_class(transformers, config).from_pretrained(
         name, **loading_options(config), **options)
     main_input = model.main_input_name

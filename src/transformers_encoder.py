@@ -30,7 +30,8 @@ def loading_options(config):
     """Return the arguments of from_pretrained that a model of this type needs."""
     # A model saved in bfloat16 would otherwise compute its constants in it. This is the name of the
     # option in transformers 4, which 5 still takes.
-    options = dict(use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32)
+    options = dict(use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32,
+                   return_dict=True)  # a configuration may say that the output is a tuple
     if config.model_type.startswith("aimv2"):
         # Its attention to texts is causal. The fused one is so only where a batch has padding.
         options["attn_implementation"] = "eager"

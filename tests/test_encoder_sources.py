@@ -330,3 +330,19 @@ def test_an_image_processor_must_give_all_photos_one_shape(clip, tmp_path):
     edit_json(folder / "preprocessor_config.json", do_center_crop=False)
     with pytest.raises(UsageError, match="different shapes, .*set do_center_crop to true"):
         load_encoder(str(folder), "image")
+
+
+@pytest.mark.extra
+def test_a_quantized_model_is_refused(bert, tmp_path):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(UsageError, match=f"{folder}: the weights of this model are quantized"):
+        load_encoder(str(folder), "text")
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_configuration_may_ask_for_tuples(modality, clip, tmp_path):
+    folder = shutil.copytree(clip, tmp_path / "clip")
+    edit_json(folder / "config.json", return_dict=False)
+    assert load_encoder(str(folder), modality).width == 12
