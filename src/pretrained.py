@@ -56,9 +56,9 @@ class PretrainedEncoder(nn.Module):
         super().__init__()
         self.name, self.modality, self.module, self.prepare = name, modality, module, prepare
         self.logit_scale, self.max_tokens, self.count_tokens = logit_scale, max_tokens, count_tokens
-        self.train()
         self.example_peak = 0.0
         try:
+            self.train()
             self.tensor_hashes = hash_tensors(module)
             self.weights_hash = store_key(sorted(self.tensor_hashes))
             self.configure(torch.device("cpu"), amp_dtype=None, frozen=True)
@@ -257,7 +257,9 @@ class PretrainedEncoder(nn.Module):
                 features.sum().backward()
             trained = [parameter.grad is not None for parameter in self.parameters()]
             self.zero_grad()
-            copy.deepcopy(self)  # as the moving average of the weights does
+            with torch.no_grad():
+                self(inputs)  # it may keep tensors, and those with gradients could not be copied
+                copy.deepcopy(self)(inputs)  # the moving average of the weights is such a copy
             if not all(isinstance(value, torch.Tensor) for value in self.state_dict().values()):
                 raise TypeError("its state_dict has values that are no tensors")
         except Exception as error:  # other people's code may raise anything

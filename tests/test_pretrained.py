@@ -136,6 +136,15 @@ def test_weights_without_values_are_refused():
         PretrainedEncoder("odd", "image", torch.nn.LazyLinear(3), None)
 
 
+def test_a_network_that_has_no_eval_mode_is_refused():
+    class Exported(torch.nn.Linear):
+        def train(self, mode=True):
+            raise NotImplementedError("it was exported")
+
+    with pytest.raises(UsageError, match="odd fails as an encoder of images .NotImpl.*exported"):
+        PretrainedEncoder("odd", "image", Exported(3, 3), None)
+
+
 @pytest.mark.parametrize("forward, error", [
     (lambda x: torch.from_numpy(x.numpy()), "cannot be trained"),
     (torch.detach, "depend on no weights")])
@@ -150,6 +159,29 @@ def test_what_cannot_be_copied_is_not_trained():
     encoder.lock = threading.Lock()
     with pytest.raises(UsageError, match="--finetune: odd cannot be trained .TypeError: cannot"):
         encoder.freeze_unused()
+
+
+def test_a_network_whose_copy_fails_is_not_trained():
+    encoder = odd_encoder(torch.tanh)
+    layer = encoder.module
+
+    def hook(module, inputs):
+        assert module is layer, "it is a copy"
+
+    layer.register_forward_pre_hook(hook)
+    with pytest.raises(UsageError, match="--finetune: odd cannot be trained .*it is a copy"):
+        encoder.freeze_unused()
+
+
+def test_a_network_that_keeps_its_last_output_is_trained():
+    encoder = odd_encoder(torch.tanh)
+
+    def keep(module, inputs, output):
+        module.last = output
+
+    encoder.module.register_forward_hook(keep)
+    encoder.freeze_unused()
+    assert encoder.module.weight.requires_grad
 
 
 def test_a_state_of_other_values_than_tensors_is_not_trained(monkeypatch):
