@@ -325,7 +325,9 @@ class MovingAverage:
         self.module, self.decay, self.steps = copy.deepcopy(model), decay, 0
         frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
         averaged, current = self.module.state_dict(), model.state_dict()
-        names = [name for name in current if name not in frozen]
+        # Weights that are tied have several names, but are averaged once.
+        names = list({(tensor.data_ptr(), tensor.shape): name for name, tensor in current.items()
+                      if name not in frozen}.values())
         weights = [name for name in names if current[name].is_floating_point()]
         # The tensors keep their places in memory, so these lists are made once.
         self.averaged_weights = [averaged[name] for name in weights]

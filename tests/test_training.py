@@ -368,6 +368,19 @@ def test_moving_average_equals_a_plain_computation(decay):
     assert torch.equal(averaged["0.bias"], initial_bias)  # frozen weights never change
 
 
+@torch.no_grad()
+def test_tied_weights_are_averaged_once():
+    model = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2))
+    model.append(model[0])
+    average = MovingAverage(model, 0.9)
+    for level in (0.0, 1.0):
+        for parameter in model.parameters():
+            parameter.fill_(level)
+        average.update()
+    assert torch.equal(average.module[0].weight, average.module[1].weight)
+    assert average.module[2] is average.module[0]
+
+
 def test_moving_average_forgets_the_random_start():
     model = torch.nn.BatchNorm1d(1)
     average = MovingAverage(model, 0.9)
