@@ -21,19 +21,23 @@ class InnerLayers(nn.Module):
     means evens out the few channels that respond strongly (Perronnin, Sanchez and Mensink 2010).
 
     `layers` are the names of these layers, which are found in the first call. Where there are none,
-    the network keeps its own features alone. own_rule: a text that tells the user how these are
+    the network keeps its own features alone. network_rule: a text that tells the user how these are
     taken from the network; by default its attribute `rule`."""
 
-    def __init__(self, network, own_rule=""):
+    def __init__(self, network, network_rule=""):
         super().__init__()
-        self.network, self.own_rule, self.layers = network, own_rule, None
+        self.network, self.network_rule, self.layers = network, network_rule, None
+
+    @property
+    def own_rule(self):
+        """A text that tells the user how the network's own features are taken from it."""
+        return self.network_rule or getattr(self.network, "rule", "") or "its own features"
 
     @property
     def rule(self):
-        """A text that tells the user how the features are taken from the network."""
-        own = self.own_rule or getattr(self.network, "rule", "") or "its own features"
+        """A text that tells the user how all features are taken from the network."""
         inner = " and ".join(self.layers or ())
-        return f"{own}, and the means of what {inner} take" if inner else own
+        return self.own_rule + (f", and the means of what {inner} take" if inner else "")
 
     def forward(self, images):
         if self.layers is None:

@@ -90,7 +90,9 @@ class PretrainedEncoder(nn.Module):
             item = "photo" if modality == IMAGE else "text"
             raise UsageError(f"{name} makes other features of a {item} alone than beside {cause}")
         self.rule, self.half_of = getattr(module, "rule", ""), getattr(module, "half_of", "")
-        self.preprocessing_hash = store_key(preprocessing + self.rule)
+        # The rule may also name inner layers, whose names depend on the version of a library.
+        own_rule = getattr(module, "own_rule", self.rule)
+        self.preprocessing_hash = store_key(f"{preprocessing} {own_rule} {self.width}")
         self.key = store_key(STORE_VERSION, self.weights_hash, self.preprocessing_hash)
 
     def configure(self, device, amp_dtype, frozen):
