@@ -123,7 +123,7 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
             splits["train"], seconds = train_fisher_network(
                 settings, model.fisher_network, tokenizer, train, device)
     if settings.finetune:
-        encoders.make_trainable(model, settings)
+        encoders.attach(model, settings)  # their unused weights are frozen already
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.seconds, run.first_loss = seconds, first_loss
     run.dir, run.is_main = output_dir, rank == 0
@@ -162,7 +162,7 @@ def set_up_encoders(settings, args, device):
         settings = for_contrastive_pair(settings, vars(args))
     for encoder in encoders:
         if not encoder.frozen:
-            encoder.freeze_unused()  # or else it says here that the encoder cannot be trained
+            encoder.freeze_unused()  # an encoder that cannot be trained is refused here
         item = "photo" if encoder is encoders.image else "caption"
         how = "once; the features are stored" if encoder.frozen else "in each step and is trained"
         rule = f" ({encoder.rule})" if encoder.rule else ""

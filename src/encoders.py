@@ -138,13 +138,6 @@ class Encoders:
         if self.text is not None:
             model.text_backbone = self.text
 
-    def make_trainable(self, model, settings):
-        """Make the encoders a part of the model that is trained with the rest. Raises UsageError
-        for an encoder without weights that could be trained."""
-        for encoder in self:
-            encoder.freeze_unused()
-        self.attach(model, settings)
-
     def initialize(self, model, train):
         """Standardise the features by those of the training split, which are stored. Only those of
         a text encoder may be missing.

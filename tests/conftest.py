@@ -311,13 +311,18 @@ def word_tokenizer(folder, more=""):
     return vocabulary
 
 
+def start_model(tmp_path_factory, name):
+    """Return transformers, a folder with a tokenizer for a tiny model, and its {word: id}."""
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is an extra (requirements-extra.txt)")
+    folder = tmp_path_factory.mktemp(name)
+    return transformers, folder, word_tokenizer(folder)
+
+
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
     """The folder of a saved CLIPModel with a few thousand weights."""
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is an extra (requirements-extra.txt)")
-    folder = tmp_path_factory.mktemp("clip")
-    vocabulary = word_tokenizer(folder)
+    transformers, folder, vocabulary = start_model(tmp_path_factory, "clip")
     small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
     model = transformers.CLIPModel(transformers.CLIPConfig(
@@ -335,10 +340,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is an extra (requirements-extra.txt)")
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = word_tokenizer(folder)
+    transformers, folder, vocabulary = start_model(tmp_path_factory, "bert")
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(
         vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=1,

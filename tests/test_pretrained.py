@@ -137,12 +137,9 @@ def test_weights_without_values_are_refused():
 
 
 def test_a_network_that_has_no_eval_mode_is_refused():
-    class Exported(torch.nn.Linear):
-        def train(self, mode=True):
-            raise NotImplementedError("it was exported")
-
-    with pytest.raises(UsageError, match="odd fails as an encoder of images .NotImpl.*exported"):
-        PretrainedEncoder("odd", "image", Exported(3, 3), None)
+    exported = torch.export.export(torch.nn.Linear(3, 3), (torch.zeros(1, 3),)).module()
+    with pytest.raises(UsageError, match="odd fails as an encoder of images .NotImplementedError"):
+        PretrainedEncoder("odd", "image", exported, None)
 
 
 @pytest.mark.parametrize("forward, error", [

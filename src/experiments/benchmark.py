@@ -123,7 +123,9 @@ def start_run(settings, tokenizer, device, encoders=NO_ENCODERS, memory_format=t
     torch.manual_seed(0)
     model = build_model(settings, tokenizer, encoders)
     if settings.finetune:
-        encoders.make_trainable(model, settings)
+        for encoder in encoders:
+            encoder.freeze_unused()
+        encoders.attach(model, settings)
     model.to(device, memory_format=memory_format).train()
     run = RunState(settings, model, tokenizer, device, total_steps=1_000_000)
     run.epoch = settings.epochs
