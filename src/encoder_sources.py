@@ -54,16 +54,20 @@ def load_encoders(settings, device=torch.device("cpu")):
     """
     encoders = Encoders()
     if settings.image_encoder:
-        encoders.image = load_encoder(settings.image_encoder, IMAGE)
+        encoders.image = load_encoder(settings.image_encoder, IMAGE, inner_layers=True)
     if settings.text_encoder:
-        encoders.text = load_encoder(settings.text_encoder, TEXT)
+        encoders.text = load_encoder(settings.text_encoder, TEXT, inner_layers=True)
     for encoder in encoders:
         encoder.configure(device, autocast_dtype(settings.amp, device), not settings.finetune)
     return encoders
 
 
-def load_encoder(name, modality):
-    """Return the `PretrainedEncoder` of this name. Raises UsageError if it is unavailable."""
+def load_encoder(name, modality, inner_layers=False):
+    """Return the `PretrainedEncoder` of this name. Raises UsageError if it is unavailable.
+
+    inner_layers: whether features of inner layers stand behind those that the encoder's authors
+    mean, see `src/inner_layers.py`. A contrastive model has none, and a file of the user decides.
+    """
     if ".py:" in name or name.endswith(".py"):
         return load_from_file(name, modality)
     if ":" in name and not Path(name).is_dir():
@@ -72,13 +76,13 @@ def load_encoder(name, modality):
     if name in torchvision_models:
         if modality == TEXT:
             raise UsageError(f"--text_encoder {name}: this model encodes images, not texts")
-        return load_from_torchvision(name)
+        return load_from_torchvision(name, inner_layers)
     if modality == IMAGE and "/" not in name and not Path(name).is_dir():
         near = difflib.get_close_matches(name, torchvision_models, 3)
         hint = f" (did you mean {', '.join(near)}?)" if near else ""
         raise UsageError(f"--image_encoder {name}: torchvision has no such model{hint}, and there "
                          "is no such folder")
-    return load_from_transformers(name, modality)
+    return load_from_transformers(name, modality, inner_layers)
 
 
 def load_from_file(name, modality):
@@ -135,7 +139,7 @@ def which_function(path):
     return f"name the function as FILE.py:FUNCTION, where it is one of {', '.join(names)}"
 
 
-def load_from_torchvision(name):
+def load_from_torchvision(name, inner_layers):
     """Load a model whose features are the input of its last linear layer, the classifier."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
@@ -163,11 +167,12 @@ def load_from_torchvision(name):
         raise UsageError(f"--image_encoder {name}: this model has no linear layer whose input "
                          "could serve as features")
     model.set_submodule(linear[-1], nn.Identity())
-    network = InnerLayers(model, "the input of its last linear layer")
+    model.rule = "the input of its last linear layer"
+    network = InnerLayers(model) if inner_layers else model
     return PretrainedEncoder(name, IMAGE, network, weights.transforms(), str(weights))
 
 
-def load_from_transformers(name, modality):
+def load_from_transformers(name, modality, inner_layers):
     """Load a model of the Hugging Face hub, or one saved in a folder.
 
     Only safetensors files are read, and no code from the hub is run. A model that has been
@@ -184,13 +189,15 @@ def load_from_transformers(name, modality):
     is_folder = Path(name).is_dir()
     try:
         try:
-            return build_from_transformers(transformers, name, modality, local_files_only=True)
+            return build_from_transformers(transformers, name, modality, inner_layers,
+                                           local_files_only=True)
         except OSError as error:
             if is_folder or full_memory(error):
                 raise
             check_files(name)
             check_hub(name, modality)
-            return build_from_transformers(transformers, name, modality, local_files_only=False)
+            return build_from_transformers(transformers, name, modality, inner_layers,
+                                           local_files_only=False)
     except UsageError:
         raise
     except Exception as error:  # OSError, ValueError, ImportError, or an error of a backend
@@ -227,7 +234,7 @@ def describe_fault(folder, modality, error):
     return f"transformers cannot load the model in this folder ({first_line(error)})"
 
 
-def build_from_transformers(transformers, name, modality, local_files_only):
+def build_from_transformers(transformers, name, modality, inner_layers, local_files_only):
     """Load model and preprocessing, and check that the model is of this modality and complete."""
     options = dict(trust_remote_code=False, local_files_only=local_files_only)
     modules, doubt = find_modules(name, modality)
@@ -311,7 +318,7 @@ def build_from_transformers(transformers, name, modality, local_files_only):
     if modules is not None:
         network = modules.build_encoder(encoder, prompt_tokens)
         preprocessing += modules.description
-    if not encoder.makes_embeddings:
+    if inner_layers and not encoder.makes_embeddings:
         network = InnerLayers(network) if modality == IMAGE else MiddleLayer(network, model)
     pretrained = PretrainedEncoder(name, modality, network, prepare, preprocessing, logit_scale,
                                    max_tokens, count_tokens)

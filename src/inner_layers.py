@@ -21,17 +21,16 @@ class InnerLayers(nn.Module):
     means evens out the few channels that respond strongly (Perronnin, Sanchez and Mensink 2010).
 
     `layers` are the names of these layers, which are found in the first call. Where there are none,
-    the network keeps its own features alone. network_rule: a text that tells the user how these are
-    taken from the network; by default its attribute `rule`."""
+    the network keeps its own features alone."""
 
-    def __init__(self, network, network_rule=""):
+    def __init__(self, network):
         super().__init__()
-        self.network, self.network_rule, self.layers = network, network_rule, None
+        self.network, self.layers = network, None
 
     @property
     def own_rule(self):
         """A text that tells the user how the network's own features are taken from it."""
-        return self.network_rule or getattr(self.network, "rule", "") or "its own features"
+        return getattr(self.network, "rule", "") or "its own features"
 
     @property
     def rule(self):

@@ -261,25 +261,27 @@ def photos():
 def test_features_are_those_that_the_authors_mean(family, tmp_path):
     class_name, make_config, text_features, image_features = FAMILIES[family]
     model = save(tmp_path / "model", class_name, make_config)
-    if text_features is not None:
-        encoder = load_encoder(str(tmp_path / "model"), "text")
-        tokens = encoder.prepare(TEXTS)
-        expected = text_features(model, tokens)
-        check(encoder, tokens, expected)
-        check(encoder, encoder.prepare(TEXTS[:1]), expected[:1])
-        assert not torch.allclose(expected[0], expected[1], atol=1e-3)
-    if image_features is not None:
-        encoder = load_encoder(str(tmp_path / "model"), "image")
-        images = torch.stack([encoder.prepare(photo) for photo in photos()])
-        check(encoder, images, image_features(model, images))
+    for inner_layers in (False, True):
+        if text_features is not None:
+            encoder = load_encoder(str(tmp_path / "model"), "text", inner_layers)
+            tokens = encoder.prepare(TEXTS)
+            expected = text_features(model, tokens)
+            check(encoder, tokens, expected, inner_layers)
+            check(encoder, encoder.prepare(TEXTS[:1]), expected[:1], inner_layers)
+            assert not torch.allclose(expected[0], expected[1], atol=1e-3)
+        if image_features is not None:
+            encoder = load_encoder(str(tmp_path / "model"), "image", inner_layers)
+            images = torch.stack([encoder.prepare(photo) for photo in photos()])
+            check(encoder, images, image_features(model, images), inner_layers)
 
 
-def check(encoder, inputs, expected):
+def check(encoder, inputs, expected, inner_layers):
     """Compare the features, or those that stand before the features of inner layers."""
     features = encoder(inputs)
     inner = getattr(encoder.module, "layers", None) or getattr(encoder.module, "layer", None)
     assert features.shape == (len(expected), encoder.width)
     assert (encoder.width > expected.shape[1]) == bool(inner)
+    assert inner_layers or encoder.width == expected.shape[1]
     assert torch.allclose(features[:, :expected.shape[1]], expected, atol=1e-4)
 
 

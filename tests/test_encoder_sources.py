@@ -90,7 +90,7 @@ def test_a_server_that_answers_is_asked_for_the_weights(hub_file, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setattr("torch.hub.download_url_to_file", download)
-    assert load_encoder("mobilenet_v3_small", "image").width == 1024 + 240 + 576
+    assert load_encoder("mobilenet_v3_small", "image").width == 1024
 
 
 @pytest.mark.extra
@@ -177,7 +177,7 @@ def test_features_of_a_torchvision_model_are_its_classifiers_input(tmp_path, mon
     model = torchvision.models.get_model(name).eval()
     torch.save(model.state_dict(), folder / weights.url.rpartition("/")[2])
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    encoder = load_encoder(name, "image")
+    encoder = load_encoder(name, "image", inner_layers=True)
     photo = Image.effect_noise((300, 260), 80).convert("RGB")
     image = weights.transforms()(photo)[None]
     assert torch.equal(encoder.prepare(photo), image[0]) and encoder.pixels == (224, 224)
@@ -185,13 +185,16 @@ def test_features_of_a_torchvision_model_are_its_classifiers_input(tmp_path, mon
     assert features.shape == (1, encoder.width) == (1, 1024 + 240 + 576)
     assert torch.allclose(model.classifier[3](features[:, :1024]), model(image), atol=1e-5)
     assert encoder.rule.startswith("the input of its last linear layer, and the means of what ")
+    own = load_encoder(name, "image")
+    assert torch.equal(own(image), features[:, :1024]) and own.key != encoder.key
+    assert own.rule == "the input of its last linear layer"
 
 
 @pytest.mark.extra
 def test_features_of_a_text_model_are_the_mean_over_its_tokens(bert, clip, tmp_path):
     encoder = load_encoder(str(bert), "text")
     tokens = encoder.prepare(["a red circle", "a square"])
-    hidden = encoder.module.network.model(**tokens).last_hidden_state
+    hidden = encoder.module.model(**tokens).last_hidden_state
     assert torch.allclose(encoder(tokens)[1], hidden[1, :3].mean(0), atol=1e-6)
     assert encoder.rule == "the mean over tokens"
     assert load_encoder(str(bert), "text").key == encoder.key  # no weight is random

@@ -58,7 +58,8 @@ def test_the_widest_layers_of_the_third_and_of_the_fourth_quarter_are_added(toke
 
 
 def test_the_rule_names_the_layers():
-    wrapped = InnerLayers(Network(8, False), "its own output")
+    wrapped = InnerLayers(Network(8, False))
+    wrapped.network.rule = "its own output"
     wrapped(torch.randn(2, 3, 4, 4))
     assert wrapped.rule == ("its own output, and the means of what blocks.5.reduce and "
                             "blocks.7.reduce take")
