@@ -13,6 +13,7 @@ Everything is computed in float32."""
 import contextlib
 import functools
 import hashlib
+import itertools
 import os
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from src.utils.errors import DataError, UsageError, first_line
 from src.utils.flickr8k_simple import map_tensors
 from src.utils.folder import cut_text
 from src.utils.photo_files import version_of
-from src.utils.photo_store import STORE_VERSION, decoding_threads, load_photo
+from src.utils.photo_store import STORE_VERSION, decoding_threads, load_photo, map_ahead
 from src.utils.ragged import Ragged
 from src.utils.tokenizers import number_texts, tokenizer_from_state
 
@@ -112,8 +113,9 @@ def load_model(run_dir):
 
 
 @torch.no_grad()
-def embed_photo_batches(model, transform, paths, batch_size=100, unreadable=None):
+def embed_photo_batches(model, transform, paths, batch_size=25, unreadable=None):
     """Yield (paths, embeddings) batch by batch, the embeddings (B, D) of unit length on the CPU.
+    While the model embeds a batch, the photos of the next two are decoded.
 
     unreadable: a dict. Photos that cannot be read, or whose embeddings are not finite, are skipped,
     and {path: error message} is added to it. Without the dict, such a photo raises DataError."""
@@ -129,16 +131,18 @@ def embed_photo_batches(model, transform, paths, batch_size=100, unreadable=None
             return leave_out(path, error)
 
     device = next(model.parameters()).device
+    name = getattr(model.image_backbone, "name", "the model")
     with decoding_threads() as pool:
+        photos = map_ahead(pool, read, paths, 2 * batch_size)
         for start in range(0, len(paths), batch_size):
             batch = paths[start:start + batch_size]
-            images = list(pool.map(read, batch))
+            images = list(itertools.islice(photos, batch_size))
             batch = [path for path, image in zip(batch, images) if image is not None]
             if batch:
-                name = getattr(model.image_backbone, "name", "the model")
                 images = torch.stack([image for image in images if image is not None])
+                images = images.to(device, memory_format=torch.channels_last)
                 try:
-                    latents = model(images=images.to(device))["central_latent"].cpu()
+                    latents = model(images=images)["central_latent"].cpu()
                 except Exception as error:  # a user's own encoder may raise anything
                     if full_memory(error) or model.image_backbone is None:
                         raise
@@ -158,7 +162,7 @@ def embed_photo_batches(model, transform, paths, batch_size=100, unreadable=None
                     yield batch, F.normalize(latents[finite], dim=-1)
 
 
-def embed_photos(model, transform, paths, batch_size=100):
+def embed_photos(model, transform, paths, batch_size=25):
     """Embed photo files -> (N, D) of unit length on the CPU. Raises DataError, with the name of the
     file, for a photo that cannot be read."""
     batches = embed_photo_batches(model, transform, paths, batch_size)

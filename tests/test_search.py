@@ -6,6 +6,7 @@ import sqlite3
 import struct
 import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -295,11 +296,33 @@ def test_embedded_photos_are_kept_whatever_ends_the_program(
     monkeypatch.setattr(
         search, "embed_photo_batches", functools.partial(search.embed_photo_batches, batch_size=1))
     monkeypatch.setattr(search, "load_photo", load_three)
+    monkeypatch.setattr(search, "decoding_threads", functools.partial(ThreadPoolExecutor, 1))
     with pytest.raises((KeyboardInterrupt, DataError)):
         EmbeddingCache(run_dir).photos(photos)
     monkeypatch.setattr(search, "load_photo", load)
     EmbeddingCache(run_dir).photos(photos)
     assert sorted(read_photos) == sorted(photos)  # no photo was read twice
+
+
+def test_the_next_photos_are_decoded_while_the_model_embeds(finished, shapes):
+    photos = photos_of_split(shapes, "test")[0]
+    decoded, is_read = [], [threading.Event() for _ in photos]
+
+    def transform(path):
+        decoded.append(path)
+        is_read[photos.index(path)].set()
+        return torch.zeros(3, 48, 48)
+
+    def embed(images):
+        assert is_read[min(2 * (len(embedded) + 1), len(photos) - 1)].wait(60)
+        return {"central_latent": torch.ones(len(images), 4)}
+
+    model, embedded = load_model(finished[0])[0], []
+    model.forward = embed
+    for batch, _ in search.embed_photo_batches(model, transform, photos, batch_size=2):
+        embedded.append(batch)
+        assert len(decoded) <= 2 * (len(embedded) + 2)
+    assert embedded == [photos[i:i + 2] for i in range(0, 8, 2)] and sorted(decoded) == photos
 
 
 def test_photos_of_a_split(dataset_dir):

@@ -3,6 +3,7 @@
 A store keeps one row for each photo of a split: its pixels, or the features of a frozen encoder. It
 consists of shards, files of SHARD_SIZE photos whose names change with the photos' files, so that a
 changed photo is read anew."""
+import collections
 import contextlib
 import functools
 import hashlib
@@ -55,6 +56,18 @@ def decoding_threads():
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def map_ahead(pool, function, items, count):
+    """Yield function(item) of each item, in order. The pool works on at most `count` items ahead of
+    the one that is asked for, so that only so many results are in memory."""
+    futures = collections.deque()
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) > count:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 def store_key(*parts):
