@@ -50,55 +50,53 @@ class Bank:
 
     def text_queries(self, texts):
         """Texts as queries, for a gallery of photos."""
-        return self._queries(*self._expand_texts(texts))
+        return self._queries(self._expand_texts(texts))
 
     def photo_queries(self, photos):
         """Photos as queries, for a gallery of texts."""
-        return self._queries(*self._expand_photos(photos))
+        return self._queries(self._expand_photos(photos))
 
     def photo_gallery(self, photos):
         """Photos as a gallery, for queries that are texts."""
-        return self._gallery(*self._expand_photos(photos))
+        return self._gallery(self._expand_photos(photos), self.texts)
 
     def text_gallery(self, texts):
         """Texts as a gallery, for queries that are photos."""
-        return self._gallery(*self._expand_texts(texts))
+        return self._gallery(self._expand_texts(texts), self.photos)
 
     @staticmethod
-    def _queries(expanded, hubness):
-        return torch.cat([expanded, torch.ones_like(hubness)[:, None]], 1)
+    def _queries(expanded):
+        return F.pad(expanded, (0, 1), value=1.0)
 
-    def _gallery(self, expanded, hubness):
-        if not self.correct_hubs:
-            hubness = torch.zeros_like(hubness)
+    def _gallery(self, expanded, queries):
+        """queries: (Q, D), the bank's latents of the other modality."""
+        if self.correct_hubs:
+            hubness = self._hubness(expanded, queries)
+        else:
+            hubness = torch.zeros_like(expanded[:, 0])
         return torch.cat([expanded, -hubness[:, None]], 1)
 
     def _expand_photos(self, photos):
         partner_of_photo = torch.arange(len(self.photos))
-        return self._expand(photos, self.photos, self.mean_texts, partner_of_photo, self.texts)
+        return self._expand(photos, self.photos, self.mean_texts, partner_of_photo)
 
     def _expand_texts(self, texts):
-        return self._expand(texts, self.texts, self.photos, self.photo_of_text, self.photos)
+        return self._expand(texts, self.texts, self.photos, self.photo_of_text)
 
     @staticmethod
-    def _expand(latents, neighbours, partners, partner_of_neighbour, queries):
+    def _expand(latents, neighbours, partners, partner_of_neighbour):
         """Expand latents by the partners of their nearest neighbours, as attention does with
-        queries, keys and values.
+        queries, keys and values. Returns the expanded latents (N, D), of unit length.
 
         latents: (N, D). neighbours: (K, D), the bank's latents of the same modality. partners:
-        (P, D), latents of the other modality. partner_of_neighbour: (K,), rows of `partners`.
-        queries: (Q, D), the bank's latents of the other modality.
-
-        Returns the expanded latents (N, D), of unit length, and their hubness (N,): a smooth
-        maximum (log-sum-exp) of their cosines with the bank's queries."""
+        (P, D), latents of the other modality. partner_of_neighbour: (K,), rows of `partners`."""
         if latents.shape[1] != neighbours.shape[1]:
             raise ValueError(f"the latents have a width of {latents.shape[1]}, but those of the "
                              f"bank have a width of {neighbours.shape[1]}")
         device = latents.device
         neighbours, partners = neighbours.to(device), partners.to(device)
-        partner_of_neighbour, queries = partner_of_neighbour.to(device), queries.to(device)
+        partner_of_neighbour = partner_of_neighbour.to(device)
         expanded = torch.empty_like(latents)
-        hubness = torch.empty(len(latents), device=device)
         with full_float32():
             for start in range(0, len(latents), CHUNK_SIZE):
                 rows = slice(start, start + CHUNK_SIZE)
@@ -108,5 +106,16 @@ class Bank:
                 values = partners[partner_of_neighbour[nearest_rows]]
                 sums = latents[rows] + (weights[:, :, None] * values).sum(1)
                 expanded[rows] = F.normalize(sums, dim=-1)
+        return expanded
+
+    @staticmethod
+    def _hubness(expanded, queries):
+        """The hubness (N,) of expanded latents: a smooth maximum (log-sum-exp) of their cosines
+        with the bank's queries (Q, D)."""
+        queries = queries.to(expanded.device)
+        hubness = torch.empty(len(expanded), device=expanded.device)
+        with full_float32():
+            for start in range(0, len(expanded), CHUNK_SIZE):
+                rows = slice(start, start + CHUNK_SIZE)
                 hubness[rows] = (BETA * (expanded[rows] @ queries.T)).logsumexp(1) / BETA
-        return expanded, hubness
+        return hubness

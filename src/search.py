@@ -27,6 +27,7 @@ from src.embedding_cache import PHOTOS, TEXTS, CachedEmbeddings, CacheFile
 from src.encoder_sources import load_encoders
 from src.fisher import build_network
 from src.model import combine_photo_and_text
+from src.ranking import similarities
 from src.runs import BEST, BEST_KEYS, check_folder, load_checkpoint
 from src.settings import settings_of
 from src.utils.augment import normalize
@@ -369,20 +370,18 @@ class Search:
         return embed_photos(self.cache.model, self.cache.transform, [path])
 
     def score_photos(self, queries):
-        """Compare embeddings (Q, D) of texts with the photos -> (cosines, scores), both (Q, N). The
-        scores are what to rank by: the bank's, or else the cosines."""
-        cosines = queries @ self.photo_embeddings.T
+        """What to rank the photos by for embeddings (Q, D) of texts -> (Q, N): the scores of the
+        bank, or else the cosines."""
         if self.bank is None:
-            return cosines, cosines
-        return cosines, self.bank.text_queries(queries) @ self.photo_gallery.T
+            return similarities(queries, self.photo_embeddings)
+        return similarities(self.bank.text_queries(queries), self.photo_gallery)
 
     def score_captions(self, queries):
-        """Compare embeddings (Q, D) of photos with the captions -> (cosines, scores), both (Q, M),
-        as in `score_photos`."""
-        cosines = queries @ self.text_embeddings.T
+        """What to rank the captions by for embeddings (Q, D) of photos -> (Q, M), as in
+        `score_photos`."""
         if self.bank is None:
-            return cosines, cosines
-        return cosines, self.bank.photo_queries(queries) @ self.text_gallery.T
+            return similarities(queries, self.text_embeddings)
+        return similarities(self.bank.photo_queries(queries), self.text_gallery)
 
 
 def photos_of_split(data_dir, split):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from src.ranking import best_rows, rank_of_best, similarities
 from src.runs import check_data_dir, load_run
 from src.search import EmbeddingCache, Search, photos_of_split
 from src.utils.console import ProgressLine, first_three, printable
@@ -84,27 +85,27 @@ class Result(NamedTuple):
     line: str  # in the terminal
     label: str  # on a page
     photo: Path
-    correct: bool  # whether the dataset pairs it with the query
 
 
-def print_ranking(title, cosines, scores, results, args):
+def print_ranking(title, query, scores, embeddings, correct, describe, args):
     """Print the best --top results and return them as (title, cells) for `page.photo_sheet`.
 
-    cosines, scores: (N,); the scores give the order, the cosines are shown. results: N Results."""
+    query: (1, D). scores: (N,), which give the order. embeddings: (N, D), whose cosines with the
+    query are shown. correct: the rows that the dataset pairs with the query. describe: a function
+    from a row to its Result."""
     if args.bank:
         title += ", ranked with the bank"
-    order = scores.argsort(descending=True, stable=True).tolist()
-    correct_ranks = [rank for rank, i in enumerate(order, start=1) if results[i].correct]
-    if correct_ranks:
-        title += f"; the correct one is ranked {correct_ranks[0]:,}"
+    if correct:
+        title += f"; the correct one is ranked {rank_of_best(scores, correct):,}"
     print(title)
+    rows = best_rows(scores, args.top)
+    cosines = similarities(query, embeddings[rows])[0].tolist()
     cells = []
-    for rank, i in enumerate(order[:args.top], start=1):
-        result = results[i]
-        mark = "*" if result.correct else " "
-        print(f"{mark} {rank:3d}  {cosines[i]:6.3f}  {printable(result.line).rstrip()}")
-        label = f"{rank}.  {cosines[i]:.3f}  {result.label}"
-        cells.append((result.photo, label, result.correct))
+    for rank, (row, cosine) in enumerate(zip(rows, cosines), start=1):
+        result, is_correct = describe(row), row in correct
+        mark = "*" if is_correct else " "
+        print(f"{mark} {rank:3d}  {cosine:6.3f}  {printable(result.line).rstrip()}")
+        cells.append((result.photo, f"{rank}.  {cosine:.3f}  {result.label}", is_correct))
     return title, cells
 
 
@@ -135,19 +136,25 @@ def show_photos(args):
               "reads, and is cut", file=sys.stderr)
     search, place = open_search(args, cache)
     image = search.embed_photo(args.image) if args.image else None
-    all_cosines, all_scores = search.score_photos(search.embed_texts(queries, image))
+    photos_with = collections.defaultdict(list)  # {caption: the rows of its photos}
+    for row, captions in enumerate(search.captions):
+        for caption in captions:
+            photos_with[comparable(caption)].append(row)
+
+    def describe(row):
+        photo, captions = search.photos[row], search.captions[row]
+        name = str(photo.relative_to(args.photos)) if args.photos else photo.name
+        return Result(f"{name}  {captions[0] if captions else ''}", name, photo)
+
+    embeddings = search.embed_texts(queries, image)
     rows = []
-    for query, cosines, scores in zip(queries, all_cosines, all_scores):
-        results = []
-        for photo, captions in zip(search.photos, search.captions):
-            name = str(photo.relative_to(args.photos)) if args.photos else photo.name
-            caption = captions[0] if captions else ""
-            correct = comparable(query) in map(comparable, captions)
-            results.append(Result(f"{name}  {caption}", name, photo, correct))
+    for query, embedding, scores in zip(queries, embeddings, search.score_photos(embeddings)):
         title = f'"{query}" in {len(search.photos):,} photos {place}'
         if args.image:
             title = f"{args.image} and {title}"
-        title, cells = print_ranking(title, cosines, scores, results, args)
+        correct = photos_with.get(comparable(query), [])
+        title, cells = print_ranking(
+            title, embedding[None], scores, search.photo_embeddings, correct, describe, args)
         if args.image:
             cells = [(args.image, "the photo", False), *cells]
         rows.append((title, cells))
@@ -161,14 +168,17 @@ def show_captions(args):
     cache = open_cache(args)
     photos, captions, _ = open_gallery(args)
     search = Search(cache, photos, captions, args.bank)
-    cosines, scores = search.score_captions(search.embed_photo(args.image))
+    query = search.embed_photo(args.image)
     image = Path(args.image).resolve()
     is_image = [photo.resolve() == image for photo in photos]
-    results = []
     rows = search.different_texts(is_image.index(True) if any(is_image) else -1)
-    for row in rows:
-        caption, i = search.texts[row], search.photo_of_text[row]
-        results.append(Result(f"{caption}  ({photos[i].name})", caption, photos[i], is_image[i]))
+    correct = [i for i, row in enumerate(rows) if is_image[search.photo_of_text[row]]]
+
+    def describe(i):
+        caption, photo = search.texts[rows[i]], photos[search.photo_of_text[rows[i]]]
+        return Result(f"{caption}  ({photo.name})", caption, photo)
+
     title = f"{args.image} among {len(rows):,} different captions of {args.split}"
-    title, cells = print_ranking(title, cosines[0, rows], scores[0, rows], results, args)
+    title, cells = print_ranking(title, query, search.score_captions(query)[0, rows],
+                                 search.text_embeddings[rows], correct, describe, args)
     return [(title, [(args.image, "the photo", False), *cells])]

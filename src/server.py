@@ -17,10 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-import torch
 from PIL import Image
 
 from src.page import document, paragraph, thumbnail
+from src.ranking import best_rows, similarities
 from src.utils.console import first_three, printable
 from src.utils.errors import DataError, UsageError
 from src.utils.folder import MAX_LENGTH, cut_text
@@ -199,21 +199,23 @@ class SearchPages:
                          f'<p><a href="{search_link(q=words)}">without the picture</a></p>')
             if words and readable:
                 query = self.search.embed_texts([words], picture)
-                cosines, scores = self.search.score_photos(query)
+                scores = self.search.score_photos(query)[0]
             elif picture is not None and not words:
                 # The bank ranks photos for texts, not for another photo.
-                cosines = scores = picture @ self.search.photo_embeddings.T
+                query = picture
+                scores = similarities(query, self.search.photo_embeddings)[0]
                 body += self.nearest_captions(picture)
 
         if scores is not None:
-            order = scores[0].argsort(descending=True, stable=True).tolist()
             left_out = self.gone | {int(photo)} if photo else self.gone
-            order = [i for i in order if i not in left_out]
             shown = max(1, int(top)) if re.fullmatch("[0-9]{1,6}", top) else RESULTS
+            rows = [i for i in best_rows(scores, shown + len(left_out)) if i not in left_out]
+            rows, total = rows[:shown], len(scores) - len(left_out)
+            cosines = similarities(query, self.search.photo_embeddings[rows])[0].tolist()
             with_bank = ", ranked with the bank" if words and self.search.bank else ""
-            body += (f"<h2>{min(shown, len(order)):,} of {len(order):,} photos, best first"
-                     f"{with_bank}</h2>{self.grid(order[:shown], cosines[0])}")
-            if shown < len(order):
+            body += (f"<h2>{len(rows):,} of {total:,} photos, best first{with_bank}</h2>"
+                     f"{self.grid(rows, cosines)}")
+            if shown < total:
                 more = search_link(q=words, photo=photo, upload=upload, top=2 * shown)
                 body += f'<p><a href="{more}">more</a></p>'
         elif readable:
@@ -249,19 +251,20 @@ class SearchPages:
         the first of those that share it."""
         if not self.search.texts:
             return ""
-        cosines, scores = self.search.score_captions(embedding)
-        rows = torch.tensor(self.search.different_texts())
-        order = rows[scores[0, rows].argsort(descending=True, stable=True)]
+        different = self.search.different_texts()
+        scores = self.search.score_captions(embedding)[0, different]
+        rows = [different[i] for i in best_rows(scores, NEAREST_CAPTIONS)]
+        cosines = similarities(embedding, self.search.text_embeddings[rows])[0].tolist()
         items = ""
-        for i in order[:NEAREST_CAPTIONS].tolist():
+        for i, cosine in zip(rows, cosines):
             href = search_link(photo=self.search.photo_of_text[i])
-            items += (f'<li>{cosines[0, i]:.3f} <a href="{href}">{escape(self.search.texts[i])}'
-                      "</a></li>")
+            items += (f'<li>{cosine:.3f} <a href="{href}">{escape(self.search.texts[i])}</a></li>')
         return f"<h2>Nearest captions</h2><ol>{items}</ol>"
 
     def grid(self, numbers, cosines=None):
-        """Photos by their numbers. cosines: (N,) of all photos, which are shown as well."""
-        cards = (self.card(i, "" if cosines is None else f"{cosines[i]:.3f}") for i in numbers)
+        """Photos by their numbers. cosines: those of these photos, which are shown as well."""
+        labels = [""] * len(numbers) if cosines is None else [f"{c:.3f}" for c in cosines]
+        cards = map(self.card, numbers, labels)
         return f'<ol class="photos">{"".join(cards)}</ol>'
 
     def card(self, number, similarity=""):

@@ -90,9 +90,9 @@ def png(size=(40, 30), colour="red"):
     return file.getvalue()
 
 
-def expected(search, cosines_and_scores, leave_out=None):
-    """What `shown` should give of the page of one query."""
-    cosines, scores = (rows[0] for rows in cosines_and_scores)
+def expected(search, query, scores, leave_out=None):
+    """What `shown` should give of the page of one query (1, D). scores: (1, N)."""
+    cosines, scores = (query @ search.photo_embeddings.T)[0], scores[0]
     order = scores.argsort(descending=True, stable=True).tolist()
     return [(i, pytest.approx(cosines[i].item(), abs=6e-4)) for i in order if i != leave_out]
 
@@ -100,14 +100,15 @@ def expected(search, cosines_and_scores, leave_out=None):
 def test_a_search_by_words(site):
     search, text = site.search, "two red circles & a \"square\""
     html = look(site, q=text)
-    found = search.score_photos(search.embed_texts([text]))
-    assert shown(html) == expected(search, found)
+    query = search.embed_texts([text])
+    found = query, search.score_photos(query)
+    assert shown(html) == expected(search, *found)
     assert 'value="two red circles &amp; a &quot;square&quot;"' in html  # kept in the box
     assert "12 of 12 photos" in html and "Nearest captions" not in html
     for i, captions in enumerate(search.captions):
         assert unescape(html).count(captions[-1]) >= 1 and search.photos[i].name in html
     html = look(site, q=text, top=5)
-    assert shown(html) == expected(search, found)[:5] and "5 of 12 photos" in html
+    assert shown(html) == expected(search, *found)[:5] and "5 of 12 photos" in html
     more = unescape(re.search(r'href="([^"]*)">more', html)[1])
     assert len(shown(ask(site, more)[2].decode())) == 10
 
@@ -115,18 +116,18 @@ def test_a_search_by_words(site):
 def test_a_search_by_a_photo(site):
     search = site.search
     html = look(site, photo=3)
-    cosines = search.photo_embeddings[3:4] @ search.photo_embeddings.T
-    assert shown(html) == expected(search, (cosines, cosines), leave_out=3)
-    cosines, scores = search.score_captions(search.photo_embeddings[3:4])
-    first = scores[0].argmax()
+    query = search.photo_embeddings[3:4]
+    cosines = query @ search.photo_embeddings.T
+    assert shown(html) == expected(search, query, cosines, leave_out=3)
+    first = search.score_captions(query)[0].argmax()
+    cosines = query @ search.text_embeddings.T
     captions = html.split("Nearest captions")[1].split("</ol>")[0]
     assert unescape(re.search("<li>(.*?)</li>", captions)[1]) == (
         f'{cosines[0, first]:.3f} <a href="/?photo={search.photo_of_text[first]}">'
         f"{search.texts[first]}</a>")
     html = look(site, photo=3, q="two red circles")
     query = search.embed_texts(["two red circles"], search.photo_embeddings[3:4])
-    found = search.score_photos(query)
-    assert shown(html) == expected(search, found, leave_out=3)
+    assert shown(html) == expected(search, query, search.score_photos(query), leave_out=3)
     assert '<input type="hidden" name="photo" value="3">' in html
     for photo in (-1, 12, "x", "٣", "1" * 30):
         assert "There is no photo with that number" in look(site, 404, photo=photo)
@@ -145,8 +146,9 @@ def test_a_search_by_an_uploaded_picture(site, run, monkeypatch):
     status, headers, small = ask(site, f"/upload/{key}")
     assert status == 200 and Image.open(io.BytesIO(small)).format == "JPEG"
     picture = search.embed_photo(search.photos[5])
-    found = search.score_photos(search.embed_texts(["red"], picture))
-    assert shown(look(site, upload=key, q="red")) == expected(search, found)
+    query = search.embed_texts(["red"], picture)
+    assert shown(look(site, upload=key, q="red")) == expected(
+        search, query, search.score_photos(query))
     assert sorted(path.name for path in run.iterdir()) == before
     monkeypatch.setattr(server, "KEPT_UPLOADS", 2)
     for colour in ("red", "green", "blue"):
@@ -336,7 +338,8 @@ def test_photos_are_added_changed_and_deleted_while_it_serves(run, shapes, tmp_p
         # What was appended is ranked as if it had been there from the start.
         fresh = Search(search.cache, search.photos[2:], [[]] * 3, use_bank=True)
         fresh.embed_photos()
-        rank = dict(expected(fresh, fresh.score_photos(fresh.embed_texts(["red"]))))
+        query = fresh.embed_texts(["red"])
+        rank = dict(expected(fresh, query, fresh.score_photos(query)))
         assert dict(shown(html)) == {i + 2: similarity for i, similarity in rank.items()}
 
         shutil.copy(sources[0], tmp_path / "a.png")  # back again
