@@ -125,8 +125,7 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
 
     encode: a PairEncoder, possibly wrapped in DistributedDataParallel. batch: see
     `iterate_batches`. scale: the method of a GradScaler."""
-    images, text, photo_of_pair = batch["images"], batch["text"], batch["photo_of_pair"]
-    text_features = batch.get("text_features")
+    images, text, text_features = batch["images"], batch["text"], batch.get("text_features")
 
     def encode_chunk(photos, captions):
         features = text_features
@@ -147,13 +146,10 @@ def contrastive_backward(encode, batch, memory_loss_weight, chunk_size=0, scale=
     image_latents = torch.cat([output[0].detach() for output in outputs]).requires_grad_()
     text_latents = torch.cat([output[1].detach() for output in outputs]).requires_grad_()
     logit_scale = outputs[0][2].detach().requires_grad_()
-    texts_of_photo = batch.get("texts_of_photo")
-    if texts_of_photo is not None:
-        texts_of_photo = texts_of_photo[photo_of_pair]
     with full_float32():
-        loss = info_nce_loss(image_latents[photo_of_pair], text_latents, logit_scale,
-                             batch["photo_ids"][photo_of_pair], batch.get("text_ids"),
-                             texts_of_photo)
+        loss = info_nce_loss(image_latents, text_latents, logit_scale, batch["photo_ids"],
+                             batch.get("text_ids"), batch.get("texts_of_photo"),
+                             batch["photo_of_pair"])
         scale(loss).backward()
 
     for i, (photos, captions) in enumerate(chunks):

@@ -147,6 +147,34 @@ def test_a_caption_is_no_negative_of_any_photo_that_has_it(photo_ids, text_ids, 
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("photo_of_pair", [[0, 0, 1, 2, 2, 2], [3, 1, 3, 0, 2, 2]])
+@pytest.mark.parametrize("texts_are_shared", [False, True])
+def test_each_photo_once_gives_the_loss_of_repeated_photos(photo_of_pair, texts_are_shared):
+    images, texts = random_latents()
+    images, photo_of_pair = images[:1 + max(photo_of_pair)], torch.tensor(photo_of_pair)
+    photo_ids = torch.tensor([5, 7, 5, 8])[:len(images)]  # two rows hold the same photo
+    text_ids = texts_of_photo = repeated_texts = None
+    if texts_are_shared:
+        text_ids = photo_ids[photo_of_pair] % 3 + 1
+        texts_of_photo = torch.stack([photo_ids % 3 + 1, torch.zeros_like(photo_ids)], 1)
+        repeated_texts = texts_of_photo[photo_of_pair]
+    latents = [images.requires_grad_(), texts.requires_grad_()]
+    scale = torch.tensor(1.5, requires_grad=True)
+    once = info_nce_loss(*latents, scale, photo_ids, text_ids, texts_of_photo, photo_of_pair)
+    repeated = info_nce_loss(images[photo_of_pair], texts, scale, photo_ids[photo_of_pair],
+                             text_ids, repeated_texts)
+    assert once.item() == pytest.approx(repeated.item(), rel=1e-6)
+    for a, b in zip(*(torch.autograd.grad(loss, [*latents, scale]) for loss in (once, repeated))):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_finite_where_no_negatives_are_left():
+    latents = [latents.requires_grad_() for latents in random_latents()]
+    loss = info_nce_loss(*latents, torch.tensor(2.0), torch.zeros(6, dtype=torch.long))
+    for gradient in torch.autograd.grad(loss, latents):
+        assert torch.isfinite(gradient).all()
+
+
 def test_where_all_captions_differ_the_loss_is_the_same_to_the_bit():
     images, texts = random_latents()
     photo_ids, scale = torch.tensor([0, 1, 1, 2, 0, 0]), torch.tensor(2.0)

@@ -117,7 +117,7 @@ def test_backward_without_chunks_equals_the_plain_loss():
     encoder.zero_grad()
     photo = batch["photo_of_pair"]
     images, text, scale, memory_losses = encoder(batch["images"], batch["text"], None)
-    plain_loss = info_nce_loss(images[photo], text, scale, batch["photo_ids"][photo])
+    plain_loss = info_nce_loss(images, text, scale, batch["photo_ids"], photo_of_pair=photo)
     (plain_loss + 0.1 * memory_losses.sum()).backward()
     assert torch.equal(loss, plain_loss) and not loss.requires_grad
     for gradient, p in zip(gradients, encoder.parameters()):
@@ -132,8 +132,7 @@ def test_the_loss_of_a_step_knows_the_texts_that_photos_share():
     loss = contrastive_backward(encoder, batch, 0.1)
     images, text, scale, _ = encoder(batch["images"], batch["text"], None)
     assert torch.equal(loss, info_nce_loss(
-        images[photo], text, scale, batch["photo_ids"][photo], ids[photo],
-        batch["texts_of_photo"][photo]))
+        images, text, scale, batch["photo_ids"], ids[photo], batch["texts_of_photo"], photo))
     assert loss < contrastive_backward(encoder, stub_batch(), 0.1)
 
 
@@ -582,10 +581,10 @@ def test_a_step_never_synchronises_with_the_host(preset, monkeypatch):
                 photo = batch["photo_of_pair"]
                 images, text, scale, memory_losses = run.encode(
                     batch["images"], batch["text"], None)
-                photo_ids = batch["photo_ids"][photo]
-                loss = info_nce_loss(images[photo], text, scale, photo_ids) + memory_losses.sum()
-                loss += info_nce_loss(images[photo], text, scale, photo_ids, photo_ids + 1,
-                                      photo_ids[:, None] + 1)
+                photo_ids = batch["photo_ids"]
+                loss = info_nce_loss(images, text, scale, photo_ids, photo_of_pair=photo)
+                loss += info_nce_loss(images, text, scale, photo_ids, photo_ids[photo] + 1,
+                                      photo_ids[:, None] + 1, photo) + memory_losses.sum()
                 average.update()
             assert loss.device.type == images.device.type == "cuda" and loss.shape == ()
     augment._per_channel.cache_clear()
