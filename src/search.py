@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from src.bank import BETA, NEIGHBOUR_WEIGHT, NEIGHBOURS, Bank
 from src.device import find_device, full_memory
-from src.embedding_cache import PHOTOS, TEXTS, CachedEmbeddings, CacheFile
+from src.embedding_cache import PHOTOS, TEXTS, CachedEmbeddings, CacheFile, photo_item
 from src.encoder_sources import load_encoders
 from src.fisher import build_network
 from src.model import combine_photo_and_text
@@ -36,7 +36,6 @@ from src.utils.console import printable
 from src.utils.errors import DataError, UsageError, first_line
 from src.utils.flickr8k_simple import map_tensors
 from src.utils.folder import cut_text
-from src.utils.photo_files import version_of
 from src.utils.photo_store import STORE_VERSION, decoding_threads, load_photo, map_ahead
 from src.utils.ragged import Ragged
 from src.utils.tokenizers import number_texts, tokenizer_from_state
@@ -214,6 +213,7 @@ class EmbeddingCache:
         self.model, self.tokenizer, self.transform = load_model(run_dir)
         self.bank = load_bank(run_dir)
         self.items = {}  # {path: its item in the cache} of the photos that were asked for
+        self.is_tidy = False  # whether the photos that are gone were deleted from the file
         with open(Path(run_dir) / BEST, "rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
         # The rows also depend on how photos are read and on how the bank is used.
@@ -231,8 +231,9 @@ class EmbeddingCache:
         lost if the program is interrupted. progress(done, total) is called after each batch. Raises
         DataError if not one photo can be read."""
         paths = [Path(path) if isinstance(path, str) else path for path in paths]
+        real_folder = functools.cache(os.path.realpath)
         for path in paths:
-            self._look_at(path, unreadable)
+            self._look_at(path, real_folder, unreadable)
         readable = [path for path in paths if path in self.items]
         missing = set(self.photo_rows.missing([self.items[path] for path in readable]))
         new = [path for path in dict.fromkeys(readable) if self.items[path] in missing]
@@ -243,17 +244,19 @@ class EmbeddingCache:
             done += len(batch)
             if progress:
                 progress(done, len(new))
-        self.file.delete_missing_photos({self.items[path][0] for path in readable})
+        if not self.is_tidy:  # not for every few photos that are added, as it looks at all
+            self.file.delete_missing_photos({self.items[path][0] for path in readable})
+            self.is_tidy = True
         embedded = [path for path in readable if path not in (unreadable or {})]
         if not embedded:
             raise DataError(f"not one of {len(paths):,} photos can be read: "
                             f"{next(iter(unreadable.values()))}")
         return self.photo_rows.embeddings([self.items[path] for path in embedded])
 
-    def _look_at(self, path, unreadable):
+    def _look_at(self, path, real_folder, unreadable):
         """Find the key and the version of a photo file, which identify it in the cache."""
         try:
-            self.items[path] = _item(path)
+            self.items[path] = photo_item(path, real_folder)
         except OSError as error:
             message = f"{path}: {error.strerror}"
             if unreadable is None:
@@ -268,7 +271,7 @@ class EmbeddingCache:
     def is_current(self, path):
         """Whether the file of a photo that `photos` has embedded is still there and unchanged."""
         try:
-            return self.items[path] == _item(path)
+            return self.items[path] == photo_item(path)
         except OSError:
             return False
 
@@ -288,12 +291,6 @@ class EmbeddingCache:
     def text_gallery(self, texts):
         """The bank's gallery rows (N, D + 1) of texts whose embeddings `texts` has returned."""
         return self.text_rows.gallery([(text, "") for text in texts])
-
-
-def _item(path):
-    """The key and the version of a photo file. Raises OSError if it is missing."""
-    # A photo in a .tar file has no `resolve` that would make its path absolute.
-    return os.path.realpath(str(path)), " ".join(map(str, version_of(path)))
 
 
 class Search:

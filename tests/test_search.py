@@ -154,6 +154,19 @@ def test_several_threads_may_use_the_cache_one_after_another(run_dir, shapes):
     assert torch.equal(found[1][:4], found[0]) and len(found[1]) == len(photos)
 
 
+def test_a_cache_deletes_the_photos_that_are_gone_once(run_dir, shapes, tmp_path):
+    photos = [tmp_path / photo.name for photo in photos_of_split(shapes, "test")[0]]
+    for photo in photos:
+        shutil.copy(shapes / "Flicker8k_Dataset" / photo.name, photo)
+    cache, names = EmbeddingCache(run_dir), {photo.name for photo in photos}
+    cache.photos(photos)
+    photos[0].unlink()
+    cache.photos(photos[1:])  # photos that are added must not take longer, the more there are
+    assert cached_photos(run_dir) == names
+    EmbeddingCache(run_dir).photos(photos[1:])
+    assert cached_photos(run_dir) == names - {photos[0].name}
+
+
 def change(key, value):
     def damage(run_dir):
         state = torch.load(run_dir / BEST, weights_only=True)
