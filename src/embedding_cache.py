@@ -49,11 +49,13 @@ class CacheFile:
         def select(connection):
             if not self._holds_our_weights(connection):
                 return {}, None
-            # One query for all of them. A temporary table is not a part of the file.
+            # One query for all items is faster than one for each. The temporary table is in memory.
+            connection.execute("PRAGMA temp_store = MEMORY")
             connection.execute("CREATE TEMP TABLE wanted (key BLOB, version TEXT)")
             connection.executemany("INSERT INTO wanted VALUES (?, ?)",
                                    ((_to_bytes(key), version) for key, version in items))
-            found = connection.execute(f"SELECT wanted.rowid - 1, row FROM wanted "
+            # A CROSS JOIN goes through the first table and looks up the rows of the second.
+            found = connection.execute("SELECT wanted.rowid - 1, row FROM wanted "
                                        f"CROSS JOIN {table} USING (key, version)")
             rows = {items[i]: row for i, row in found}
             path, shape = self._vectors(connection, table)
@@ -113,9 +115,8 @@ class CacheFile:
             return None
         try:
             with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
-                # Do not wait for the disk. Only a power cut can then damage the file.
+                # Do not wait for the disk. Only a power cut can then damage the files.
                 connection.execute("PRAGMA synchronous = OFF")
-                connection.execute("PRAGMA temp_store = MEMORY")
                 connection.execute(begin)
                 result = action(connection)
                 connection.execute("COMMIT")
@@ -149,7 +150,9 @@ class CacheFile:
         return self.path.with_name(f"{self.path.name}.{table}.{name}")
 
     def _files_of_vectors(self):
-        return list(self.path.parent.glob(f"{glob.escape(self.path.name)}.*.*"))
+        name = glob.escape(self.path.name)
+        return [path for table in (PHOTOS, TEXTS)
+                for path in self.path.parent.glob(f"{name}.{table}.*")]
 
     def _vectors(self, connection, table):
         """The file of a table's vectors and its shape (rows, width). Raises sqlite3.DatabaseError
