@@ -116,7 +116,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from src import page, report, server
-from src.device import full_memory
+from src.device import full_memory, keep_freed_memory
 from src.retrieval import retrieval_ranks
 from src.runs import HISTORY, TRAIN_FIRST, load_run
 from src.search import EmbeddingCache, Search, photos_of_split
@@ -260,6 +260,7 @@ def show(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    keep_freed_memory()
     try:
         show(args)
     except (UsageError, ValueError) as error:  # the tokenizer raises ValueError for an empty text

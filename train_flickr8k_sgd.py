@@ -31,6 +31,7 @@ from src.device import (
     describe,
     find_device,
     full_memory,
+    keep_freed_memory,
     memory_advice,
 )
 from src.encoder_sources import load_encoders
@@ -360,6 +361,7 @@ def main(argv=None):
     args = parse_args(__doc__.split("\n")[0], argv)
     stop = distributed.StopRequest()
     log_to_console(log)
+    keep_freed_memory()
     settings = output_dir = None
     try:
         distributed.start()

@@ -1,5 +1,6 @@
 """The device that a run computes on, its precision, and float32 on demand."""
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import errno
@@ -17,6 +18,7 @@ GPU_MEMORY, HOST_MEMORY = "the GPU's memory", "this machine's memory"
 GPU_IS_FULL = ("cuda error: out of memory", "cublas_status_alloc_failed", "mps backend out of mem")
 HOST_IS_FULL = ("defaultcpuallocator", "not enough memory", "cannot allocate memory", "bad_alloc",
                 "bad allocation")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
 
 
 def find_device(name=None):
@@ -92,6 +94,22 @@ def autocast_dtype(amp, device):
     else:
         bfloat16 = device.type == "cpu"
     return torch.bfloat16 if bfloat16 else torch.float16
+
+
+def keep_freed_memory():
+    """Let the C library keep memory that is freed instead of giving it back to the system. Return
+    whether it does.
+
+    A training step takes and frees the same large blocks again and again, and each page that comes
+    from the system anew has to be cleared first. To be called before large tensors are made. It is
+    of use with glibc only; others, such as musl or those of macOS and Windows, stay as they are."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # Blocks of up to 1 GiB come from the heap. Some versions of glibc allow 32 MiB at most.
+    heap_is_used = mallopt(M_MMAP_THRESHOLD, 2 ** 30) or mallopt(M_MMAP_THRESHOLD, 2 ** 25)
+    return bool(heap_is_used and mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1))
 
 
 def allow_fast_kernels(device):

@@ -1,3 +1,8 @@
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +14,7 @@ from src.device import (
     describe,
     find_device,
     full_float32,
+    keep_freed_memory,
 )
 from src.settings import make_settings
 from src.utils.errors import UsageError
@@ -130,3 +136,57 @@ def test_advice_for_a_full_memory():
     assert "--chunk_size 30" in advice and "--image_size" not in advice
     settings = make_settings(batch_size=500, chunk_size=1)
     assert "--chunk" not in device.memory_advice(device.HOST_MEMORY, settings, resume=False)
+
+
+PAGES_FROM_THE_SYSTEM = """
+import resource, torch
+from src.device import keep_freed_memory
+
+def pages(times=10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(20_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.ones(20_000_000)
+before = pages()
+assert keep_freed_memory()
+pages()  # until the heap has grown
+print(before, pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept():
+    """In a process of its own, as it cannot be undone."""
+    output = subprocess.run([sys.executable, "-c", PAGES_FROM_THE_SYSTEM], capture_output=True,
+                            text=True, check=True).stdout
+    before, after = map(int, output.split())
+    if before < 100:
+        pytest.skip("this system does not take freed memory back")
+    assert after < before / 5
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_a_c_library_that_is_not_glibc_stays_as_it_is(monkeypatch, error):
+    def no_mallopt(name):
+        raise error
+
+    monkeypatch.setattr(device.ctypes, "CDLL", no_mallopt)
+    assert not keep_freed_memory()
+
+
+@pytest.mark.parametrize("largest", [2 ** 25, 2 ** 31 - 1])
+def test_a_glibc_that_refuses_a_large_threshold_gets_a_smaller_one(monkeypatch, largest):
+    accepted = {}
+
+    def mallopt(parameter, value):
+        if parameter == device.M_MMAP_THRESHOLD and value > largest:
+            return 0
+        accepted[parameter] = value
+        return 1
+
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert keep_freed_memory()
+    assert accepted[device.M_MMAP_THRESHOLD] == min(largest, 2 ** 30)
+    assert accepted[device.M_TRIM_THRESHOLD] == 2 ** 31 - 1

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from src.device import allow_fast_kernels, describe, find_device
+from src.device import allow_fast_kernels, describe, find_device, keep_freed_memory
 from src.encoder_sources import load_encoders
 from src.encoders import NO_ENCODERS
 from src.evaluation import evaluate
@@ -249,6 +249,7 @@ def measure(args, given):
     settings = make_settings(**given)
     if args.baseline and settings.image_encoder:
         raise UsageError("--baseline trains from scratch; leave --image_encoder out")
+    keep_freed_memory()
     device = find_device(settings.device)
     allow_fast_kernels(device)
     encoders = load_encoders(settings, device)

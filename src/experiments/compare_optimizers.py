@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import nn
 
-from src.device import allow_fast_kernels, describe, find_device
+from src.device import allow_fast_kernels, describe, find_device, keep_freed_memory
 from src.evaluation import evaluate
 from src.experiments.ladder import mean_and_deviation
 from src.report import markdown_table
@@ -141,6 +141,7 @@ def main(argv=None):
                         help="seeds of the trainings (default: 0 1 2)")
     args = parser.parse_args(argv)
     settings = make_settings(synthetic=True, epochs=args.epochs, ema=0.0)
+    keep_freed_memory()
     device = find_device(settings.device)
     allow_fast_kernels(device)
     results = compare(settings, args.seeds)

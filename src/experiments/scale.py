@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.device import allow_fast_kernels, describe, find_device
+from src.device import allow_fast_kernels, describe, find_device, keep_freed_memory
 from src.experiments.benchmark import WARM_UP_STEPS, start_run, stored_batches, timed, train_steps
 from src.settings import make_settings
 from src.utils.captions import CAPTION_FILES
@@ -109,6 +109,7 @@ def measure(settings, steps, started):
 
     started: the time at which the start of this process was asked for.
     """
+    keep_freed_memory()
     device = find_device(settings.device)
     allow_fast_kernels(device)
     memory_before = resident_memory()
