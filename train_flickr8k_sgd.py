@@ -40,11 +40,12 @@ from src.evaluation import compare_bank, evaluate, make_bank
 from src.first_stage import (
     SEED_STRIDE,
     batches_of_epoch,
+    prepare_splits,
     set_temperature,
     train_first_stage,
     train_fisher_network,
 )
-from src.fisher import build_network, with_fisher_vectors
+from src.fisher import build_network
 from src.training import (
     ADVICE,
     RunState,
@@ -136,8 +137,7 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
         run.config |= {"date": config_before["date"], "command": config_before["command"]}
         runs.check_same_data(config_before, run.config, settings.data_dir)
         run.load_state_dict(checkpoint)
-    if settings.fisher:
-        splits = with_fisher_vectors(model, splits, run.amp_dtype)
+    splits = prepare_splits(run, splits)
     if run.is_main:
         runs.open_output_dir(output_dir, run.config, run.history, checkpoint is None,
                              args.overwrite or args.resume, log)

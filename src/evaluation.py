@@ -16,7 +16,8 @@ from src.utils.augment import normalize, resize
 from src.utils.distributed import gather_objects, rank_and_world
 from src.utils.flickr8k_simple import map_tensors
 
-BATCH_SIZE = 256  # photos or captions that are embedded at a time
+PHOTO_BATCH, CAPTION_BATCH = 250, 1000  # how many are embedded at a time
+PREPARED_PHOTOS = 5000  # the largest validation split whose photos are prepared once
 
 
 @torch.no_grad()
@@ -33,34 +34,55 @@ def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
 
     def photo_inputs(rows):
         images = dataset.photos[rows]
-        if images.dtype != torch.uint8:  # features of a pretrained encoder, for two views
-            return {"images": images[:, 0].to(device)}  # the second view is the mirror image
-        if pixels is not None:
-            images = resize(images, pixels, "bicubic")
-        inputs = {"images": normalize(images.to(device))}
-        if dataset.fisher_vectors is not None:
-            inputs["fisher_vectors"] = dataset.fisher_vectors[rows].to(device)
-        return inputs
+        if images.ndim == 3:  # features of a pretrained encoder, for two views
+            images = images[:, 0]  # the second view is the mirror image
+        elif images.dtype == torch.uint8:
+            if pixels is not None:
+                images = resize(images, pixels, "bicubic")
+            images = normalize(images.to(device))
+        return on_device({"images": images} | fisher_latents(0, rows))
 
     def text_inputs(rows):
-        return map_tensors(lambda tensor: tensor.to(device), dataset.text_inputs(rows))
+        return on_device(dataset.text_inputs(rows) | fisher_latents(1, rows))
+
+    def fisher_latents(modality, rows):
+        if dataset.fisher_latents is None:
+            return {}
+        return {"fisher_latents": dataset.fisher_latents[modality][rows]}
+
+    def on_device(inputs):
+        return map_tensors(lambda tensor: tensor.to(device), inputs)
 
     was_training = model.training
     model.eval()
     with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        photo_latents = embed_in_batches(model, photos, photo_inputs)
-        caption_latents = embed_in_batches(model, captions, text_inputs)
+        photo_latents = embed_in_batches(model, photos, photo_inputs, PHOTO_BATCH)
+        caption_latents = embed_in_batches(model, captions, text_inputs, CAPTION_BATCH)
     model.train(was_training)
     return photo_latents.to(device), caption_latents.to(device)
 
 
-def embed_in_batches(model, rows, inputs_of_rows):
-    """Embed rows of a dataset, BATCH_SIZE at a time; each process takes every world-th batch.
+def prepare_photos(dataset, pixels, amp_dtype, device):
+    """Return a dataset with its photos as the model takes them, normalised and with that many
+    pixels, so that each validation need not do this anew. They are kept on the device, in the data
+    type to which autocast converts them. A dataset of more than PREPARED_PHOTOS photos stays as it
+    is."""
+    if len(dataset.photos) > PREPARED_PHOTOS:
+        return dataset
+    parts = []
+    for rows in torch.arange(len(dataset.photos)).split(PHOTO_BATCH):
+        photos = resize(normalize(dataset.photos[rows].to(device)), pixels)
+        parts.append(photos.to(amp_dtype or torch.float32))
+    return dataset.replace(photos=torch.cat(parts).contiguous(memory_format=torch.channels_last))
+
+
+def embed_in_batches(model, rows, inputs_of_rows, batch_size):
+    """Embed rows of a dataset, batch_size at a time; each process takes every world-th batch.
     Returns the latents of all processes (N, D), in order, in float32, on the CPU."""
     rank, world = rank_and_world()
     batches = []  # (number of the first row, latents)
-    for start in range(rank * BATCH_SIZE, len(rows), world * BATCH_SIZE):
-        inputs = inputs_of_rows(rows[start:start + BATCH_SIZE])
+    for start in range(rank * batch_size, len(rows), world * batch_size):
+        inputs = inputs_of_rows(rows[start:start + batch_size])
         latents = model(**inputs)["central_latent"]
         batches.append((start, latents.float().cpu()))
     batches = sorted(gather_objects(batches), key=lambda batch: batch[0])

@@ -1,7 +1,7 @@
-"""What is trained before the training loop: the Fisher network, or, if pretrained encoders are to
-be fine-tuned, all but these.
+"""What comes before the training loop: the Fisher network is trained, or, if pretrained encoders
+are to be fine-tuned, all but these; and what all validations have in common is computed.
 
-Both are trained on stored features of the photos, which takes a few minutes. There are no
+Both are trained on stored features of the photos, which takes a minute or a few. There are no
 checkpoints: a run that is interrupted meanwhile begins anew."""
 import copy
 import dataclasses
@@ -12,8 +12,8 @@ import time
 import torch
 
 from src.device import autocast_dtype
-from src.evaluation import evaluate
-from src.fisher import make_fisher_vectors
+from src.evaluation import evaluate, prepare_photos
+from src.fisher import make_fisher_vectors, with_fisher_latents
 from src.settings import FISHER_EPOCHS, FISHER_PHOTOS, for_first_stage
 from src.training import RunState, training_step
 from src.utils import distributed
@@ -41,7 +41,7 @@ def set_temperature(model, temperature):
 
 
 def train_fisher_network(settings, network, tokenizer, data, device):
-    """Train the Fisher network -> (the training split, perhaps with its Fisher vectors, seconds).
+    """Train the Fisher network -> (the training split, perhaps with its latents, seconds).
 
     It has the recipe of the memory network, except that the Fisher vectors of the photos and of
     their mirror images are computed once, for at most FISHER_PHOTOS photos."""
@@ -52,12 +52,12 @@ def train_fisher_network(settings, network, tokenizer, data, device):
     network.image_backbone.fit(part.photos)
     distributed.broadcast_buffers(network.image_backbone)  # each process makes a share of vectors
     vectors = make_fisher_vectors(network.image_backbone, part.photos, amp_dtype, views=2)
-    if len(part.photos) == len(data.photos):
-        data = data.with_fisher_vectors(vectors[:, 0])  # the bank will use them
     set_temperature(network, settings.temperature)
     network.requires_grad_(True)
     train_on_features(settings, network, tokenizer, part, vectors, range(FISHER_EPOCHS), device)
     network.requires_grad_(False)
+    if len(part.photos) == len(data.photos):  # the bank will use them
+        data = with_fisher_latents(network, data, amp_dtype, vectors)
     seconds = time.time() - began
     log.info(f"the Fisher network took {seconds:.0f} s, which count towards the first epoch")
     return data, seconds
@@ -112,3 +112,19 @@ def train_on_features(settings, model, tokenizer, data, features, epochs, device
     if not math.isfinite(loss):
         raise RunError(f"the loss became {loss}; a smaller --lr may help")
     return loss
+
+
+def prepare_splits(run, splits):
+    """Return splits with what validations and the bank would otherwise compute anew each time: the
+    latents of the Fisher network, and the photos of val as the convnet takes them. The test split
+    is used once and stays as it is, and so does a training split of more than FISHER_PHOTOS photos,
+    of which the bank needs but a few."""
+    prepared, settings = dict(splits), run.settings
+    for name, data in splits.items():
+        is_small = name == "train" and len(data.photos) <= FISHER_PHOTOS
+        if settings.fisher and data.fisher_latents is None and (name == "val" or is_small):
+            data = with_fisher_latents(run.model.fisher_network, data, run.amp_dtype)
+        if name == "val" and not settings.image_encoder:
+            data = prepare_photos(data, settings.eval_pixels, run.amp_dtype, run.device)
+        prepared[name] = data
+    return prepared

@@ -4,7 +4,7 @@
 A Fisher vector describes how the small patches of a photo (their gradients and colours) deviate
 from a Gaussian mixture that was fit to training photos. Nothing in it is learned by gradient
 descent, which is an advantage with a few thousand photos. The Fisher network is trained first, in
-one or two minutes and by itself; see `train_fisher_network` in the training script.
+about a minute and by itself; see `train_fisher_network` in `src/first_stage.py`.
 
 Shapes in this file: B batch, N positions, C channels, K Gaussians, D components, H height, W
 width."""
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from src.device import full_float32
+from src.evaluation import embed_dataset
 from src.model import ModelConfig, MultiModalMemoryNetwork
-from src.settings import FISHER_PHOTOS, FISHER_PIXELS
+from src.settings import FISHER_PIXELS
 from src.utils import distributed
 from src.utils.augment import normalize, resize
 
@@ -25,8 +26,8 @@ CELL_SIDES = (3, 4, 6, 8, 12)  # in pixels
 DIRECTIONS = 8
 COMPONENTS = 64  # principal components of a descriptor; its position in the photo comes in addition
 GAUSSIANS = 64
-FIT_PHOTOS = 100
-EM_STEPS = 20
+FIT_PHOTOS, FIT_SHARE = 100, 0.25  # training photos, and the share of their patches
+EM_STEPS, EM_CHUNK = 20, 10_000  # steps, and descriptors at a time
 DROPOUT = 0.7
 FISHER_WEIGHT = 0.7  # of the Fisher network's cosine, relative to that of the memory network
 BATCH_SIZE = 50  # photos of which Fisher vectors are computed at a time
@@ -65,9 +66,11 @@ class FisherVector(nn.Module):
         self.offset.copy_(whitening @ -mean)
 
         descriptors = self.descriptors(maps).flatten(0, 1)
-        self.mean.copy_(descriptors[torch.randperm(len(descriptors))[:GAUSSIANS]])
+        chosen = torch.randperm(len(descriptors))[:int(FIT_SHARE * len(descriptors))]
+        descriptors = descriptors[chosen]
+        self.mean.copy_(descriptors[:GAUSSIANS])
         for _ in range(EM_STEPS):
-            parts = [self.statistics(part) for part in descriptors.split(50_000)]
+            parts = [self.statistics(part) for part in descriptors.split(EM_CHUNK)]
             count, first, second = (sum(sums) for sums in zip(*parts))
             count = count[:, None].clamp(min=1e-3)
             self.weight.copy_((count / count.sum()).squeeze(1))
@@ -89,16 +92,19 @@ class FisherVector(nn.Module):
     def statistics(self, descriptors):
         """Descriptors (..., N, D + 2) -> the sums over N of the responsibilities (..., K), of the
         descriptors weighted by them, and of the squared descriptors (..., K, D + 2)."""
-        squares, precision = descriptors.square(), 1 / self.variance
+        # One matrix of both, as two products of half the width take longer.
+        powers = torch.cat([descriptors, descriptors.square()], dim=-1)
+        precision = 1 / self.variance
         constant = self.weight.log() - (
             self.variance.log() + self.mean.square() * precision).sum(1) / 2
-        log_likelihoods = (F.linear(descriptors, self.mean * precision, constant)
-                           - F.linear(squares, precision / 2))
-        responsibilities = log_likelihoods.softmax(-1).to(descriptors.dtype)
+        factors = torch.cat([self.mean * precision, -precision / 2], dim=1)
+        log_likelihoods = F.linear(powers, factors, constant)
+        with torch.autocast(descriptors.device.type, enabled=False):  # it would take float32
+            responsibilities = log_likelihoods.softmax(-1)
         count = responsibilities.sum(-2, dtype=torch.float32)
-        first = responsibilities.transpose(-1, -2) @ descriptors
-        second = responsibilities.transpose(-1, -2) @ squares
-        return count, first.float(), second.float()
+        sums = responsibilities.transpose(-1, -2) @ powers
+        first, second = sums.float().chunk(2, dim=-1)
+        return count, first, second
 
     def forward(self, maps):
         count, first, second = self.statistics(self.descriptors(maps))
@@ -136,8 +142,12 @@ class FisherVectors(nn.Module):
         slopes = F.relu(F.conv2d(framed, self.gradient_filters)).float()
         everything = torch.cat([slopes, photos, photos.square()], 1)
         gradients, colors = [], []
+        means = {1: everything}
         for side in CELL_SIDES:
-            slopes, mean, square = F.avg_pool2d(everything, side).split([DIRECTIONS, 3, 3], 1)
+            # The mean over a cell of 12 pixels is that of the means over four cells of 6.
+            below = max(part for part in means if side % part == 0)
+            means[side] = F.avg_pool2d(means[below], side // below)
+            slopes, mean, square = means[side].split([DIRECTIONS, 3, 3], 1)
             neighbourhood = F.avg_pool2d(slopes.sum(1, keepdim=True), 5, 1, 2,
                                          count_include_pad=False)
             gradients.append((slopes / (neighbourhood + 0.05)).sqrt())
@@ -188,15 +198,17 @@ class NetworkWithFisherVectors(MultiModalMemoryNetwork):
         self.fisher_network.requires_grad_(False)
 
     def forward(self, text=None, images=None, text_mask=None, text_features=None,
-                fisher_vectors=None):
-        """fisher_vectors: those of the photos (B, width), where they are known already."""
-        photos = None
+                fisher_latents=None):
+        """fisher_latents: those of the Fisher network (B, latent_dim), where they are known."""
+        small = large = None
         if images is not None:
-            photos = resize(images, self.eval_pixels)
-            if fisher_vectors is None:  # the Fisher network's backbone computes them
-                fisher_vectors = resize(images, FISHER_PIXELS)
-        first = super().forward(text, photos, text_mask, text_features)["central_latent"].float()
-        second = self.fisher_network(text, fisher_vectors, text_mask)["central_latent"].float()
+            small = resize(images, self.eval_pixels)
+        first = super().forward(text, small, text_mask, text_features)["central_latent"].float()
+        if fisher_latents is None:
+            if images is not None:
+                large = resize(images, FISHER_PIXELS)
+            fisher_latents = self.fisher_network(text, large, text_mask)["central_latent"]
+        second = fisher_latents.float()
         if images is None or text is None:  # of both, they are means of unit vectors
             first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
         return {"central_latent": torch.cat([first, math.sqrt(FISHER_WEIGHT) * second], dim=1)}
@@ -231,15 +243,10 @@ def make_fisher_vectors(vectors, photos, amp_dtype, views):
     return result
 
 
-def with_fisher_vectors(model, splits, amp_dtype):
-    """{split: dataset} -> the same with the Fisher vectors of their photos, which all validations
-    and the bank use. Those that a dataset has already are kept. A training split of more than
-    FISHER_PHOTOS photos gets none; there the model computes them when it needs them."""
-    vectors = model.fisher_network.image_backbone
-    result = {}
-    for name, data in splits.items():
-        if data.fisher_vectors is None and (name != "train" or len(data.photos) <= FISHER_PHOTOS):
-            rows = make_fisher_vectors(vectors, data.photos, amp_dtype, views=1)
-            data = data.with_fisher_vectors(rows[:, 0])
-        result[name] = data
-    return result
+def with_fisher_latents(network, data, amp_dtype, vectors=None):
+    """Return a dataset with its latents by the trained Fisher network, which all validations, or
+    the bank, use. vectors: the Fisher vectors of its photos, if they are known."""
+    if vectors is None:
+        vectors = make_fisher_vectors(network.image_backbone, data.photos, amp_dtype, views=1)
+    photos, texts, _ = embed_dataset(network, data.replace(photos=vectors), amp_dtype)
+    return data.replace(fisher_latents=(photos, texts))

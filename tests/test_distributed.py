@@ -83,7 +83,7 @@ def compute(rank, world, folder):
     }
     results["chunks"] = torch.tensor(len(split_in_chunks(uneven, 2)))
     data = open_split(folder / "synthetic", "val", 32, CharTokenizer())
-    evaluation.BATCH_SIZE = 5  # there are several batches to share
+    evaluation.PHOTO_BATCH = evaluation.CAPTION_BATCH = 5  # there are several batches to share
     metrics = evaluate(model, data)
     results |= {name: torch.tensor(value) for name, value in metrics.items()}
     flags = [distributed.any_process(flag, torch.device("cpu"))
@@ -105,7 +105,8 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     write_synthetic(tmp_path / "synthetic", num_pictures={"train": 10, "val": 13, "test": 5})
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", free_port())
-    monkeypatch.setattr(evaluation, "BATCH_SIZE", 5)
+    monkeypatch.setattr(evaluation, "PHOTO_BATCH", 5)
+    monkeypatch.setattr(evaluation, "CAPTION_BATCH", 7)
     compute(0, 1, tmp_path)
     torch.multiprocessing.spawn(compute, (2, tmp_path), nprocs=2)
     one, *two = (torch.load(tmp_path / name) for name in ("0 of 1", "0 of 2", "1 of 2"))

@@ -11,6 +11,7 @@ from src.evaluation import (
     embed_dataset,
     evaluate,
     make_bank,
+    prepare_photos,
 )
 from src.model import combine_photo_and_text
 from src.retrieval import retrieval_metrics
@@ -27,7 +28,8 @@ def test_a_dataset_is_embedded_in_its_own_order(shapes, monkeypatch):
         photo_latents, caption_latents = embed(run.model, data, rows, rows.numpy())
         assert torch.allclose(photo_latents, photos[rows], atol=1e-5)
         assert torch.allclose(caption_latents, texts[rows], atol=1e-5)
-    monkeypatch.setattr(evaluation, "BATCH_SIZE", 5)
+    monkeypatch.setattr(evaluation, "PHOTO_BATCH", 5)
+    monkeypatch.setattr(evaluation, "CAPTION_BATCH", 7)
     metrics = evaluate(run.model, data)
     assert metrics == pytest.approx(retrieval_metrics(photos, texts, photo_of_caption))
 
@@ -38,6 +40,19 @@ def test_the_model_stays_in_its_mode(shapes, training):
     run.model.train(training)
     evaluate(run.model, splits["val"])
     assert run.model.training is training
+
+
+def test_photos_are_prepared_once_unless_they_are_many(shapes, monkeypatch):
+    run, splits = start_run(shapes, device="cpu")
+    data = splits["val"]
+    prepared = prepare_photos(data, 32, torch.bfloat16, torch.device("cpu"))
+    assert prepared.photos.shape == (12, 3, 32, 32) and prepared.photos.dtype == torch.bfloat16
+    assert data.photos.dtype == torch.uint8
+    photos, texts, _ = embed_dataset(run.model, data, torch.bfloat16)
+    prepared_photos, prepared_texts, _ = embed_dataset(run.model, prepared, torch.bfloat16)
+    assert torch.allclose(photos, prepared_photos, atol=1e-3) and torch.equal(texts, prepared_texts)
+    monkeypatch.setattr(evaluation, "PREPARED_PHOTOS", 11)
+    assert prepare_photos(data, 32, None, torch.device("cpu")) is data
 
 
 def test_the_seed_draws_the_photos_of_a_bank(shapes, monkeypatch):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2.functional import resize
 
+from src.evaluation import embed_dataset
+from src.first_stage import prepare_splits
 from src.fisher import (
     COMPONENTS,
     FISHER_WEIGHT,
@@ -15,12 +17,11 @@ from src.fisher import (
     NetworkWithFisherVectors,
     build_network,
     make_fisher_vectors,
-    with_fisher_vectors,
 )
 from src.model import IMAGE, MultiModalMemoryNetwork, combine_photo_and_text
 from src.settings import make_settings
 from src.training import PairEncoder, contrastive_backward
-from src.utils.flickr8k_simple import Flickr8kImageTextDataset
+from tests.test_training import start_run
 
 
 def smooth_photos(number=12, size=48, seed=0):
@@ -165,29 +166,6 @@ def test_vectors_of_stored_photos_equal_a_direct_computation(vectors, views):
             assert torch.allclose(result[i, view].float(), vectors(shown)[0], atol=0.02), (i, view)
 
 
-class StubSplit:
-    """What `with_fisher_vectors` needs of a dataset."""
-
-    with_fisher_vectors = Flickr8kImageTextDataset.with_fisher_vectors
-
-    def __init__(self, photos):
-        self.photos, self.fisher_vectors = photos, None
-
-
-def test_vectors_are_computed_once_and_for_a_limited_number_of_training_photos(
-        model, vectors, monkeypatch):
-    monkeypatch.setattr("src.fisher.FISHER_PHOTOS", 11)
-    splits = {name: StubSplit(stored_photos(12)) for name in ("train", "val")}
-    splits = with_fisher_vectors(model, splits, None)
-    val_vectors = splits["val"].fisher_vectors
-    assert splits["train"].fisher_vectors is None and val_vectors.shape == (12, vectors.width)
-
-    monkeypatch.setattr("src.fisher.FISHER_PHOTOS", 12)
-    splits = with_fisher_vectors(model, splits, None)
-    assert torch.equal(splits["train"].fisher_vectors, val_vectors)
-    assert splits["val"].fisher_vectors is val_vectors
-
-
 # ------------------------------------------------------------------------------- the two networks
 
 
@@ -215,14 +193,41 @@ def test_latents_are_those_of_both_networks_side_by_side(model):
     assert torch.allclose(fisher_half, expected, atol=1e-5)
 
 
-def test_known_fisher_vectors_are_not_computed_again(model):
+def test_known_fisher_latents_are_not_computed_again(model):
     model.eval()
-    photos = smooth_photos(5)
-    computed = model(images=photos)["central_latent"]
-    vectors = model.fisher_network.image_backbone(photos)
-    black = torch.zeros(5, 3, 32, 32)
-    known = model(images=black, fisher_vectors=vectors)["central_latent"]
-    assert torch.allclose(known[:, 64:], computed[:, 64:], atol=1e-5)
+    photos, text = smooth_photos(5), torch.randint(1, 34, (5, 9))
+    known_photos = model.fisher_network(images=resize(photos, 48))["central_latent"]
+    known_texts = model.fisher_network(text=text)["central_latent"]
+    model.fisher_network = None
+    for inputs, known in (({"images": photos}, known_photos), ({"text": text}, known_texts)):
+        latents = model(**inputs, fisher_latents=known)["central_latent"]
+        expected = math.sqrt(FISHER_WEIGHT) * F.normalize(known, dim=1)
+        assert torch.allclose(latents[:, 64:], expected, atol=1e-5)
+
+
+def test_prepared_splits_are_evaluated_as_they_were(shapes):
+    """The latents of the Fisher network, and the photos of val, are computed once."""
+    run, splits = start_run(shapes, device="cpu", fisher=True, amp=False)
+    run.model.fisher_network.image_backbone.fit(splits["train"].photos)
+    expected = {name: embed_dataset(run.model, data) for name, data in splits.items()}
+    prepared = prepare_splits(run, splits)
+    for name in ("train", "val"):
+        latents = embed_dataset(run.model, prepared[name])
+        for known, computed in zip(latents[:2], expected[name][:2]):
+            # Fisher vectors of stored photos are resized as uint8, and kept as float16.
+            assert F.cosine_similarity(known.float(), computed.float()).min() > 0.98
+    assert prepared["test"] is splits["test"]
+    assert prepared["train"].photos is splits["train"].photos
+    again = prepare_splits(run, prepared)
+    assert again["train"].fisher_latents is prepared["train"].fisher_latents
+
+
+def test_a_large_training_split_is_not_prepared(shapes, monkeypatch):
+    monkeypatch.setattr("src.first_stage.FISHER_PHOTOS", 39)
+    run, splits = start_run(shapes, device="cpu", fisher=True)
+    prepared = prepare_splits(run, splits)
+    assert prepared["train"].fisher_latents is None
+    assert prepared["val"].fisher_latents is not None
 
 
 def test_photo_combined_with_text_is_that_of_the_latents_of_both(model):

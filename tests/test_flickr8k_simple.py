@@ -67,12 +67,11 @@ def test_real_captions_are_not_cut(real_photos):
 
 @pytest.mark.parametrize("number, photos", [(2, 2), (6, 6), (1000, 6)])
 def test_the_first_photos_and_their_captions(dataset_dir, number, photos):
-    data = open_dataset(dataset_dir).with_fisher_vectors(torch.arange(6.0)[:, None])
+    data = open_dataset(dataset_dir)
     part = data.first(number)
     assert part.names == data.names[:photos]
     assert len(part) == len(part.captions) == len(part.texts) == 5 * photos
     assert torch.equal(part.photos[:], data.photos[:photos])
-    assert torch.equal(part.fisher_vectors, data.fisher_vectors[:photos])
     assert (part.fingerprint() == data.fingerprint()) == (photos == 6)
     pairs = part.epoch(5, 10, seed=0)
     assert sorted(pairs.flatten().tolist()) == list(range(5 * photos))
@@ -84,10 +83,11 @@ def test_the_first_photos_and_their_captions(dataset_dir, number, photos):
 def test_new_datasets_leave_the_old_one_as_it_is(dataset_dir):
     data = open_dataset(dataset_dir)
     before = data.fingerprint()
-    data.first(2).with_fisher_vectors(torch.zeros(2, 1))
+    photos = torch.zeros(6, 3, 8, 8)
+    assert data.replace(photos=photos).photos is photos
+    data.first(2)
     assert data.fingerprint() == before
-    assert len(data) == len(data.texts) == 30
-    assert data.fisher_vectors is None
+    assert len(data) == len(data.texts) == 30 and data.photos is not photos
 
 
 # The order of an epoch.

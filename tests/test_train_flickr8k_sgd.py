@@ -20,7 +20,7 @@ import show_flickr8k_results
 import train_flickr8k_sgd as script
 from src import evaluation, retrieval, runs, training
 from src.evaluation import compare_bank
-from src.fisher import NetworkWithFisherVectors, with_fisher_vectors
+from src.fisher import NetworkWithFisherVectors, with_fisher_latents
 from src.model import PatchComponents
 from src.runs import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
 from src.search import embed_photos, embed_texts, load_bank, load_model
@@ -507,7 +507,7 @@ def test_search_embeds_photos_as_validation_does(shapes, fisher_run, small_fishe
     photos = embed_photos(model, transform, [val.folders[0].path(name) for name in val.names])
     assert texts.shape == (2, 128) and photos.shape == (len(val.names), 128)
     assert torch.allclose(texts.norm(dim=1), torch.ones(2), atol=1e-5)
-    val = with_fisher_vectors(model, {"val": val}, None)["val"]
+    val = with_fisher_latents(model.fisher_network, val, None)
     validated, _ = evaluation.embed(model, val, torch.arange(len(photos)), np.arange(5))
     assert torch.allclose(F.normalize(validated, dim=1), photos, atol=1e-3)
 

@@ -28,7 +28,7 @@ from src.device import allow_fast_kernels, describe, find_device, keep_freed_mem
 from src.encoder_sources import load_encoders
 from src.encoders import NO_ENCODERS
 from src.evaluation import evaluate
-from src.fisher import with_fisher_vectors
+from src.first_stage import prepare_splits
 from src.settings import add_flags, make_settings
 from src.training import RunState, augment, forward_backward, training_step, update
 from src.utils.augment import MEAN, STD
@@ -183,9 +183,7 @@ def measure_training(settings, splits, tokenizer, encoders, steps, plain=False):
     step_seconds = seconds / steps
     memory = peak_memory(device)
 
-    val = splits["val"]
-    if settings.fisher:
-        val = with_fisher_vectors(run.model, {"val": val}, run.amp_dtype)["val"]
+    val = prepare_splits(run, {"val": splits["val"]})["val"]
     for _ in range(2):  # during the first validation, a GPU's kernels are chosen
         validation_seconds, _ = timed(lambda: evaluate(run.model, val, run.amp_dtype), device)
     epoch = train.epoch(settings.captions_per_image, settings.batch_size, seed=0)

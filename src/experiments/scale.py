@@ -109,13 +109,13 @@ def measure(settings, steps, started):
 
     started: the time at which the start of this process was asked for.
     """
-    keep_freed_memory()
     device = find_device(settings.device)
     allow_fast_kernels(device)
     memory_before = resident_memory()
     splits, tokenizer = load_splits(settings)
     data_bytes = resident_memory() - memory_before
     start_up_seconds = time.time() - started
+    keep_freed_memory()  # not before, as it would count towards the data
 
     train = splits["train"]
     order_seconds, _ = timed(lambda: train.epoch(

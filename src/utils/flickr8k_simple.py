@@ -21,8 +21,9 @@ class Flickr8kImageTextDataset:
     pairs: a `PairsOfSplit`, whose attributes it takes over: names, photos (N, 3, side, side), uint8
     `Rows` or features, captions (M texts, photo by photo), photo_of_caption (M,), text_features,
     folders, split, skipped, extra_data. `texts` are the token ids of the captions. text_encoder: a
-    pretrained encoder that is fine-tuned takes the captions themselves. `fisher_vectors`, of the
-    photos (N, width), are None except in what `with_fisher_vectors` returns.
+    pretrained encoder that is fine-tuned takes the captions themselves. fisher_latents: those of
+    the photos (N, D) and of the captions (M, D), None unless `replace` has set them, see
+    `with_fisher_latents`.
 
     text_ids: positive integers (M,), equal for equal captions, and texts_of_photo: those of each
     photo, as a `Ragged`. Both are None unless photos share captions, see
@@ -35,7 +36,7 @@ class Flickr8kImageTextDataset:
         self.extra_data = pairs.extra_data
         self.names, self.photos, self.digests = pairs.names, pairs.photos, pairs.digests
         self.captions, self.photo_of_caption = pairs.captions, pairs.photo_of_caption
-        self.text_features, self.fisher_vectors = pairs.text_features, None
+        self.text_features, self.fisher_latents = pairs.text_features, None
         fine_tuned = text_encoder is not None and not text_encoder.frozen
         self.prepare_texts = text_encoder.prepare_texts if fine_tuned else None
         self.texts = Ragged.from_sequences(self._token_ids(tokenizer), "H")
@@ -56,10 +57,10 @@ class Flickr8kImageTextDataset:
                 folder = next(folder for folder in self.folders if name in folder.row_of)
                 raise DataError(f"{folder.place_of(name, caption)}: {error}") from None
 
-    def with_fisher_vectors(self, vectors):
-        """Return this dataset with the Fisher vectors (N, width) of its photos."""
+    def replace(self, **attributes):
+        """Return this dataset with other attributes, such as photos=..., in place of its own."""
         dataset = copy.copy(self)
-        dataset.fisher_vectors = vectors
+        vars(dataset).update(attributes)
         return dataset
 
     def first(self, number):
@@ -75,8 +76,6 @@ class Flickr8kImageTextDataset:
             part.texts_of_photo = self.texts_of_photo.take(slice(number))
         if self.text_features is not None:
             part.text_features = self.text_features.choose(captions)
-        if self.fisher_vectors is not None:
-            part.fisher_vectors = self.fisher_vectors[:number]
         return part
 
     def epoch(self, captions_per_image, batch_size, seed):
