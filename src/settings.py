@@ -17,7 +17,7 @@ GROUPS = {"data_dir": "data", "model": "model", "image_encoder": "pretrained enc
           "recipe": "training", "min_crop": "augmentation", "device": "machine"}
 START_SHARE = 0.6  # the share of the epochs, from the first on, that train on smaller photos
 # The network of Fisher vectors, see `src/fisher.py`: the side of its photos in pixels, the largest
-# number of training photos (their vectors take 2 GB, and seven minutes on two cores), its epochs.
+# number of training photos (their vectors take 2 GB, and some minutes on two cores), its epochs.
 FISHER_PIXELS, FISHER_PHOTOS, FISHER_EPOCHS = 160, 30_000, 12
 
 
@@ -69,6 +69,7 @@ class Settings:
     fusion_layers: int = architecture(4)
     conv_channels: list = architecture((64, 128, 256, 512))
     conv_units: int = architecture(2)
+    stem_stride: int = architecture(2)
     fisher: bool = setting(True, "train a second network, on Fisher vectors of the photos, and add "
                            "its cosines to those of the first")
 
@@ -153,16 +154,16 @@ PRESETS = {
         final_lr=0.0, ema=0.0, min_crop=0.5, color_jitter=0.0, word_dropout=0.0),
     "small": dict(
         text_embed_dim=256, latent_dim=256, memory_size=16, memory_loss=0.0, num_heads=4,
-        num_layers=0, fusion_layers=1, conv_channels=[32, 64, 128, 256], conv_units=1, epochs=90,
-        final_lr=0.4),
+        num_layers=0, fusion_layers=1, stem_stride=4, conv_channels=[64, 128, 256], conv_units=1,
+        epochs=90, final_lr=0.4),
     "base": dict(),
     "large": dict(text_embed_dim=768, latent_dim=768, num_heads=12, num_layers=12,
                   conv_channels=[160, 320, 640, 1280], epochs=100),
 }
 # With a pretrained image encoder these values replace those of the preset.
 PRETRAINED = dict(
-    fisher=False, latent_dim=512, text_embed_dim=256, memory_size=128, memory_loss=0.1,
-    num_heads=4, num_layers=0, fusion_layers=1, dropout=0.5, tokenizer="bpe", epochs=10,
+    fisher=False, latent_dim=512, text_embed_dim=256, memory_size=0, memory_loss=0.1,
+    num_heads=4, num_layers=0, fusion_layers=0, dropout=0.5, tokenizer="bpe", epochs=15,
     batch_size=1000, captions_per_image=5, lr=0.3, text_lr=1.0, weight_decay=2e-3,
     temperature=0.07, warmup=0.1, final_lr=0.0, ema=0.99, start_size=0)
 # These values replace those of PRETRAINED if both encoders are halves of one contrastive model,
@@ -198,6 +199,8 @@ def make_settings(**given):
     values = PRESETS[chosen["model"]] | pretrained | finetuned | recipe | chosen
     for name in ("extra_data", "conv_channels"):  # lists, as they are when read from a config.json
         values[name] = list(values.get(name, getattr(Settings, name)))
+    if values.get("memory_size"):  # what it recalls is read by the fusion
+        values["fusion_layers"] = values.get("fusion_layers", Settings.fusion_layers) or 1
     settings = Settings(**values)
     if settings.extra_all and not settings.extra_data:
         raise UsageError("--extra_all needs --extra_data")

@@ -61,7 +61,8 @@ def test_the_first_stage_ends_with_the_weights_of_a_frozen_run(
         return loss
 
     monkeypatch.setattr(first_stage, "train_on_features", recording)
-    for folder, more in (("frozen", ["--epochs", 10, "--batch_size", 1000]),
+    epochs = PRETRAINED["epochs"]
+    for folder, more in (("frozen", ["--epochs", epochs, "--batch_size", 1000]),
                          ("tuned", ["--epochs", 1, "--finetune"])):
         assert main("--synthetic", "--data_dir", shapes, "--output_dir", tmp_path / folder,
                     "--device", "cpu", *encoders, *more) == 0

@@ -326,7 +326,38 @@ def test_patch_components_are_projections_of_every_second_patch(fitted_stem):
     assert torch.allclose(components[:, :2, 1:-1, 1:-1], inner[:, :, :14, :14], atol=1e-5)
 
 
+def test_stem_of_stride_4_is_the_mean_of_what_is_positive(fitted_stem):
+    stem, photos, _ = fitted_stem
+    components = stem(photos)
+    stem.stride = 4
+    positive = components.clamp(min=0).unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
+    assert torch.allclose(stem(photos), positive.mean((3, 5)), atol=1e-6)
+
+
+def test_encoder_with_a_stem_of_stride_4():
+    encoder = ImageEncoder((4, 8), 1, 16, stem_stride=4)
+    assert encoder.stride == 8
+    with pytest.raises(ValueError, match="are not multiples of 8"):
+        encoder(torch.zeros(1, 3, 36, 32))
+    encoder(torch.randn(2, 3, 32, 48)).sum().backward()
+    # Every weight has a gradient, and the photos need none.
+    assert all(weight.grad is not None for weight in encoder.parameters())
+    assert encoder.convnet[0].norm1.weight is None
+
+
 # ------------------------------------------------------------- features of pretrained encoders
+
+
+def test_dropout_leaves_out_the_same_features_of_all_rows():
+    torch.manual_seed(0)
+    head = FeatureHead(100, 100, dropout=0.5)
+    with torch.no_grad():
+        head.projection.weight.copy_(torch.eye(100))
+        head.projection.bias.zero_()
+    latents = head(torch.full((3, 100), 7.0))
+    assert torch.equal(latents[0], latents[1])
+    assert set(latents[0].tolist()) == {0.0, 14.0}
+    assert not torch.equal(latents[0], head(torch.full((3, 100), 7.0))[0])  # another draw
 
 
 def test_features_are_standardised_and_the_head_can_start_as_the_identity():

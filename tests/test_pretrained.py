@@ -79,13 +79,18 @@ def test_search_and_tables_use_the_encoders(trained, shapes, encoder_file, capsy
     photo = next((shapes / "Flicker8k_Dataset").iterdir())
     assert show(["--output_dir", str(trained), "--query", "a red circle", "--split", "val"]) == 0
     assert show(["--output_dir", str(trained), "--image", str(photo), "--split", "val"]) == 0
-    assert test_time_training.main(["--output_dir", str(trained)]) == 0
     assert show(["--output_dir", str(trained)]) == 0
     out = capsys.readouterr().out
     assert f"image {encoder_file}:photos + text {encoder_file}:texts" in out and "1    " in out
     assert show(["--compare", str(trained)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "encoders" in lines[0] and f"image {encoder_file}:photos" in lines[2]
+
+
+def test_the_memory_of_a_run_with_encoders_can_go_on_learning(shapes, encoder_file, tmp_path):
+    assert main(*arguments(shapes, tmp_path, "--memory_size", 16, *encoder_flags(encoder_file),
+                           epochs=1)) == 0
+    assert test_time_training.main(["--output_dir", str(tmp_path)]) == 0
 
 
 def test_the_names_of_weights_do_not_count():

@@ -269,3 +269,12 @@ def test_settings_of_another_version_are_refused():
                    None):
         with pytest.raises(UsageError, match="outputs/old: the run is of another version"):
             settings_of(config, "outputs/old")
+
+
+def test_a_memory_comes_with_a_fusion_that_reads_it():
+    pretrained = make_settings(image_encoder="resnet18")
+    assert pretrained.memory_size == pretrained.fusion_layers == 0
+    with_memory = make_settings(image_encoder="resnet18", memory_size=16)
+    assert (with_memory.memory_size, with_memory.fusion_layers) == (16, 1)
+    assert make_settings(model="base", memory_size=16).fusion_layers == 4
+    assert make_settings(model="tiny", memory_size=0).fusion_layers == 1
