@@ -116,13 +116,12 @@ def train_on_features(settings, model, tokenizer, data, features, epochs, device
 
 def prepare_splits(run, splits):
     """Return splits with what validations and the bank would otherwise compute anew each time: the
-    latents of the Fisher network, and the photos of val as the convnet takes them. The test split
-    is used once and stays as it is, and so does a training split of more than FISHER_PHOTOS photos,
-    of which the bank needs but a few."""
-    prepared, settings = dict(splits), run.settings
+    latents of the Fisher network, and the photos of val as the convnet takes them. A training split
+    of more than FISHER_PHOTOS photos stays as it is, as the bank needs but a few of them."""
+    prepared, settings = {}, run.settings
     for name, data in splits.items():
-        is_small = name == "train" and len(data.photos) <= FISHER_PHOTOS
-        if settings.fisher and data.fisher_latents is None and (name == "val" or is_small):
+        is_needed = name != "train" or len(data.photos) <= FISHER_PHOTOS
+        if settings.fisher and data.fisher_latents is None and is_needed:
             data = with_fisher_latents(run.model.fisher_network, data, run.amp_dtype)
         if name == "val" and not settings.image_encoder:
             data = prepare_photos(data, settings.eval_pixels, run.amp_dtype, run.device)
