@@ -1,6 +1,8 @@
 """The multimodal memory network: encoders -> memory -> fusion -> one central latent.
 
-Shapes in this file: B batch, L text tokens, N image positions, D width."""
+The encoders of the presets are in `src/image_encoder.py` and `src/text_encoder.py`.
+
+Shapes in this file: B batch, L text tokens, D width."""
 import math
 from dataclasses import dataclass
 
@@ -8,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from src.image_encoder import ImageEncoder
+from src.text_encoder import Attention, Block, TextEncoder
+
 IMAGE, TEXT = MODALITIES = (0, 1)
 PHOTO_WEIGHT = 0.4  # of the photo when a photo and a text are combined; 0.2 to 0.5 were tried
-LENGTH_GROUP = 64  # captions of similar length that a CPU encodes at a time
-POOLING_SHARPNESS = 5.0  # of the soft maximum over a photo's positions; 0 would be the mean
-PAD_ID = 0  # the token id that every tokenizer keeps for padding
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound on the inverse temperature (Radford et al. 2021)
 
 
@@ -22,219 +24,6 @@ def combine_photo_and_text(photos, texts):
     texts = F.normalize(texts.float(), dim=-1)
     photos = F.normalize(photos.float(), dim=-1)
     return torch.lerp(texts, photos, PHOTO_WEIGHT)
-
-
-class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017) of x (B, N, D) over context (B, M, D), or over x
-    itself. mask: bool, broadcastable to (B, heads, N, M), True where attention is allowed; a row
-    that may attend to nothing gives zeros. Raises ValueError if num_heads does not divide dim."""
-
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide the width {dim}")
-        self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(self, x, context=None, mask=None):
-        # q, k, v: (B, heads, N or M, D / heads)
-        context = x if context is None else context
-        q = self.query(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key_value = self.key_value(context).unflatten(-1, (2, self.num_heads, -1))
-        k, v = key_value.permute(2, 0, 3, 1, 4)
-        if q.device.type == "cpu":  # here attention in bfloat16 is several times slower
-            with torch.autocast("cpu", enabled=False):
-                y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block. Plain SGD needs its untouched residual path to train a deep
-    model; for the same reason both branches start small (cf. Goyal et al. 2017)."""
-
-    def __init__(self, dim, num_heads, num_layers):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        std = 0.3 * dim**-0.5 / math.sqrt(2 * num_layers)
-        for last_layer in (self.attention.out, self.mlp[2]):
-            nn.init.normal_(last_layer.weight, std=std)
-
-    def forward(self, x, mask=None, num_tokens=None):
-        """x (B, N, D) -> (B, N, D), or the first num_tokens of them. All tokens are attended to."""
-        normed = self.norm1(x)
-        x = x[:, :num_tokens] + self.attention(normed[:, :num_tokens], normed, mask)
-        return x + self.mlp(self.norm2(x))
-
-
-def sinusoidal_positions(length, dim, device):
-    """The fixed position encoding (length, D) of Vaswani et al. 2017, for any length."""
-    position = torch.arange(length, device=device, dtype=torch.float32)[:, None]
-    exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
-    frequency = torch.exp(exponent * (-math.log(10000.0) / dim))
-    return torch.cat([torch.sin(position * frequency), torch.cos(position * frequency)], dim=1)
-
-
-class TextTransformer(nn.Module):
-    """Token ids (B, L) and mask (B, L) -> latents (B, latent_dim): the mean over the real tokens.
-    The output layer is initialised to zero."""
-
-    def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers):
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, dim, padding_idx=PAD_ID)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, num_layers) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(dim)
-        self.projection = nn.Linear(dim, latent_dim)
-        nn.init.zeros_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
-
-    def forward(self, text, mask):
-        if text.device.type == "cpu" and len(text) > 2 * LENGTH_GROUP:
-            # The longest caption is three times as long as most. Encoding captions of similar
-            # length together saves the computation of the padding.
-            lengths = (mask * torch.arange(1, mask.shape[1] + 1)).amax(1)
-            groups = lengths.argsort().split(LENGTH_GROUP)
-            latents = []
-            for rows in groups:
-                longest = int(lengths[rows].max())
-                latents.append(self.encode(text[rows, :longest], mask[rows, :longest]))
-            original_order = torch.cat(groups).argsort()
-            return torch.cat(latents)[original_order]
-        return self.encode(text, mask)
-
-    def encode(self, text, mask):
-        x = self.token_embedding(text)
-        x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device)
-        for block in self.blocks:
-            x = block(x, mask=mask[:, None, None, :])
-        real = mask.unsqueeze(-1)
-        return self.projection((self.norm(x) * real).sum(1) / real.sum(1).clamp(min=1))
-
-
-class TextEncoder(nn.Module):
-    """Token ids (B, L) -> text latents (B, latent_dim), independent of the padding: the mean of
-    the token embeddings (a bag of tokens), normalised and projected. With num_layers > 0 a
-    transformer is added, which knows the order of the tokens.
-
-    The layer norm is applied to the mean, not to each token; otherwise a rare word that was hardly
-    learned would weigh as much as a common one."""
-
-    def __init__(self, vocab_size, dim, latent_dim, num_heads, num_layers):
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, dim, padding_idx=PAD_ID)
-        with torch.no_grad():  # a word has almost no weight until it is learned
-            self.token_embedding.weight.mul_(0.02)
-        self.norm = nn.LayerNorm(dim)
-        self.projection = nn.Linear(dim, latent_dim)
-        self.transformer = None
-        if num_layers:
-            self.transformer = TextTransformer(vocab_size, dim, latent_dim, num_heads, num_layers)
-
-    def forward(self, text, text_mask=None):
-        mask = text != PAD_ID if text_mask is None else text_mask.bool()
-        weight = self.token_embedding.weight
-        bag = F.embedding_bag(text * mask, weight, mode="mean", padding_idx=PAD_ID)
-        latents = self.projection(self.norm(bag))
-        if self.transformer is not None:
-            latents = latents + self.transformer(text, mask)
-        return latents
-
-
-class PatchComponents(nn.Module):
-    """Photos (B, 3, H, W) -> (B, 2 * number, H / stride, W / stride), stride being 2 or 4: the
-    projections of their patches on the largest principal components, and their negatives, as a ReLU
-    follows, which would lose them. With a stride of 4 the ReLU is applied here, and its output is
-    averaged over 2 x 2 places.
-
-    The components are fit to training photos and then fixed, like the whitening layer of Jordan
-    2024 ("94% on CIFAR-10 in 3.29 Seconds"). Unlike there, the patches are wide and the components
-    few, which makes the filters smooth."""
-
-    def __init__(self, number=16, size=8, stride=2):
-        super().__init__()
-        self.size, self.stride = size, stride
-        self.register_buffer("filters", torch.randn(number, 3, size, size) / size)
-
-    @torch.no_grad()
-    def fit(self, photos):
-        """Set the filters to the principal components of the patches of photos (N, 3, H, W), which
-        are normalised floats as the model takes them."""
-        patches = F.unfold(photos, self.size, stride=self.size).transpose(1, 2).flatten(0, 1)
-        _, vectors = torch.linalg.eigh(patches.T @ patches)  # in order of rising eigenvalue
-        largest = vectors.T.flip(0)[:len(self.filters)]
-        self.filters.copy_(largest.view_as(self.filters))
-
-    def forward(self, photos):
-        y = F.conv2d(photos, self.filters, stride=2, padding=self.size // 2 - 1)
-        y = torch.cat([y, -y], dim=1)
-        return y if self.stride == 2 else F.avg_pool2d(F.relu(y), 2)
-
-
-class ResidualConv(nn.Module):
-    """Pre-activation residual unit (He et al. 2016): (B, in_channels, H, W) -> (B, channels,
-    H / stride, W / stride). The resolution is reduced by average pooling before the convolutions,
-    as strided convolutions would alias. In training, batch norm makes a photo's latent depend a
-    little on the other photos of its batch."""
-
-    def __init__(self, in_channels, channels, stride):
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight)
-        nn.init.zeros_(self.conv2.weight)  # so that each unit starts as its shortcut
-        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.shortcut = nn.Identity()
-        if in_channels != channels:
-            self.shortcut = nn.Conv2d(in_channels, channels, 1, bias=False)
-
-    def forward(self, x):
-        y = self.conv1(self.pool(F.relu(self.norm1(x))))
-        y = self.conv2(F.relu(self.norm2(y)))
-        return self.shortcut(self.pool(x)) + y
-
-
-class ImageEncoder(nn.Module):
-    """Photos (B, 3, H, W), normalised floats -> image latents (B, latent_dim): fixed patch
-    components, a residual convnet, and a soft maximum (log-sum-exp) over the positions.
-
-    channels: the channels of each stage, which has `units` residual units. The resolution is
-    divided by stem_stride at the start, and by 2 after every stage but the last. H and W must be
-    multiples of the product, `stride`; otherwise ValueError is raised."""
-
-    def __init__(self, channels, units, latent_dim, stem_stride=2):
-        super().__init__()
-        self.stride = stem_stride * 2 ** (len(channels) - 1)
-        self.stem, layers = PatchComponents(stride=stem_stride), []
-        width = 2 * len(self.stem.filters)
-        for stage, next_width in enumerate(channels):
-            for unit in range(units):
-                stride = 2 if stage > 0 and unit == 0 else 1
-                layers.append(ResidualConv(width, next_width, stride))
-                width = next_width
-        if stem_stride == 4:
-            # Without weights, nothing before the first convolution has a gradient to compute.
-            layers[0].norm1 = nn.BatchNorm2d(2 * len(self.stem.filters), affine=False)
-        layers += [nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, latent_dim, 1)]
-        self.convnet = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(latent_dim)
-        self.projection = nn.Linear(latent_dim, latent_dim)
-
-    def forward(self, images):
-        height, width = images.shape[2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"photos of {height} x {width} pixels are not multiples of "
-                             f"{self.stride}")
-        x = self.convnet(self.stem(images)).flatten(2)  # (B, latent_dim, N)
-        pooled = (POOLING_SHARPNESS * x.float()).logsumexp(2) / POOLING_SHARPNESS
-        return self.projection(self.norm(pooled))
 
 
 class FeatureHead(nn.Module):

@@ -6,22 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from src.image_encoder import ResidualConv
 from src.losses import info_nce_loss
 from src.model import (
     IMAGE,
     MAX_LOGIT_SCALE,
     PHOTO_WEIGHT,
-    POOLING_SHARPNESS,
     TEXT,
-    Block,
     FeatureHead,
-    ImageEncoder,
     ModelConfig,
     MultiModalMemoryNetwork,
-    PatchComponents,
-    ResidualConv,
     TestTimeMemory,
-    TextEncoder,
 )
 from tests.conftest import model_arguments
 
@@ -160,189 +155,6 @@ def test_logit_scale_is_clamped():
             model.logit_scale.fill_(value)
         model.clamp_logit_scale_()
         assert model.logit_scale.item() == pytest.approx(clamped)
-
-
-def test_block_gives_some_tokens_as_it_gives_all():
-    torch.manual_seed(0)
-    block, x = Block(8, 2, 1), torch.randn(3, 5, 8)
-    assert torch.allclose(block(x, num_tokens=2), block(x)[:, :2], atol=1e-6)
-
-
-# --------------------------------------------------------------------------------- text encoder
-
-
-def test_padding_does_not_change_the_latent_of_a_caption():
-    model, (_, text) = make_model().eval(), make_batch()
-    alone = model(text=text[1:2, :6])["central_latent"]
-    for width in (7, 8, 12, 40):
-        padded = torch.zeros(1, width, dtype=torch.long)
-        padded[0, :6] = text[1, :6]
-        assert torch.allclose(model(text=padded)["central_latent"], alone, atol=1e-5)
-    in_batch = model(text=text)["central_latent"][1:2]
-    assert torch.allclose(in_batch, alone, atol=1e-5)
-
-
-def test_padding_receives_no_gradient():
-    model, (_, text) = make_model(), make_batch()
-    embedded = []
-
-    def keep_gradient(module, inputs, output):
-        output.retain_grad()
-        embedded.append(output)
-
-    model.text_encoder.transformer.token_embedding.register_forward_hook(keep_gradient)
-    model(text=text)["central_latent"].square().sum().backward()
-    gradient = embedded[0].grad.abs().sum(-1)
-    assert (gradient[1, 6:] == 0).all() and (gradient[1, :6] > 0).all()
-
-
-def test_text_mask_says_which_tokens_are_real():
-    model, (_, text) = make_model().eval(), make_batch()
-    mask = torch.ones_like(text, dtype=torch.bool)
-    mask[:, 6:] = False
-    masked = model(text=text, text_mask=mask)["central_latent"]
-    assert torch.allclose(masked, model(text=text[:, :6])["central_latent"], atol=1e-5)
-
-
-def test_latent_of_nothing_but_padding_is_finite():
-    latents = make_model().eval()(text=torch.zeros(2, 9, dtype=torch.long))["central_latent"]
-    assert torch.isfinite(latents).all()
-
-
-def test_order_of_the_tokens_matters():
-    model, (_, text) = make_model().eval(), make_batch()
-    forwards = model(text=text[:1])["central_latent"]
-    backwards = model(text=text[:1].flip(1))["central_latent"]
-    assert not torch.allclose(forwards, backwards, atol=1e-4)
-
-
-def test_bag_of_tokens_is_the_mean_over_the_real_ones():
-    torch.manual_seed(0)
-    encoder = TextEncoder(34, 8, 6, num_heads=2, num_layers=0)
-    text = torch.tensor([[3, 4, 0, 5, 9], [7, 0, 0, 0, 2]])
-    mask = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]])
-    weight = encoder.token_embedding.weight
-    means = torch.stack([weight[[3, 4, 5]].mean(0), weight[7]])
-    expected = encoder.projection(encoder.norm(means))
-    assert torch.allclose(encoder(text, mask), expected, atol=1e-6)
-
-
-def test_a_word_that_was_not_learned_hardly_changes_a_bag_of_tokens():
-    torch.manual_seed(0)
-    encoder = TextEncoder(50, 16, 16, num_heads=2, num_layers=0)
-    with torch.no_grad():
-        encoder.token_embedding.weight[[5, 6]] = torch.randn(2, 16)  # as if these were learned
-        learned, with_new_word, other = (
-            encoder(torch.tensor([ids])) for ids in ([5, 6], [5, 6, 7], [5, 5]))
-    assert (with_new_word - learned).norm() < 0.1 * (other - learned).norm()
-
-
-def test_text_transformer_is_initially_zero():
-    torch.manual_seed(0)
-    encoder, (_, text) = TextEncoder(34, 16, 8, num_heads=2, num_layers=1), make_batch()
-    weight = encoder.token_embedding.weight
-    means = torch.stack([weight[row[row > 0]].mean(0) for row in text])
-    bag = encoder.projection(encoder.norm(means))
-    assert torch.allclose(encoder(text), bag, atol=1e-6)
-
-
-@pytest.mark.parametrize("number", [5, 6, 7, 16])
-def test_captions_in_groups_of_similar_length_get_the_latents_of_each_alone(monkeypatch, number):
-    monkeypatch.setattr("src.model.LENGTH_GROUP", 3)
-    model = make_model().eval()
-    generator = torch.Generator().manual_seed(number)
-    lengths = torch.randint(1, 12, (number,), generator=generator)
-    text = torch.randint(1, 34, (number, 12), generator=generator)
-    text[torch.arange(12) >= lengths[:, None]] = 0
-    text[0, 0] = 0  # padding may be anywhere
-    alone = torch.cat([model(text=row[None])["central_latent"] for row in text])
-    assert torch.allclose(model(text=text)["central_latent"], alone, atol=1e-5)
-
-
-# -------------------------------------------------------------------------------- image encoder
-
-
-@pytest.mark.parametrize("height, width", [(40, 32), (32, 40)])
-def test_image_encoder_refuses_photos_that_it_cannot_halve_often_enough(height, width):
-    encoder = ImageEncoder((8, 8, 8, 8), 1, 16)
-    with pytest.raises(ValueError, match=f"{height} x {width} pixels"):
-        encoder(torch.zeros(1, 3, height, width))
-
-
-@pytest.mark.parametrize("channels, units, height, width", [
-    ((4, 6, 8), 1, 32, 48), ((4, 6, 8), 2, 8, 8), ((5,), 3, 6, 4)])
-def test_image_latent_is_a_soft_maximum_over_all_positions(channels, units, height, width):
-    torch.manual_seed(0)
-    encoder, outputs = ImageEncoder(channels, units, 16).eval(), []
-    encoder.convnet.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    latents = encoder(torch.randn(2, 3, height, width))
-    positions = outputs[0].flatten(2)
-    assert positions.shape == (2, 16, height * width // 4 ** len(channels))
-    pooled = (POOLING_SHARPNESS * positions).exp().sum(2).log() / POOLING_SHARPNESS
-    assert torch.allclose(latents, encoder.projection(encoder.norm(pooled)), atol=1e-5)
-    convolutions = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)
-                    and module.kernel_size == (3, 3)]
-    assert len(convolutions) == 2 * units * len(channels)
-
-
-@pytest.mark.parametrize("in_channels, channels, stride", [(6, 6, 1), (4, 8, 2), (4, 8, 1)])
-def test_residual_unit_starts_as_its_shortcut(in_channels, channels, stride):
-    torch.manual_seed(0)
-    unit, x = ResidualConv(in_channels, channels, stride), torch.randn(2, in_channels, 8, 8)
-    pooled = x.unflatten(2, (-1, stride)).unflatten(4, (-1, stride)).mean((3, 5))
-    assert torch.allclose(unit(x), unit.shortcut(pooled))
-    torch.nn.init.normal_(unit.conv2.weight)
-    assert unit(x).shape == (2, channels, 8 // stride, 8 // stride)
-    assert not torch.allclose(unit(x), unit.shortcut(pooled))
-
-
-@pytest.fixture
-def fitted_stem():
-    """(stem, photos that it was fit to, the two patterns that the patches of the photos are made
-    of). The first pattern varies more from patch to patch than the second."""
-    torch.manual_seed(0)
-    stem = PatchComponents(number=2, size=4)
-    patterns = torch.linalg.qr(torch.randn(48, 2))[0].T.view(2, 3, 4, 4)
-    amounts = torch.randn(50, 2, 8, 8) * torch.tensor([3.0, 1.0]).view(2, 1, 1)
-    photos = F.conv_transpose2d(amounts, patterns, stride=4)
-    stem.fit(photos + 0.01 * torch.randn_like(photos))
-    return stem, photos, patterns
-
-
-def test_filters_are_the_principal_components_of_patches(fitted_stem):
-    stem, _, patterns = fitted_stem
-    cosines = stem.filters.flatten(1) @ patterns.flatten(1).T
-    assert torch.allclose(cosines.abs(), torch.eye(2), atol=0.05)
-    assert not list(stem.parameters())  # they are fixed
-
-
-def test_patch_components_are_projections_of_every_second_patch(fitted_stem):
-    stem, photos, _ = fitted_stem
-    components = stem(photos)
-    assert components.shape == (50, 4, 16, 16)
-    assert torch.equal(components[:, :2], -components[:, 2:])
-    # The photos are padded by one pixel, so the inner patches start at the odd pixels.
-    inner = F.conv2d(photos[:, :, 1:, 1:], stem.filters, stride=2)
-    assert torch.allclose(components[:, :2, 1:-1, 1:-1], inner[:, :, :14, :14], atol=1e-5)
-
-
-def test_stem_of_stride_4_is_the_mean_of_what_is_positive(fitted_stem):
-    stem, photos, _ = fitted_stem
-    components = stem(photos)
-    stem.stride = 4
-    positive = components.clamp(min=0).unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
-    assert torch.allclose(stem(photos), positive.mean((3, 5)), atol=1e-6)
-
-
-def test_encoder_with_a_stem_of_stride_4():
-    encoder = ImageEncoder((4, 8), 1, 16, stem_stride=4)
-    assert encoder.stride == 8
-    with pytest.raises(ValueError, match="are not multiples of 8"):
-        encoder(torch.zeros(1, 3, 36, 32))
-    encoder(torch.randn(2, 3, 32, 48)).sum().backward()
-    # Every weight has a gradient, and the photos need none.
-    assert all(weight.grad is not None for weight in encoder.parameters())
-    assert encoder.convnet[0].norm1.weight is None
 
 
 # ------------------------------------------------------------- features of pretrained encoders

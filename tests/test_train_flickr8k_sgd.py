@@ -21,7 +21,7 @@ import train_flickr8k_sgd as script
 from src import evaluation, retrieval, runs, training
 from src.evaluation import compare_bank
 from src.fisher import NetworkWithFisherVectors, with_fisher_latents
-from src.model import PatchComponents
+from src.image_encoder import PatchComponents
 from src.runs import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
 from src.search import embed_photos, embed_texts, load_bank, load_model
 from src.settings import make_settings
