@@ -3,7 +3,7 @@ import numpy as np
 import torch
 
 from src.bank import BANK_SIZE, Bank
-from src.model import combine_photo_and_text
+from src.model import IMAGE, TEXT, combine_photo_and_text
 from src.retrieval import (
     KS,
     correct_pairs,
@@ -40,10 +40,10 @@ def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
             if pixels is not None:
                 images = resize(images, pixels, "bicubic")
             images = normalize(images.to(device))
-        return on_device({"images": images} | fisher_latents(0, rows))
+        return on_device({"images": images} | fisher_latents(IMAGE, rows))
 
     def text_inputs(rows):
-        return on_device(dataset.text_inputs(rows) | fisher_latents(1, rows))
+        return on_device(dataset.text_inputs(rows) | fisher_latents(TEXT, rows))
 
     def fisher_latents(modality, rows):
         if dataset.fisher_latents is None:
