@@ -12,7 +12,6 @@ uninterrupted one: the order of the pairs, the augmentation and the learning rat
 seed and the number of the step, and the rest is in the checkpoint."""
 import logging
 import math
-import shlex
 import sys
 import time
 
@@ -56,7 +55,7 @@ from src.training import (
 )
 from src.utils import distributed
 from src.utils.augment import normalize, resize
-from src.utils.console import ProgressLine, duration, log_to_console, say_once
+from src.utils.console import ProgressLine, duration, log_to_console, say_once, shell_command
 from src.utils.errors import RunError, UsageError, first_line
 from src.utils.flickr8k_simple import iterate_batches, place_photos
 from src.utils.splits import check_folders, load_splits
@@ -372,7 +371,7 @@ def main(argv=None):
             return 0
         device = find_device(settings.device)
         allow_fast_kernels(device)
-        command = shlex.join(["python", "train_flickr8k_sgd.py", *argv])
+        command = shell_command(["python", "train_flickr8k_sgd.py", *argv])
         run, splits = set_up(settings, output_dir, checkpoint, args, device, command)
         with stop.watch():
             fit(run, splits, stop)

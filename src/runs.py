@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import pickle
-import shlex
 from pathlib import Path
 
 import torch
 
 from src.device import full_memory
 from src.settings import Settings, make_settings, settings_of
+from src.utils.console import shell_command
 from src.utils.errors import RunError, UsageError
 
 try:
@@ -150,7 +150,7 @@ def resume_run(output_dir, given):
 def resume_command(output_dir, *flags):
     """The command that continues a run, as the user may paste it."""
     flags = ["--resume", "--output_dir", str(output_dir), *flags]
-    return shlex.join(["python", "train_flickr8k_sgd.py", *flags])
+    return shell_command(["python", "train_flickr8k_sgd.py", *flags])
 
 
 def on_this_machine(settings, args):

@@ -373,6 +373,26 @@ class Search:
             return similarities(queries, self.photo_embeddings)
         return similarities(self.bank.text_queries(queries), self.photo_gallery)
 
+    def similar_photos(self, photo):
+        """The cosines (N,) of the photos with the embedding (1, D) of a photo, by which they are
+        ranked for it. The bank ranks photos for texts, not for another photo."""
+        return similarities(photo, self.photo_embeddings)[0]
+
+    def knows(self, text):
+        """Whether the model can read anything of a text."""
+        return self.cache.tokenizer.knows(text)
+
+    def score_meaning(self):
+        """What the scores of `score_photos` are, as a short text to be shown."""
+        if self.bank is None:
+            return "cosine of the words and the photo"
+        return "cosine of the words and the photo, corrected by the bank"
+
+    def fits(self, scores):
+        """Whether the best of the scores (N,) of a text means that something fits it. None if that
+        is not known."""
+        return None
+
     def score_captions(self, queries):
         """What to rank the captions by for embeddings (Q, D) of photos -> (Q, M), as in
         `score_photos`."""

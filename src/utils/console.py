@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -61,6 +62,11 @@ def prepare_output(end_with_reader=False):
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+
+
+def shell_command(arguments):
+    """Join arguments to a command line, as the user may paste it into a shell."""
+    return shlex.join(map(str, arguments))
 
 
 def printable(text):

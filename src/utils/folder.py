@@ -6,11 +6,11 @@ import collections
 import functools
 import hashlib
 import itertools
-import shlex
 from array import array
 
 import numpy as np
 
+from src.utils.console import shell_command
 from src.utils.errors import DataError
 from src.utils.photo_names import PhotoFiles, find_copies
 from src.utils.ragged import Texts
@@ -34,7 +34,7 @@ def cut_text(text):
 
 def download_command(root_dir, *flags):
     """Return the command that downloads Flickr8k into a folder, quoted for a shell."""
-    return shlex.join(["python", "download_flickr8k.py", *flags, "--data_dir", str(root_dir)])
+    return shell_command(["python", "download_flickr8k.py", *flags, "--data_dir", root_dir])
 
 
 class Folder:
