@@ -117,9 +117,9 @@ import numpy as np
 
 from src import page, report, server
 from src.device import full_memory, keep_freed_memory
+from src.gallery import Search, cache_of_run, photos_of_split
 from src.retrieval import retrieval_ranks
 from src.runs import HISTORY, TRAIN_FIRST, load_run
-from src.search import EmbeddingCache, Search, photos_of_split
 from src.search_results import (
     find_data_dir,
     open_cache,
@@ -187,7 +187,7 @@ def photos_section(args, run):
     """How well a Run finds the captions' photos, with hits and misses, as HTML. Raises UsageError
     if the photos or the best model are missing."""
     photos, captions = photos_of_split(find_data_dir(args, run.dir), args.split)
-    search = Search(EmbeddingCache(run.dir), photos, captions, use_bank=False)
+    search = Search(cache_of_run(run.dir), photos, captions, use_bank=False)
     search.embed_photos()
     with report.reading(run):
         captions_are_shared = "different_captions" in run.config["data"][args.split]

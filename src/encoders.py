@@ -168,6 +168,23 @@ class Encoders:
                 model.clamp_logit_scale_()
 
 
+class ContrastivePair(nn.Module):
+    """The two encoders of a contrastive model such as CLIP as a model that ranks without any
+    training, see `MultiModalMemoryNetwork`.
+
+    `forward` takes images, or text_features as the text encoder's `prepare` gives them, and returns
+    {"central_latent": (B, width)}, not of unit length."""
+
+    def __init__(self, image, text):
+        super().__init__()
+        self.image_backbone, self.text_backbone = image, text
+
+    def forward(self, text=None, images=None, text_features=None):
+        if images is not None:
+            return {"central_latent": self.image_backbone(images)}
+        return {"central_latent": self.text_backbone(text_features)}
+
+
 def check_different(encoder, features):
     """Raise UsageError if all of these features are the same. Nothing can be learned from them."""
     if (features == features[0]).all():

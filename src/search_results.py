@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from src.gallery import Search, cache_of_run, photos_of_split
 from src.ranking import best_rows, rank_of_best, similarities
 from src.runs import check_data_dir, load_run
-from src.search import EmbeddingCache, Search, photos_of_split
 from src.utils.console import ProgressLine, first_three, printable
 from src.utils.errors import DataError, UsageError
 from src.utils.folder import MAX_LENGTH, cut_text
@@ -55,7 +55,7 @@ def open_gallery(args):
 def open_cache(args):
     """The EmbeddingCache of the run. Without a bank in the run, args.bank is switched off."""
     run_dir = args.output_dir[0]
-    cache = EmbeddingCache(run_dir)
+    cache = cache_of_run(run_dir)
     if args.bank and cache.bank is None:
         print(f"{run_dir}: has no bank yet, because training makes it at the end; ranking by plain "
               "cosines", file=sys.stderr)

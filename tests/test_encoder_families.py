@@ -11,8 +11,8 @@ from PIL import Image
 
 from src.encoder_sources import load_encoder
 from src.encoders import Encoders
+from src.gallery import photos_of_split
 from src.runs import HISTORY, load_json
-from src.search import photos_of_split
 from src.utils.errors import UsageError
 from src.utils.photo_store import open_photo
 from tests.conftest import arguments, edit_json, main, word_tokenizer

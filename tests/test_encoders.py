@@ -12,9 +12,10 @@ import show_flickr8k_results
 import train_flickr8k_sgd as training
 from src.encoder_sources import load_encoder, load_encoders
 from src.encoders import Encoders, Renormalize
+from src.gallery import photos_of_split
 from src.pretrained import PretrainedEncoder
 from src.runs import BEST, CONFIG, HISTORY, load_checkpoint, load_json
-from src.search import embed_photos, embed_texts, load_model, photos_of_split
+from src.search import embed_photos, embed_texts, load_model
 from src.settings import make_settings
 from src.utils.augment import normalize
 from src.utils.errors import UsageError

@@ -11,10 +11,11 @@ import train_flickr8k_sgd as training
 from src import pretrained
 from src.encoder_sources import load_encoder
 from src.experiments import test_time_training
+from src.gallery import photos_of_split
 from src.pretrained import PretrainedEncoder
 from src.retrieval import retrieval_metrics
 from src.runs import BEST, CONFIG, HISTORY, load_checkpoint, load_json
-from src.search import embed_photos, embed_texts, load_model, photos_of_split
+from src.search import embed_photos, embed_texts, load_model
 from src.utils.errors import UsageError
 from tests.conftest import arguments, encoder_flags, main, run_script
 

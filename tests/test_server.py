@@ -21,8 +21,8 @@ from PIL import Image
 
 import show_flickr8k_results
 from src import page, server
+from src.gallery import CACHE, Search, cache_of_run, photos_of_split
 from src.runs import BEST, CONFIG, HISTORY
-from src.search import CACHE, EmbeddingCache, Search, photos_of_split
 from src.utils.photo_files import photos_of_folder
 from tests.conftest import start_script
 
@@ -47,7 +47,7 @@ def run(finished, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(run, shapes):
-    search = Search(EmbeddingCache(run), *photos_of_split(shapes, "val"), use_bank=True)
+    search = Search(cache_of_run(run), *photos_of_split(shapes, "val"), use_bank=True)
     search.embed_photos()
     with served(search, example_queries=search.texts) as site:
         yield site
@@ -196,7 +196,7 @@ def test_photos_with_odd_names(run, shapes, tmp_path):
     for name, photo in zip(names, photos_of_split(shapes, "val")[0]):
         shutil.copy(photo, tmp_path / name)
     photos = photos_of_folder(tmp_path)
-    search = Search(EmbeddingCache(run), photos, [[] for _ in photos], use_bank=True)
+    search = Search(cache_of_run(run), photos, [[] for _ in photos], use_bank=True)
     search.embed_photos()
     with served(search) as site:
         html = look(site, q="red")
@@ -303,7 +303,7 @@ def test_photos_are_added_changed_and_deleted_while_it_serves(run, shapes, tmp_p
     for name, photo in zip(("a.png", "b.png", "c.png"), sources):
         shutil.copy(photo, tmp_path / name)
     photos = photos_of_folder(tmp_path)
-    search = Search(EmbeddingCache(run), photos, [[] for _ in photos], use_bank=True)
+    search = Search(cache_of_run(run), photos, [[] for _ in photos], use_bank=True)
     search.embed_photos()
     with served(search, find_photos=lambda: photos_of_folder(tmp_path)) as site:
         def press():

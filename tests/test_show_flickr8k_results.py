@@ -14,6 +14,7 @@ from PIL import Image
 
 import show_flickr8k_results
 from src import search
+from src.gallery import cache_of_run, photos_of_split
 from src.retrieval import chance_metrics, with_summaries
 from src.runs import BANK, BEST, CONFIG, HISTORY, TEST
 from src.search import load_model
@@ -294,8 +295,8 @@ def test_photos_for_a_text(run_dir, shapes, capsys, tmp_path):
 
 
 def test_ranking_with_the_bank(run_dir, shapes, capsys):
-    cache, bank = search.EmbeddingCache(run_dir), search.load_bank(run_dir)
-    photos, captions = search.photos_of_split(shapes, "val")
+    cache, bank = cache_of_run(run_dir), search.load_bank(run_dir)
+    photos, captions = photos_of_split(shapes, "val")
     rows = cache.photos(photos)
     texts = search.embed_texts(cache.model, cache.tokenizer, ["two red circles"])
     expected = (bank.text_queries(texts) @ bank.photo_gallery(rows).T)[0]
@@ -323,7 +324,7 @@ def test_ranking_with_the_bank(run_dir, shapes, capsys):
 
 def test_photos_for_a_photo_and_a_text(run_dir, shapes, capsys, tmp_path):
     model, tokenizer, transform = load_model(run_dir)
-    photos, _ = search.photos_of_split(shapes, "val")
+    photos, _ = photos_of_split(shapes, "val")
     ids = torch.tensor([tokenizer.encode("two red circles")])
     with torch.no_grad():
         both = model(text=ids, images=transform(photos[3])[None])["central_latent"]
@@ -429,7 +430,7 @@ def test_an_unreadable_photo_of_the_dataset_is_an_error(run_dir, shapes, capsys,
 
 
 def test_interrupted_while_photos_are_embedded(run_dir, shapes, capsys, monkeypatch):
-    fifth, load = search.photos_of_split(shapes, "test")[0][4], search.load_photo
+    fifth, load = photos_of_split(shapes, "test")[0][4], search.load_photo
 
     def load_four(path, size):
         if path == fifth:
