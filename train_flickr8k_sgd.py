@@ -91,18 +91,24 @@ def build_model(settings, tokenizer, encoders=NO_ENCODERS, photos=None):
 # ------------------------------------------------------------------------ before the first step
 
 
-def set_up(settings, output_dir, checkpoint, args, device, command):
-    """Load or make everything that the loop needs, and the run's folder -> (run, splits)."""
+def set_up(settings, output_dir, checkpoint, initial, args, device, command):
+    """Load or make everything that the loop needs, and the run's folder -> (run, splits). initial:
+    the InitialModel to begin with, or None."""
     rank, world = distributed.rank_and_world()
-    settings, encoders = set_up_encoders(settings, args, device)
+    is_new = checkpoint is None and initial is None
+    settings, encoders = set_up_encoders(settings, args, device, is_new)
+    tokenizer = None
     if checkpoint is not None:
         encoders.check_unchanged(checkpoint["config"], output_dir)
-    tokenizer = tokenizer_from_state(checkpoint["tokenizer"]) if checkpoint else None
+        tokenizer = tokenizer_from_state(checkpoint["tokenizer"])
+    elif initial is not None:
+        initial.check_encoders(encoders)
+        tokenizer = tokenizer_from_state(initial.best["tokenizer"])
     has_two_stages = settings.finetune > 0 and encoders.image is not None
     # One process of a machine fills the cache, the others read it.
     with distributed.local_main_process_first(), say_once(log):
         splits, tokenizer = load_splits(settings, tokenizer, encoders.image, encoders.text)
-        if has_two_stages and checkpoint is None:
+        if has_two_stages and is_new:
             with encoders.frozen():
                 features, _ = load_splits(settings, tokenizer, encoders.image, encoders.text)
     train = splits["train"]
@@ -114,26 +120,33 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
         raise UsageError(f"a batch has fewer pairs than there are processes ({world})")
 
     seconds, first_loss = 0.0, None
-    if checkpoint is None:  # otherwise all of this is in the checkpoint
-        if has_two_stages:
-            first_loss, seconds = train_first_stage(
-                settings, model, encoders, tokenizer, features, device)
-        else:
-            encoders.initialize(model, train)
-        if settings.fisher:
-            splits["train"], seconds = train_fisher_network(
-                settings, model.fisher_network, tokenizer, train, device)
+    if is_new and has_two_stages:
+        first_loss, seconds = train_first_stage(
+            settings, model, encoders, tokenizer, features, device)
+    elif is_new:
+        encoders.initialize(model, train)
     if settings.finetune:
         encoders.attach(model, settings)  # their unused weights are frozen already
+    if initial is not None:
+        initial.load_into(model)
+        log.info(f"beginning with {initial}")
+        if settings.temperature != initial.settings.temperature:
+            set_temperature(model, settings.temperature)
+    if settings.fisher and checkpoint is None:  # otherwise it is in the checkpoint
+        splits["train"], seconds = train_fisher_network(
+            settings, model.fisher_network, tokenizer, train, device, is_new)
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.seconds, run.first_loss = seconds, first_loss
     run.dir, run.is_main = output_dir, rank == 0
     # Epoch 0 comes before the first step of this loop.
-    run.epoch = 0 if encoders.is_contrastive_pair or has_two_stages else 1
+    run.epoch = 0 if encoders.is_contrastive_pair or has_two_stages or initial is not None else 1
     run.config = describe_run(settings, encoders, model, splits, device, command)
+    if initial is not None:
+        run.config["init_from"] = initial.describe()
     if checkpoint is not None:
         config_before = checkpoint["config"]
-        run.config |= {"date": config_before["date"], "command": config_before["command"]}
+        run.config |= {name: config_before[name] for name in ("date", "command", "init_from")
+                       if name in config_before}
         runs.check_same_data(config_before, run.config, settings.data_dir)
         run.load_state_dict(checkpoint)
     splits = prepare_splits(run, splits)
@@ -155,10 +168,11 @@ def set_up(settings, output_dir, checkpoint, args, device, command):
     return run, splits
 
 
-def set_up_encoders(settings, args, device):
-    """-> the settings that fit the pretrained encoders, and the encoders."""
+def set_up_encoders(settings, args, device, is_new):
+    """-> the settings that fit the pretrained encoders, and the encoders. is_new: whether the
+    settings are not those of an earlier run."""
     encoders = load_encoders(settings, device)
-    if encoders.is_contrastive_pair and not args.resume:
+    if encoders.is_contrastive_pair and is_new:
         settings = for_contrastive_pair(settings, vars(args))
     for encoder in encoders:
         if not encoder.frozen:
@@ -240,7 +254,7 @@ def fit(run, splits, stop):
     photos = place_photos(data.photos, device)
     rank, world = distributed.rank_and_world()
     line, steps_done = ProgressLine(run.is_main), 0
-    if run.epoch == 0:  # of a model such as CLIP as it is, or of the first stage of fine-tuning
+    if run.epoch == 0:  # of CLIP as it is, of the first stage of fine-tuning, or of another run
         began, val = time.time() - run.seconds, validate(run, splits["val"])
         end_epoch(run, {"epoch": 0, "train": {"loss": run.first_loss}, "val": val, "lr": 0.0,
                         "seconds": time.time() - began})
@@ -364,7 +378,8 @@ def main(argv=None):
     settings = output_dir = None
     try:
         distributed.start()
-        settings, output_dir, checkpoint = distributed.call_on_main(lambda: runs.resolve(args))
+        settings, output_dir, checkpoint, initial = distributed.call_on_main(
+            lambda: runs.resolve(args))
         settings = runs.on_this_machine(settings, args)
         if args.check:
             check_folders(settings)
@@ -372,7 +387,7 @@ def main(argv=None):
         device = find_device(settings.device)
         allow_fast_kernels(device)
         command = shell_command(["python", "train_flickr8k_sgd.py", *argv])
-        run, splits = set_up(settings, output_dir, checkpoint, args, device, command)
+        run, splits = set_up(settings, output_dir, checkpoint, initial, args, device, command)
         with stop.watch():
             fit(run, splits, stop)
         evaluate_best(run, splits)

@@ -40,19 +40,22 @@ def set_temperature(model, temperature):
     model.clamp_logit_scale_()
 
 
-def train_fisher_network(settings, network, tokenizer, data, device):
+def train_fisher_network(settings, network, tokenizer, data, device, is_new=True):
     """Train the Fisher network -> (the training split, perhaps with its latents, seconds).
 
     It has the recipe of the memory network, except that the Fisher vectors of the photos and of
-    their mirror images are computed once, for at most FISHER_PHOTOS photos."""
+    their mirror images are computed once, for at most FISHER_PHOTOS photos. is_new: whether it is
+    fit to these photos first; otherwise it is trained further as it is."""
     began, part = time.time(), data.first(FISHER_PHOTOS)
     log.info(f"training the Fisher network first, on {len(part.photos):,} photos")
     settings = dataclasses.replace(settings, epochs=FISHER_EPOCHS, chunk_size=0)
     amp_dtype = autocast_dtype(settings.amp, device)
-    network.image_backbone.fit(part.photos)
-    distributed.broadcast_buffers(network.image_backbone)  # each process makes a share of vectors
+    if is_new:
+        network.image_backbone.fit(part.photos)
+        distributed.broadcast_buffers(network.image_backbone)  # each process makes some vectors
     vectors = make_fisher_vectors(network.image_backbone, part.photos, amp_dtype, views=2)
-    set_temperature(network, settings.temperature)
+    if is_new:
+        set_temperature(network, settings.temperature)
     network.requires_grad_(True)
     train_on_features(settings, network, tokenizer, part, vectors, range(FISHER_EPOCHS), device)
     network.requires_grad_(False)

@@ -266,16 +266,18 @@ def trained_on(run):
 
 
 def encoders(run):
-    """The pretrained encoders of a Run in words."""
+    """The pretrained encoders of a Run in words, and the run that it began with."""
     settings, names = run.settings, []
+    initial = run.config.get("init_from")
+    begun = f", begun with {Path(initial['run']).resolve().name}" if initial else ""
     if settings.image_encoder:
         names.append(f"image {settings.image_encoder}")
     if settings.text_encoder:
         names.append(f"text {settings.text_encoder}")
     if not names:
-        return "none, from scratch"
+        return f"none{begun or ', from scratch'}"
     text = " + ".join(names)
-    return f"{text}, fine-tuned" if settings.finetune else text
+    return f"{text}, fine-tuned{begun}" if settings.finetune else text + begun
 
 
 # ---------------------------------------------------------------------- a comparison of runs

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from src.device import full_memory
-from src.settings import Settings, make_settings, settings_of
+from src.init_from import InitialModel
+from src.settings import Settings, make_settings, settings_from_run, settings_of
 from src.utils.console import shell_command
 from src.utils.errors import RunError, UsageError
 
@@ -85,6 +86,18 @@ def load_checkpoint(path, keys):
     return state
 
 
+def load_best(run_dir):
+    """The checkpoint of a run's best model. Raises UsageError if there is none, or if it is
+    damaged."""
+    path = Path(run_dir) / BEST
+    check_folder(path.parent)
+    if not path.exists():
+        if not (path.parent / CONFIG).exists():
+            raise UsageError(f"{path.parent}: holds no run; {TRAIN_FIRST}")
+        raise UsageError(f"{path.parent}: has no best model yet; the first epoch saves one")
+    return load_checkpoint(path, BEST_KEYS)
+
+
 def load_json(path):
     """Load a JSON file. Raises UsageError if it is missing or damaged."""
     try:
@@ -100,20 +113,33 @@ def load_json(path):
 
 def resolve(args):
     """The flags of the training script -> (settings, output_dir, the checkpoint to continue from or
-    None). Raises UsageError for a folder that holds a run already, for nothing to resume, and for a
-    flag that contradicts the run to resume."""
+    None, the InitialModel to begin with or None). Raises UsageError for a folder that holds a run
+    already, for nothing to resume or to begin with, and for a flag that contradicts that run."""
     given = dict(vars(args))
     resume, overwrite = given.pop("resume"), given.pop("overwrite")
     output_dir, check = given.pop("output_dir"), given.pop("check")
+    init_from, initial = given.pop("init_from"), None
     default_name = "synthetic_sgd" if "synthetic" in given else "flickr8k_sgd"
-    output_dir = Path(output_dir or f"outputs/{default_name}")
     if resume:
-        return resume_run(output_dir, given)
+        return resume_run(Path(output_dir or f"outputs/{default_name}"), given)
+    if init_from is None:
+        settings = make_settings(**given)
+    else:
+        initial = InitialModel(init_from, load_best(init_from))
+        settings = settings_from_run(initial.settings, given, init_from)
+        default_name = f"{folder_name(settings.data_dir)}_from_{folder_name(init_from)}"
+    output_dir = Path(output_dir or f"outputs/{default_name}")
     if output_dir.exists() and not output_dir.is_dir():
         raise UsageError(f"--output_dir {output_dir} is a file, not a folder")
+    if initial is not None and output_dir.resolve() == Path(init_from).resolve():
+        raise UsageError(f"--init_from {init_from} is the --output_dir, too; name another one")
     if not (overwrite or check):
         refuse_existing_run(output_dir)
-    return make_settings(**given), output_dir, None
+    return settings, output_dir, None, initial
+
+
+def folder_name(path):
+    return Path(path).resolve().name
 
 
 def refuse_existing_run(output_dir):
@@ -128,11 +154,16 @@ def resume_run(output_dir, given):
     """Return what `resolve` does, for the run in output_dir and the flags that were given."""
     if not (output_dir / CONFIG).exists():
         raise UsageError(f"nothing to resume in {output_dir}: it holds no {CONFIG}")
-    settings = settings_of(load_json(output_dir / CONFIG), output_dir)
-    checkpoint, epochs_done = None, 0  # a run without a checkpoint starts from the beginning
+    config = load_json(output_dir / CONFIG)
+    settings, recorded = settings_of(config, output_dir), config.get("init_from")
+    # A run without a checkpoint starts from the beginning.
+    checkpoint, epochs_done, initial = None, 0, None
     if (output_dir / LAST).exists():
         checkpoint = load_checkpoint(output_dir / LAST, LAST_KEYS)
         epochs_done = checkpoint["epoch"] - (checkpoint["step"] == 0)
+    elif recorded is not None:
+        initial = InitialModel(recorded["run"], load_best(recorded["run"]))
+        initial.check_unchanged(recorded)
     for name, value in given.items():
         if name == "epochs" and value < epochs_done:
             raise UsageError(f"the run has {epochs_done} epochs already, so --epochs {value} is "
@@ -144,7 +175,7 @@ def resume_run(output_dir, given):
                              f"{getattr(settings, name)}, not {value}; leave the flag out")
     if not settings.synthetic:
         check_data_dir(settings.data_dir)
-    return settings, output_dir, checkpoint
+    return settings, output_dir, checkpoint, initial
 
 
 def resume_command(output_dir, *flags):

@@ -20,7 +20,7 @@ from src.bank import Bank
 from src.device import find_device, full_memory
 from src.encoder_sources import load_encoders
 from src.fisher import build_network
-from src.runs import BEST, BEST_KEYS, check_folder, load_checkpoint
+from src.runs import BEST, load_best
 from src.settings import settings_of
 from src.utils.augment import normalize
 from src.utils.console import printable
@@ -30,15 +30,6 @@ from src.utils.folder import cut_text
 from src.utils.photo_store import decoding_threads, load_photo, map_ahead
 from src.utils.ragged import Ragged
 from src.utils.tokenizers import tokenizer_from_state
-
-
-def load_best(run_dir):
-    """The checkpoint of a run's best model. Raises UsageError as `load_model` does."""
-    path = Path(run_dir) / BEST
-    check_folder(path.parent)
-    if not path.exists():
-        raise UsageError(f"{path.parent}: has no best model yet; the first epoch saves one")
-    return load_checkpoint(path, BEST_KEYS)
 
 
 def load_bank(run_dir):

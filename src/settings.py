@@ -181,6 +181,11 @@ REFERENCE = dict(
     word_dropout=0.0, start_size=0, tokenizer="char", fisher=False, memory_loss=0.1)
 
 
+# What a run takes from the one that it begins with, beside the sizes of the model.
+INHERITED = ("model", "tokenizer", "image_size", "start_size", "memory_loss", "fisher",
+             "image_encoder", "text_encoder", "data_dir", "synthetic")
+
+
 def size_before_crop(pixels):
     """Side of the photos from which training crops of this side are taken."""
     return pixels * 8 // 7
@@ -209,6 +214,37 @@ def make_settings(**given):
     if settings.finetune and not (settings.image_encoder or settings.text_encoder):
         raise UsageError("--finetune needs an --image_encoder or a --text_encoder")
     return settings
+
+
+def settings_from_run(before, given, run_dir):
+    """The settings of a run that begins with the weights of the run in run_dir, whose settings are
+    `before`. What the user has given, {name: value}, replaces them. Another --recipe, and
+    --finetune, bring their own defaults, and data are only those that are given, if some are.
+    Raises UsageError for settings that contradict each other or those weights."""
+    def wanted(name):
+        return given.get(name, getattr(before, name))
+
+    for name in ("tokenizer", "fisher", "image_encoder", "text_encoder"):
+        old, new = getattr(before, name), wanted(name)
+        may_be_the_same = name.endswith("_encoder") and old and new  # under another name
+        if old != new and not may_be_the_same:
+            has, flag = (" ".join(flags({name: value})) if value != "" else f"no --{name}"
+                         for value in (old, new))
+            raise UsageError(f"--init_from {run_dir}: its weights do not fit {flag}, as that run "
+                             f"has {has}; leave the flag out")
+    fresh = make_settings(**{name: wanted(name) for name in (
+        "model", "recipe", "image_encoder", "text_encoder", "finetune")})
+    replaced, of_model = set(), before.model_arguments().keys()
+    if wanted("model") != before.model:  # refused later, unless the weights fit
+        replaced |= of_model
+    if wanted("recipe") != before.recipe or bool(wanted("finetune")) != bool(before.finetune):
+        replaced |= {f.name for f in dataclasses.fields(Settings)} - of_model - {*INHERITED}
+    values = dataclasses.asdict(before) | {name: getattr(fresh, name) for name in replaced}
+    for name in ("extra_data", "extra_all", "allow_incomplete", "device", "amp"):
+        del values[name]
+    if "data_dir" in given or "synthetic" in given:
+        del values["data_dir"], values["synthetic"]
+    return make_settings(**values | given)
 
 
 def for_contrastive_pair(settings, given):
@@ -281,7 +317,7 @@ def add_flags(parser):
 
 def parse_args(description, argv=None):
     """The flags of the training script -> a namespace of the settings that were given, for
-    `make_settings`, and of output_dir, resume, check and overwrite."""
+    `make_settings`, and of output_dir, resume, init_from, check and overwrite."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     add_flags(parser)
     add = parser.add_argument_group("run").add_argument
@@ -290,6 +326,10 @@ def parse_args(description, argv=None):
     add("--resume", action="store_true", default=False,
         help="continue the run in --output_dir with its own settings; --epochs may change, and so "
         "may --data_dir, --extra_data, --device and --amp")
+    add("--init_from", type=text, metavar="RUN", default=None,
+        help="begin with the weights and the tokenizer of the run in this folder, which must not "
+        "have seen the photos of val and test; settings that are not given are that run's "
+        "(default output_dir: outputs/DATA_from_RUN)")
     add("--check", action="store_true", default=False,
         help="only describe what --data_dir holds: its layout, photos, captions and splits; it is "
              "an error if photos are missing")
@@ -298,6 +338,8 @@ def parse_args(description, argv=None):
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error("--resume and --overwrite exclude each other")
+    if args.resume and args.init_from:
+        parser.error("--resume continues with a run's own weights; leave --init_from out")
     return args
 
 

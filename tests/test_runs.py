@@ -153,7 +153,7 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path):
 def resume(output_dir, *more):
     """The settings with which a run is resumed."""
     args = parse_args("", ["--resume", "--output_dir", str(output_dir), *more])
-    settings, _, _ = resolve(args)
+    settings, *_ = resolve(args)
     assert on_this_machine(settings, args) == settings
     return settings
 

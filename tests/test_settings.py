@@ -70,7 +70,7 @@ def test_help_gives_defaults_in_groups(capsys):
     shown = out[out.index("\ndata:"):].split("\n  --")[1:]
     without_default = ("resume", "check", "overwrite")
     assert all("default" in flag for flag in shown if not flag.startswith(without_default))
-    assert len(shown) <= 36
+    assert len(shown) <= 37
     assert all(f"\n{name}:\n" in out for name in (*GROUPS.values(), "run"))
     assert GROUPS.keys() <= NAMES
 

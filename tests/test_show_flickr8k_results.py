@@ -547,7 +547,7 @@ def test_other_files_are_skipped_in_the_comparison_with_a_message(tmp_path, caps
     (["--query", "a dog", "--page", "notes.txt/a.html"], "a.html: cannot be written"),
     (["--compare", "empty"], "holds no run"),
     (["--page", "a.html", "--output_dir", "empty"], "holds no run"),
-    (["--query", "a dog", "--output_dir", "empty"], "has no best model yet"),
+    (["--query", "a dog", "--output_dir", "empty"], "holds no run"),
 ])
 def test_bad_input(run_dir, tmp_path, capsys, monkeypatch, given, message):
     (tmp_path / "empty").mkdir()
