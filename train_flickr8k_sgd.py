@@ -32,6 +32,7 @@ from src.device import (
     full_memory,
     keep_freed_memory,
     memory_advice,
+    memory_format,
 )
 from src.encoder_sources import load_encoders
 from src.encoders import NO_ENCODERS
@@ -114,7 +115,7 @@ def set_up(settings, output_dir, checkpoint, initial, args, device, command):
     train = splits["train"]
     torch.manual_seed(settings.seed)
     model = build_model(settings, tokenizer, encoders, train.photos)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=memory_format(device))
     batches = batches_of_epoch(train, settings, 1)
     if not batches.numel():
         raise UsageError(f"a batch has fewer pairs than there are processes ({world})")

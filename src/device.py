@@ -96,6 +96,22 @@ def autocast_dtype(amp, device):
     return torch.bfloat16 if bfloat16 else torch.float16
 
 
+def memory_format(device):
+    """The layout of photos, and of the weights of convolutions, on a device: channels last, which
+    is the fastest, except on the GPU of a Mac, where the gradients of batch norm would be wrong
+    (https://github.com/pytorch/pytorch/issues/175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def eigh(matrix):
+    """torch.linalg.eigh, on the CPU if the matrix is on the GPU of a Mac, for which PyTorch has it
+    only since version 2.14."""
+    if matrix.device.type != "mps":
+        return torch.linalg.eigh(matrix)
+    values, vectors = torch.linalg.eigh(matrix.cpu())
+    return values.to(matrix.device), vectors.to(matrix.device)
+
+
 def keep_freed_memory():
     """Let the C library keep memory that is freed instead of giving it back to the system. Return
     whether it does.

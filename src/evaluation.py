@@ -3,6 +3,7 @@ import numpy as np
 import torch
 
 from src.bank import BANK_SIZE, Bank
+from src.device import memory_format
 from src.model import IMAGE, TEXT, combine_photo_and_text
 from src.retrieval import (
     KS,
@@ -39,7 +40,7 @@ def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
         elif images.dtype == torch.uint8:
             if pixels is not None:
                 images = resize(images, pixels, "bicubic")
-            images = normalize(images.to(device))
+            images = normalize(images.to(device, memory_format=memory_format(device)))
         return on_device({"images": images} | fisher_latents(IMAGE, rows))
 
     def text_inputs(rows):
@@ -69,11 +70,12 @@ def prepare_photos(dataset, pixels, amp_dtype, device):
     is."""
     if len(dataset.photos) > PREPARED_PHOTOS:
         return dataset
-    parts = []
+    parts, layout = [], memory_format(device)
     for rows in torch.arange(len(dataset.photos)).split(PHOTO_BATCH):
-        photos = resize(normalize(dataset.photos[rows].to(device)), pixels)
+        photos = dataset.photos[rows].to(device, memory_format=layout)
+        photos = resize(normalize(photos), pixels)
         parts.append(photos.to(amp_dtype or torch.float32))
-    return dataset.replace(photos=torch.cat(parts).contiguous(memory_format=torch.channels_last))
+    return dataset.replace(photos=torch.cat(parts).contiguous(memory_format=layout))
 
 
 def embed_in_batches(model, rows, inputs_of_rows, batch_size):
@@ -162,6 +164,6 @@ def compare_photo_and_text(photos, texts, photo_of_caption, text_ids=None):
     results = {}
     for name, latents in queries.items():
         ranks = other_caption_ranks(
-            latents, texts, photo_of_caption, query_photos, first_captions, text_ids)
+            latents, texts, photo_of_caption, query_photos, first_captions, text_ids).cpu()
         results[name] = {f"r{k}": 100 * (ranks <= k).double().mean().item() for k in KS}
     return results

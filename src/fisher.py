@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from src.device import full_float32
+from src.device import eigh, full_float32, memory_format
 from src.evaluation import embed_dataset
 from src.model import ModelConfig, MultiModalMemoryNetwork
 from src.settings import FISHER_PIXELS
@@ -60,7 +60,7 @@ class FisherVector(nn.Module):
                              for cells in maps])
         mean = patches.mean(0)
         covariance = (patches - mean).T @ (patches - mean) / len(patches)
-        values, vectors = torch.linalg.eigh(covariance)  # in order of rising eigenvalue
+        values, vectors = eigh(covariance)  # in order of rising eigenvalue
         whitening = (vectors / values.clamp(min=1e-8).sqrt()).T.flip(0)[:COMPONENTS]
         self.components.copy_(whitening.view_as(self.components))
         self.offset.copy_(whitening @ -mean)
@@ -166,7 +166,9 @@ class FisherVectors(nn.Module):
 
     def load(self, photos, rows):
         """Rows of stored photos, uint8 -> normalised floats of the size that is described."""
-        return normalize(resize(photos[rows].to(self.gradient_filters.device), FISHER_PIXELS))
+        device = self.gradient_filters.device
+        photos = photos[rows].to(device, memory_format=memory_format(device))
+        return normalize(resize(photos, FISHER_PIXELS))
 
     @torch.no_grad()
     def forward(self, photos):
@@ -235,7 +237,7 @@ def make_fisher_vectors(vectors, photos, amp_dtype, views):
     batches = torch.arange(len(photos)).split(BATCH_SIZE)
     local_rank, local_world = distributed.local_rank_and_world()
     for rows in batches[local_rank::local_world]:
-        images = vectors.load(photos, rows).contiguous(memory_format=torch.channels_last)
+        images = vectors.load(photos, rows).contiguous(memory_format=memory_format(device))
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             for view, shown in zip(range(views), (images, images.flip(-1))):
                 result[rows, view] = vectors(shown).half().cpu()

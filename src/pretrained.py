@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from src.device import full_memory
+from src.device import full_memory, memory_format
 from src.feature_store import PhotoFeatures, PreparedPixels, open_text_store
 from src.utils.console import printable
 from src.utils.errors import DataError, UsageError, first_line
@@ -108,7 +108,7 @@ class PretrainedEncoder(nn.Module):
         self.to(device)
         for parameter in self.parameters():
             if parameter.ndim == 4:  # other numbers of dimensions have no such format
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = parameter.data.contiguous(memory_format=memory_format(device))
 
     def example_input(self):
         """Return a small input: two photos, or two texts.
@@ -178,7 +178,7 @@ class PretrainedEncoder(nn.Module):
         the network makes them so, or if they are too large for float16."""
         inputs = map_tensors(lambda tensor: tensor.to(self.device), inputs)
         if self.modality == IMAGE:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            inputs = inputs.contiguous(memory_format=memory_format(self.device))
         use_amp = self.amp_dtype is not None
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=use_amp):
             features = self(inputs).half()

@@ -153,9 +153,10 @@ def retrieval_metrics(image_embeddings, text_embeddings, photo_of_caption, bank=
     ranks = retrieval_ranks(image_embeddings, text_embeddings, photo_of_caption, bank, text_ids)
     metrics = {}
     for direction in DIRECTIONS:
+        of_direction = ranks[direction].cpu()  # the GPU of a Mac has no float64
         for k in KS:
-            metrics[f"{direction}_r{k}"] = 100 * (ranks[direction] <= k).double().mean().item()
-        metrics[f"{direction}_medr"] = ranks[direction].double().quantile(0.5).item()
+            metrics[f"{direction}_r{k}"] = 100 * (of_direction <= k).double().mean().item()
+        metrics[f"{direction}_medr"] = of_direction.double().quantile(0.5).item()
     return with_summaries(metrics)
 
 

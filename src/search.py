@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from src.bank import Bank
-from src.device import find_device, full_memory
+from src.device import find_device, full_memory, memory_format
 from src.encoder_sources import load_encoders
 from src.fisher import build_network
 from src.runs import BEST, load_best
@@ -121,7 +121,7 @@ def embed_photo_batches(model, transform, paths, batch_size=25, unreadable=None)
             batch = [path for path, image in zip(batch, images) if image is not None]
             if batch:
                 images = torch.stack([image for image in images if image is not None])
-                images = images.to(device, memory_format=torch.channels_last)
+                images = images.to(device, memory_format=memory_format(device))
                 try:
                     latents = model(images=images)["central_latent"].cpu()
                 except Exception as error:  # a user's own encoder may raise anything

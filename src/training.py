@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from src.device import autocast_dtype, full_float32
+from src.device import autocast_dtype, full_float32, memory_format
 from src.losses import info_nce_loss
 from src.model import IMAGE, TEXT
 from src.settings import size_before_crop
@@ -52,13 +52,15 @@ def augment(run, batch):
     if images.dtype == torch.float32:  # the benchmark's DataLoader has augmented them
         return
     if images.dtype == torch.uint8:
+        layout = memory_format(images.device)
+        images = images.contiguous(memory_format=layout)  # as it is stored, except on a Mac's GPU
         size = settings.training_pixels(run.epoch)
         if size_before_crop(size) < images.shape[-1]:
             images = resize(images, size_before_crop(size))
         images = random_resized_crop_and_flip(images / 255.0, size, settings.min_crop,
                                               settings.flip)
         images = normalize(color_jitter(images, settings.color_jitter))
-        batch["images"] = images.contiguous(memory_format=torch.channels_last)
+        batch["images"] = images.contiguous(memory_format=layout)
     else:
         mirrored = torch.rand(len(images), 1, device=images.device) < settings.flip
         batch["images"] = torch.where(mirrored, images[:, 1], images[:, 0]).float()

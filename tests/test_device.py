@@ -190,3 +190,9 @@ def test_a_glibc_that_refuses_a_large_threshold_gets_a_smaller_one(monkeypatch, 
     assert keep_freed_memory()
     assert accepted[device.M_MMAP_THRESHOLD] == min(largest, 2 ** 30)
     assert accepted[device.M_TRIM_THRESHOLD] == 2 ** 31 - 1
+
+
+def test_channels_last_except_on_the_gpu_of_a_mac():
+    assert memory_format(torch.device("mps")) == torch.contiguous_format
+    for name in ("cpu", "cuda"):
+        assert memory_format(torch.device(name)) == torch.channels_last

@@ -24,7 +24,13 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-from src.device import allow_fast_kernels, describe, find_device, keep_freed_memory
+from src.device import (
+    allow_fast_kernels,
+    describe,
+    find_device,
+    keep_freed_memory,
+    memory_format,
+)
 from src.encoder_sources import load_encoders
 from src.encoders import NO_ENCODERS
 from src.evaluation import evaluate
@@ -100,12 +106,13 @@ class PlainDataset(Dataset):
 
 def plain_batches(data, settings, device):
     """Yield batches of the plain way without end."""
+    is_cuda = device.type == "cuda"
     loader = DataLoader(
         PlainDataset(data, settings), settings.batch_size, shuffle=True, drop_last=True,
-        num_workers=os.cpu_count(), pin_memory=device.type == "cuda")
+        num_workers=os.cpu_count(), pin_memory=is_cuda)
     while True:
         for batch in loader:
-            images, text, photo_ids = (part.to(device, non_blocking=True) for part in batch)
+            images, text, photo_ids = (part.to(device, non_blocking=is_cuda) for part in batch)
             yield {"images": images, "text": text, "photo_ids": photo_ids,
                    "photo_of_pair": torch.arange(len(text), device=device)}
 
@@ -118,15 +125,16 @@ def stored_batches(data, settings, device):
         yield from iterate_batches(data, photos, batches, device)
 
 
-def start_run(settings, tokenizer, device, encoders=NO_ENCODERS, memory_format=torch.channels_last):
-    """Return a RunState with a new model, in its last epoch, where photos have their full size."""
+def start_run(settings, tokenizer, device, encoders=NO_ENCODERS, layout=None):
+    """Return a RunState with a new model, in its last epoch, where photos have their full size.
+    layout: a memory format, by default that of the training script."""
     torch.manual_seed(0)
     model = build_model(settings, tokenizer, encoders)
     if settings.finetune:
         for encoder in encoders:
             encoder.freeze_unused()
         encoders.attach(model, settings)
-    model.to(device, memory_format=memory_format).train()
+    model.to(device, memory_format=layout or memory_format(device)).train()
     run = RunState(settings, model, tokenizer, device, total_steps=1_000_000)
     run.epoch = settings.epochs
     return run

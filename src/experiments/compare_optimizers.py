@@ -13,7 +13,13 @@ import sys
 import torch
 from torch import nn
 
-from src.device import allow_fast_kernels, describe, find_device, keep_freed_memory
+from src.device import (
+    allow_fast_kernels,
+    describe,
+    find_device,
+    keep_freed_memory,
+    memory_format,
+)
 from src.evaluation import evaluate
 from src.experiments.ladder import mean_and_deviation
 from src.report import markdown_table
@@ -75,7 +81,7 @@ def train(settings, splits, tokenizer, name, lr, seed, sgd_lr=None):
     device, data = find_device(settings.device), splits["train"]
     torch.manual_seed(seed)
     model = build_model(settings, tokenizer, photos=data.photos)
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device, memory_format=memory_format(device)).train()
     photos = place_photos(data.photos, device)
 
     def batches_of_epoch(epoch):

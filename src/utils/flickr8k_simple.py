@@ -225,10 +225,13 @@ def iterate_batches(data, photos, batches, device):
         batch |= data.shared_texts(pairs, photo_ids)
         if photos.device.type == "cpu":
             batch["images"] = photos[photo_ids]
-        if device.type == "cuda":  # a copy from pinned memory does not block the host
+        is_cuda = device.type == "cuda"
+        if is_cuda:  # a copy from pinned memory does not block the host
             with torch.cuda.device(device):  # otherwise this thread would touch the first GPU
                 batch = map_tensors(torch.Tensor.pin_memory, batch)
-        batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
+        # Without pinned memory the GPU of a Mac would read what may have been freed already
+        # (https://github.com/pytorch/pytorch/issues/189690).
+        batch = map_tensors(lambda tensor: tensor.to(device, non_blocking=is_cuda), batch)
         return batch if "images" in batch else batch | {"images": photos[batch["photo_ids"]]}
 
     if device.type == "cpu":  # here a thread would slow the step by more than a batch costs
