@@ -15,6 +15,7 @@ from src.device import (
     find_device,
     full_float32,
     keep_freed_memory,
+    memory_format,
 )
 from src.settings import make_settings
 from src.utils.errors import UsageError
