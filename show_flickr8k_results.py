@@ -1,21 +1,30 @@
-"""Show what came out of training runs, finished or still training, and search with them.
+"""Search photos by words, with a run or with a pretrained pair of encoders, and show what came out
+of training runs, finished or still training.
 
     python show_flickr8k_results.py                             the tables of the newest run
     python show_flickr8k_results.py --query "two dogs run"      photos for a text
-    python show_flickr8k_results.py --image my_photo.jpg        captions for a photo
-    python show_flickr8k_results.py --image my_photo.jpg --query "in the snow"
-                                                                photos for both together
     python show_flickr8k_results.py --query "a cake" --photos ~/Pictures
                                                                 among your own photos
     python show_flickr8k_results.py --serve --photos ~/Pictures a search in the browser
+    python show_flickr8k_results.py --image my_photo.jpg        captions for a photo
+    python show_flickr8k_results.py --image my_photo.jpg --photos ~/Pictures
+                                                                photos like it
+    python show_flickr8k_results.py --image my_photo.jpg --query "in the snow"
+                                                                photos for both together
+    python show_flickr8k_results.py --evaluate my_photos        R@K on any folder with captions
     python show_flickr8k_results.py --page run.html             a run as one file, to keep or send
     python show_flickr8k_results.py --compare outputs/*         several runs side by side
+
+With --image_encoder openai/clip-vit-base-patch32, or another model of photos and texts, no run is
+needed for --query, --image, --serve and --evaluate.
 """
 import argparse
 import contextlib
 import functools
+import os
 import random
 import sys
+import webbrowser
 from pathlib import Path
 
 from src.utils.console import Parser, number, prepare_output, text
@@ -24,16 +33,20 @@ from src.utils.folder import MAX_LENGTH, SPLIT_FILES
 EXAMPLES = 4  # hits, and as many misses, on the page of a run
 OUTPUTS = Path("outputs")  # where the training script writes its runs, unless told otherwise
 PAGE_TITLE = "Image-text retrieval"
+SEARCHES = ("--query", "--image", "--serve")
 # What each of these flags has an effect on, so that none is ignored without a word.
 USED_WITH = {
-    "data_dir": ("--query", "--image", "--serve", "--page"),
-    "split": ("--query", "--image", "--serve", "--page"),
-    "photos": ("--query", "--serve"),
-    "bank": ("--query", "--image", "--serve"),
+    "data_dir": (*SEARCHES, "--page"),
+    "split": (*SEARCHES, "--page", "--evaluate"),
+    "photos": SEARCHES,
+    "image_encoder": (*SEARCHES, "--evaluate"),
+    "bank": (*SEARCHES, "--evaluate"),
+    "device": (*SEARCHES, "--page", "--evaluate"),
     "top": ("--query", "--image"),
-    "format": ("--compare",),
+    "browser": ("--serve",),
+    "format": ("--query", "--image", "--compare"),
 }
-DEFAULTS = {"split": "test", "bank": True, "top": 5, "format": "terminal"}
+DEFAULTS = {"split": "test", "bank": True, "top": 5, "format": "lines", "browser": True}
 
 
 def parse_args(argv=None):
@@ -46,46 +59,65 @@ def parse_args(argv=None):
     add("--query", nargs="+", metavar="TEXT",
         help=f"rank photos by each text; its first {MAX_LENGTH:,} characters are read")
     add("--image", type=text, metavar="FILE",
-        help="rank captions by this photo; with --query: rank photos by the photo and the text")
+        help="rank captions by this photo; with --photos: rank photos by it; with --query: rank "
+        "photos by the photo and the text")
     exclusive = group.add_mutually_exclusive_group()
     exclusive.add_argument(
         "--serve", type=number(int, "[0, 65535]"), nargs="?", const=8008, metavar="PORT",
         help="serve a search page to the browsers of this machine; port 0 stands for any free one "
         "(default: 8008)")
+    exclusive.add_argument("--evaluate", type=text, metavar="DIR",
+                           help="compute R@K on a folder with captions, in any layout")
     exclusive.add_argument("--compare", type=text, nargs="+", metavar="DIR",
                            help="compare runs in one table, the best on validation first")
     add("--page", type=text, metavar="FILE.html",
         help="write one HTML file: the runs with curves, hits and misses, or what --query or "
         "--image found")
 
-    add = parser.add_argument_group("which run and which photos").add_argument
+    add = parser.add_argument_group("which model and which photos").add_argument
     add("--output_dir", type=text, nargs="+", metavar="DIR",
         help="folder of the run; several for --page and the tables (default: the newest run in "
         f"{OUTPUTS})")
-    add("--split", choices=list(SPLIT_FILES),
+    add("--image_encoder", type=text, metavar="NAME",
+        help="search or evaluate without a run, with a model of photos and texts such as CLIP: one "
+        "of transformers (a name or a folder), or FILE.py:FUNCTION for its encoder of photos")
+    add("--text_encoder", type=text, metavar="NAME",
+        help="the encoder of texts of that model (default: that of --image_encoder)")
+    add("--split", choices=[*SPLIT_FILES, "all"],
         help="the split whose photos and captions are ranked (default: test)")
     add("--data_dir", type=text, metavar="DIR",
         help="folder of the dataset (default: the one that the run was trained on)")
     add("--photos", type=text, metavar="DIR",
-        help="with --query or --serve: search the photos in this folder and below it instead, "
-        "without thumbnails and recycle bins")
+        help="search the photos in this folder and below it instead, without thumbnails and "
+        "recycle bins")
 
     add = parser.add_argument_group("how to show it").add_argument
     add("--bank", action=argparse.BooleanOptionalAction,
         help="rank with the run's bank of training photos and captions (default: on)")
     add("--top", type=number(int, "[1, inf)"), metavar="K",
         help="number of results of --query or --image (default: 5)")
-    add("--format", choices=["terminal", "markdown"],
-        help="format of --compare (default: terminal)")
+    add("--format", choices=["lines", "paths", "json", "markdown"],
+        help="format of the results: lines; of --query and --image also paths, one absolute path "
+        "a line, or json; of --compare also markdown (default: lines)")
+    add("--browser", action=argparse.BooleanOptionalAction,
+        help="open the page of --serve in a browser (default: where there is a display)")
+    add("--device", type=text, help="cuda, cuda:1, mps or cpu (default: the best one of this "
+        "machine)")
 
     args = parser.parse_args(argv)
     serve, search = args.serve is not None, bool(args.query or args.image)
-    if args.output_dir and len(args.output_dir) > 1 and (search or serve):
-        parser.error("--query, --image and --serve take one --output_dir")
-    if (search or args.page) and (args.compare or serve):
-        parser.error("--query, --image and --page cannot be combined with --compare or --serve")
+    if args.output_dir and len(args.output_dir) > 1 and (search or serve or args.evaluate):
+        parser.error("--query, --image, --serve and --evaluate take one --output_dir")
+    if (search or args.page) and (args.compare or serve or args.evaluate):
+        parser.error("--query, --image and --page cannot be combined with --compare, --serve or "
+                     "--evaluate")
     if args.page and not args.page.lower().endswith(".html"):
         parser.error(f"--page writes an HTML file, so {args.page} has to end in .html")
+    if args.format and args.format not in {
+            True: ("lines", "markdown"), False: ("lines", "paths", "json")}[bool(args.compare)]:
+        parser.error(f"--format {args.format} is not one of "
+                     f"{'--compare' if args.compare else '--query and --image'}")
+    check_encoders(parser, args)
     check_flags_are_used(parser, args)
     for name, default in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -93,13 +125,28 @@ def parse_args(argv=None):
     return args
 
 
+def check_encoders(parser, args):
+    """Complete the pair of encoders that replaces a run, or raise the parser's error."""
+    if args.text_encoder and not args.image_encoder:
+        parser.error("--text_encoder has no effect without --image_encoder")
+    if not args.image_encoder:
+        return
+    args.text_encoder = args.text_encoder or args.image_encoder
+    if args.output_dir:
+        parser.error("--image_encoder and --output_dir exclude each other: a run has its encoders")
+    if args.page and not (args.query or args.image):
+        parser.error("--page shows runs, or what --query or --image found with --image_encoder")
+    if not (args.photos or args.data_dir or args.evaluate):
+        parser.error("--image_encoder needs --photos, the folder to search, or --data_dir")
+
+
 def check_flags_are_used(parser, args):
     """Raise the parser's error for a flag that would have no effect."""
-    what = ["--query", "--image", "--serve", "--page", "--compare"]
+    what = ["--query", "--image", "--serve", "--page", "--evaluate", "--compare"]
     given = [flag for flag in what if getattr(args, flag[2:]) is not None]
     for name, users in USED_WITH.items():
         if getattr(args, name) is not None and not set(given) & set(users):
-            flag = "--no-bank" if args.bank is False and name == "bank" else f"--{name}"
+            flag = f"--no-{name}" if getattr(args, name) is False else f"--{name}"
             parser.error(f"{flag} has no effect without {' or '.join(users)}")
     if args.photos and args.split:
         parser.error("--split has no effect with --photos, which are searched instead of a split")
@@ -107,6 +154,9 @@ def check_flags_are_used(parser, args):
         parser.error("--data_dir has no effect with --photos, which are searched instead of it")
     if args.compare and args.output_dir:
         parser.error("--output_dir has no effect with --compare, which takes the runs itself")
+    if args.evaluate and (args.data_dir or args.photos):
+        parser.error("--data_dir and --photos have no effect with --evaluate, which names the "
+                     "folder itself")
 
 
 if __name__ == "__main__":
@@ -117,6 +167,7 @@ import numpy as np
 
 from src import page, report, server
 from src.device import full_memory, keep_freed_memory
+from src.evaluate_folder import evaluate_folder
 from src.gallery import Search, cache_of_run, photos_of_split
 from src.retrieval import retrieval_ranks
 from src.runs import HISTORY, TRAIN_FIRST, load_run
@@ -124,8 +175,10 @@ from src.search_results import (
     find_data_dir,
     open_cache,
     open_search,
+    say,
     show_captions,
     show_photos,
+    show_similar_photos,
 )
 from src.utils.errors import DataError, UsageError
 from src.utils.photo_files import photos_of_folder
@@ -136,8 +189,8 @@ def newest_run():
     """The run in OUTPUTS whose history was written last. Raises UsageError if there is none."""
     histories = list(OUTPUTS.glob(f"*/{HISTORY}"))
     if not histories:
-        raise UsageError(f"{OUTPUTS.absolute()}: holds no run; {TRAIN_FIRST}, or name a run with "
-                         "--output_dir")
+        raise UsageError(f"{OUTPUTS.absolute()}: holds no run; {TRAIN_FIRST}, name a run with "
+                         "--output_dir, or search without one, with --image_encoder (see --help)")
     return str(max(histories, key=lambda path: path.stat().st_mtime).parent)
 
 
@@ -166,21 +219,33 @@ def hits_and_misses(search, ranks, text_ids):
 
 def serve(args):
     """--serve: answer browsers until Ctrl-C."""
-    run_dir = args.output_dir[0]
     with server.Server(args.serve) as http:
         search, place = open_search(args, open_cache(args))
+        example_queries = []
         if search.texts:
             example_queries = [search.texts[row] for row in search.different_texts()]
             search.score_captions(search.photo_embeddings[:1])  # embeds the captions in advance
-        else:
-            example_queries = []
+        elif args.output_dir:
             with contextlib.suppress(DataError, UsageError):
-                _, captions = photos_of_split(find_data_dir(args, run_dir), "val")
+                _, captions = photos_of_split(find_data_dir(args, args.output_dir[0]), "val")
                 example_queries = list(dict.fromkeys(texts[0] for texts in captions))
         find_photos = functools.partial(photos_of_folder, args.photos) if args.photos else None
-        http.pages = server.SearchPages(search, run_dir, place, example_queries, find_photos)
-        print(f"http://{server.HOST}:{http.server_port} (press Ctrl-C to stop)", flush=True)
+        name = args.output_dir[0] if args.output_dir else args.image_encoder
+        http.pages = server.SearchPages(search, name, place, example_queries, find_photos)
+        address = f"http://{server.HOST}:{http.server_port}"
+        print(f"{address} (press Ctrl-C to stop)", flush=True)
+        if args.browser and has_display():
+            webbrowser.open(address)
         http.serve_forever()
+
+
+def has_display():
+    """Whether a browser could be opened on the display of this machine. A session over SSH has
+    none, or one far away."""
+    if "SSH_CONNECTION" in os.environ:
+        return False
+    return sys.platform in ("darwin", "win32") or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def photos_section(args, run):
@@ -237,17 +302,21 @@ def load_runs(paths):
 def show(args):
     """Print, serve or write what was asked for."""
     if args.compare:
-        print(report.comparison(load_runs(args.compare), args.format))
+        table_format = "markdown" if args.format == "markdown" else "terminal"
+        print(report.comparison(load_runs(args.compare), table_format))
         return
     search = bool(args.query or args.image)
-    if args.output_dir is None:
+    if args.output_dir is None and not args.image_encoder:
         args.output_dir = [newest_run()]
-        if search or args.page:  # the tables and the search page name the run themselves
-            print(f"using the newest run, {args.output_dir[0]}", file=sys.stderr)
+        if search or args.page:  # the tables and the other results name the run themselves
+            say(f"using the newest run, {args.output_dir[0]}")
     if args.serve is not None:
         serve(args)
+    elif args.evaluate:
+        evaluate_folder(args)
     elif search:
-        rows = show_photos(args) if args.query else show_captions(args)
+        find = show_similar_photos if args.photos else show_captions
+        rows = show_photos(args) if args.query else find(args)
         if args.page:
             page.write(args.page, PAGE_TITLE, page.photo_sheet(rows))
     elif args.page:
@@ -255,7 +324,7 @@ def show(args):
     else:
         print("\n\n".join(report.summary(load_run(path)) for path in args.output_dir))
     if args.page:
-        print(f"wrote {args.page}")
+        say(f"wrote {args.page}")
 
 
 def main(argv=None):

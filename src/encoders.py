@@ -173,11 +173,13 @@ class ContrastivePair(nn.Module):
     training, see `MultiModalMemoryNetwork`.
 
     `forward` takes images, or text_features as the text encoder's `prepare` gives them, and returns
-    {"central_latent": (B, width)}, not of unit length."""
+    {"central_latent": (B, width)}, not of unit length. is_presumed: whether their files do not tell
+    that they are of the same model."""
 
-    def __init__(self, image, text):
+    def __init__(self, image, text, is_presumed):
         super().__init__()
         self.image_backbone, self.text_backbone = image, text
+        self.is_presumed = is_presumed
 
     def forward(self, text=None, images=None, text_features=None):
         if images is not None:

@@ -23,6 +23,7 @@ from src.search import embed_photo_batches, embed_photos, embed_texts, load_bank
 from src.settings import make_settings
 from src.utils.captions import read_folder
 from src.utils.errors import DataError, UsageError
+from src.utils.folder import Folder
 from src.utils.photo_store import STORE_VERSION, store_key
 from src.utils.tokenizers import number_texts
 
@@ -59,8 +60,9 @@ def cache_of_pair(image_encoder, text_encoder, device=None):
     folder = cache_folder()
     with contextlib.suppress(OSError):  # a search works without a cache
         folder.mkdir(parents=True, exist_ok=True)
-    return EmbeddingCache(ContrastivePair(image, text).to(device), None, image.load, None,
-                          folder / f"{weights}.sqlite3", weights)
+    pair = ContrastivePair(image, text, encoders.are_two_halves or not encoders.is_contrastive_pair)
+    return EmbeddingCache(pair.to(device), None, image.load, None, folder / f"{weights}.sqlite3",
+                          weights)
 
 
 def cache_folder():
@@ -91,6 +93,10 @@ class EmbeddingCache:
             photo_gallery, text_gallery = bank.photo_gallery, bank.text_gallery
         self.photo_rows = CachedEmbeddings(self.file, PHOTOS, photo_gallery)
         self.text_rows = CachedEmbeddings(self.file, TEXTS, text_gallery)
+
+    def knows(self, text):
+        """Whether the model can read anything of a text."""
+        return bool(text.strip()) if self.tokenizer is None else self.tokenizer.knows(text)
 
     def photos(self, paths, progress=None, unreadable=None):
         """The embeddings (N, D) of photos, without those that are added to `unreadable`, see
@@ -276,8 +282,7 @@ class Search:
 
     def knows(self, text):
         """Whether the model can read anything of a text."""
-        tokenizer = self.cache.tokenizer
-        return bool(text.strip()) if tokenizer is None else tokenizer.knows(text)
+        return self.cache.knows(text)
 
     def score_captions(self, queries):
         """What to rank the captions by for embeddings (Q, D) of photos -> (Q, M), as in
@@ -287,15 +292,21 @@ class Search:
         return similarities(self.bank.photo_queries(queries), self.text_gallery)
 
 
-def photos_of_split(data_dir, split):
+def photos_of_split(folder, split):
     """The photos of a dataset's split -> (paths, captions), the captions as one list per photo.
-    Raises DataError for a dataset that is missing or incomplete."""
-    folder = read_folder(data_dir)
-    paths, captions = [], []
-    for name in folder.splits[split]:
+    folder: its path, or the Folder that was read. split: "train", "val", "test" or "all". Raises
+    DataError for a dataset that is missing or incomplete, or has no such split."""
+    if not isinstance(folder, Folder):
+        folder = read_folder(folder)
+    names, paths, captions = folder.names(split), [], []
+    if not names:
+        others = [name for name in folder.splits if folder.splits[name]]
+        raise DataError(f"{folder.root}: holds no photos of {split}, but of {' and '.join(others)}"
+                        "; choose one of them with --split, or all")
+    for name in names:
         texts = folder.texts_of(name)
         if not texts:
-            raise DataError(f"{data_dir}: {name} has no captions")
+            raise DataError(f"{folder.root}: {name} has no captions")
         paths.append(folder.path(name))
         captions.append(texts)
     return paths, captions

@@ -75,13 +75,18 @@ def _title(run):
 def _results(run):
     lines = []
     for i, (title, columns, rows) in enumerate(recall_tables(run)):
-        lines += _heading(title)
-        widths = [max(9, len(name) + 2) for name in columns]
-        for name, *cells in [["", *columns], *rows]:
-            aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths)]
-            lines.append(f"  {name:<22}{''.join(aligned)}")
+        lines += _heading(title) + format_table(columns, rows)
         if i == 0:
             lines += [f"  {note}" for note in recall_notes(run)]
+    return lines
+
+
+def format_table(columns, rows):
+    """The lines of a table. rows: the first cell of each is the name of its metric."""
+    lines, widths = [], [max(9, len(name) + 2) for name in columns]
+    for name, *cells in [["", *columns], *rows]:
+        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths)]
+        lines.append(f"  {name:<22}{''.join(aligned)}")
     return lines
 
 
@@ -105,15 +110,21 @@ def recall_tables(run):
 def _recall_table(title, split, metrics_of_column):
     """split: what config.json says about the split. metrics_of_column: {heading: metrics}."""
     columns = metrics_of_column | {"chance": _chance(split)}
-    rows = []
-    for name, key in METRICS.items():
-        values = [metrics.get(key) for metrics in columns.values()]
-        rows.append([name, *("-" if value is None else f"{value:.2f}" for value in values)])
+    rows = recall_rows(columns)
     n = _captions_of_each_photo(split)
     if n is not None:
         values = [metrics["avg_r1"] / n for metrics in columns.values()]
         rows.append([ORIGINAL_AVG_R1, *(f"{value:.2f}" for value in values)])
     return f"{title}: {_counts(split)}", list(columns), rows
+
+
+def recall_rows(metrics_of_column):
+    """The rows of METRICS. metrics_of_column: {heading: metrics}, of which some may be missing."""
+    rows = []
+    for name, key in METRICS.items():
+        values = [metrics.get(key) for metrics in metrics_of_column.values()]
+        rows.append([name, *("-" if value is None else f"{value:.2f}" for value in values)])
+    return rows
 
 
 def recall_notes(run):

@@ -2,18 +2,27 @@
 
 The functions take the flags of the show script, as it has parsed them."""
 import collections
+import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from src.gallery import Search, cache_of_run, photos_of_split
-from src.ranking import best_rows, rank_of_best, similarities
+from src.gallery import Search, cache_of_pair, cache_of_run, photos_of_split
+from src.ranking import best_rows, rank_of_best
 from src.runs import check_data_dir, load_run
 from src.utils.console import ProgressLine, first_three, printable
 from src.utils.errors import DataError, UsageError
 from src.utils.folder import MAX_LENGTH, cut_text
-from src.utils.photo_files import list_left_out, list_skipped, photos_of_folder
+from src.utils.photo_files import heif_hint, list_left_out, list_skipped, photos_of_folder
 from src.utils.tokenizers import normalize_text
+
+NOTHING_FITS = "nothing fits well"
+
+
+def say(message):
+    """Print a message beside the results, which are all that standard output holds."""
+    print(message, file=sys.stderr)
 
 
 def find_data_dir(args, run_dir):
@@ -28,7 +37,7 @@ def find_data_dir(args, run_dir):
 
 def open_gallery(args):
     """Find the photos to search -> (paths, captions of each, place), place being "of test" for a
-    split or "in FOLDER" for --photos. A photo that is a part of the query is not searched. Raises
+    split or "in FOLDER" for --photos. The photo of --image is not searched for photos. Raises
     DataError if no photo is left."""
     if args.photos:
         skipped, left_out = collections.Counter(), []
@@ -36,14 +45,15 @@ def open_gallery(args):
         captions = [[] for _ in photos]
         place = f"in {args.photos}"
         if skipped:
-            print(f"skipped, because they are not photos that can be read: {list_skipped(skipped)}",
-                  file=sys.stderr)
+            say(f"skipped, because they are not photos that can be read: {list_skipped(skipped)}"
+                f"{heif_hint(skipped)}")
         if left_out:
-            print(f"left out: {list_left_out(left_out)}", file=sys.stderr)
+            say(f"left out: {list_left_out(left_out)}")
     else:
-        photos, captions = photos_of_split(find_data_dir(args, args.output_dir[0]), args.split)
+        run_dir = args.output_dir[0] if args.output_dir else None  # which --data_dir replaces
+        photos, captions = photos_of_split(find_data_dir(args, run_dir), args.split)
         place = f"of {args.split}"
-    if args.image and args.query:
+    if args.image and (args.query or args.photos):
         image = Path(args.image).resolve()
         kept = [i for i, photo in enumerate(photos) if photo.resolve() != image]
         photos, captions = [photos[i] for i in kept], [captions[i] for i in kept]
@@ -53,12 +63,21 @@ def open_gallery(args):
 
 
 def open_cache(args):
-    """The EmbeddingCache of the run. Without a bank in the run, args.bank is switched off."""
+    """The EmbeddingCache of the run, or of the pair of encoders. Without a bank, args.bank is
+    switched off."""
+    if args.image_encoder:
+        cache = cache_of_pair(args.image_encoder, args.text_encoder, args.device)
+        args.bank = False
+        if cache.model.is_presumed:
+            say(f"{args.image_encoder} and {args.text_encoder} are taken for the two halves of one "
+                "contrastive model; if they are not, the results are no better than chance")
+        say(f"embeddings are kept in {cache.file.path.parent}")
+        return cache
     run_dir = args.output_dir[0]
-    cache = cache_of_run(run_dir)
+    cache = cache_of_run(run_dir, args.device)
     if args.bank and cache.bank is None:
-        print(f"{run_dir}: has no bank yet, because training makes it at the end; ranking by plain "
-              "cosines", file=sys.stderr)
+        say(f"{run_dir}: has no bank yet, because training makes it at the end; ranking by plain "
+            "cosines")
         args.bank = False
     return cache
 
@@ -68,52 +87,88 @@ def open_search(args, cache):
     cannot be read are skipped with a message; those of the dataset raise DataError."""
     photos, captions, place = open_gallery(args)
     search = Search(cache, photos, captions, args.bank)
-    line = ProgressLine(stream=sys.stderr)
     unreadable = {} if args.photos else None
+    embed_photos(search, unreadable)
+    if unreadable:
+        say(f"skipped photos that cannot be read ({len(unreadable):,}): "
+            f"{printable(first_three(unreadable.values()))}")
+    return search, place
+
+
+def embed_photos(search, unreadable=None):
+    """`Search.embed_photos` with a progress line."""
+    line = ProgressLine(stream=sys.stderr)
     try:
         search.embed_photos(line.counter("embedding"), unreadable)
     finally:
         line.clear()
-    if unreadable:
-        print(f"skipped photos that cannot be read ({len(unreadable):,}): "
-              f"{printable(first_three(unreadable.values()))}", file=sys.stderr)
-    return search, place
 
 
-class Result(NamedTuple):
-    """A photo or a caption of the gallery, as a ranking shows it."""
-    line: str  # in the terminal
-    label: str  # on a page
+class Found(NamedTuple):
+    """A photo or a caption at its place in a ranking."""
+    rank: int
+    score: float
     photo: Path
+    caption: str
+    is_correct: bool
 
 
-def print_ranking(title, query, scores, embeddings, correct, describe, args):
-    """Print the best --top results and return them as (title, cells) for `page.photo_sheet`.
+class Results(NamedTuple):
+    """What was found for one query. meaning: what the scores are. fits: see `Search.fits`.
+    are_captions: whether captions were searched, and not photos."""
+    query: str
+    title: str
+    meaning: str
+    fits: bool | None
+    found: list
+    are_captions: bool = False
 
-    query: (1, D). scores: (N,), which give the order. embeddings: (N, D), whose cosines with the
-    query are shown. correct: the rows that the dataset pairs with the query. describe: a function
-    from a row to its Result."""
-    if args.bank:
-        title += ", ranked with the bank"
-    if correct:
-        title += f"; the correct one is ranked {rank_of_best(scores, correct):,}"
-    print(title)
-    rows = best_rows(scores, args.top)
-    cosines = similarities(query, embeddings[rows])[0].tolist()
-    cells = []
-    for rank, (row, cosine) in enumerate(zip(rows, cosines), start=1):
-        result, is_correct = describe(row), row in correct
-        mark = "*" if is_correct else " "
-        print(f"{mark} {rank:3d}  {cosine:6.3f}  {printable(result.line).rstrip()}")
-        cells.append((result.photo, f"{rank}.  {cosine:.3f}  {result.label}", is_correct))
+
+def rank(scores, correct, describe, top):
+    """The best of the scores (N,) as a list of Found. correct: the rows that the dataset pairs with
+    the query. describe: a function from a row to its photo and its caption."""
+    return [Found(i, scores[row].item(), *describe(row), row in correct)
+            for i, row in enumerate(best_rows(scores, top), start=1)]
+
+
+def print_results(all_results, args):
+    """Print the Results in the format of --format."""
+    if args.format == "json":
+        rows = [{"query": results.query, "rank": found.rank, "score": found.score,
+                 "path": os.path.abspath(str(found.photo)), "caption": found.caption}
+                for results in all_results for found in results.found]
+        print(json.dumps(rows, indent=1))
+    for results in all_results:
+        if args.format == "lines":
+            print(results.title)
+            print(f"score: {results.meaning}")
+        if results.fits is False:
+            if args.format == "lines":
+                print(NOTHING_FITS)
+            else:
+                say(f'"{printable(results.query)}": {NOTHING_FITS}')
+        for found in results.found:
+            if args.format == "paths":
+                sys.stdout.buffer.write(os.fsencode(os.path.abspath(str(found.photo))) + b"\n")
+                sys.stdout.buffer.flush()
+            elif args.format == "lines":
+                mark = "*" if found.is_correct else " "
+                text = f"{found.photo}  {found.caption}"
+                if results.are_captions:
+                    text = f"{found.caption}  ({found.photo})"
+                print(f"{mark} {found.rank:3d}  {found.score:6.3f}  {printable(text).rstrip()}")
+        if args.format == "lines":
+            print()
+
+
+def page_row(results, image):
+    """The Results as a row for `page.photo_sheet`, after the photo of --image if there is one."""
+    title = results.title if results.fits is not False else f"{results.title}: {NOTHING_FITS}"
+    cells = [(image, "the photo", False)] if image else []
+    for found in results.found:
+        name = found.caption if results.are_captions else found.photo.name
+        cells.append((found.photo, f"{found.rank}.  {found.score:.3f}  {name}", found.is_correct))
     return title, cells
-
-
-def cut_query(query):
-    """The part of a query that the model reads."""
-    if len(query) > MAX_LENGTH:
-        print(f"the query is cut to its first {MAX_LENGTH:,} characters", file=sys.stderr)
-    return cut_text(query)
 
 
 def comparable(caption):
@@ -121,19 +176,26 @@ def comparable(caption):
     return " ".join(normalize_text(caption).replace(".", " ").split())
 
 
+def check_queries(queries, cache):
+    """Say which queries are cut. Raises UsageError for one that the model cannot read."""
+    for query in queries:
+        if len(query) > MAX_LENGTH:
+            say(f"the query is cut to its first {MAX_LENGTH:,} characters")
+        if not cache.knows(cut_text(query)):
+            raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
+                             "read")
+    encoder = cache.model.text_backbone
+    if encoder is not None and encoder.count_cut(list(map(cut_text, queries))):
+        say(f"a query is longer than the {encoder.max_tokens:,} tokens that {encoder.name} reads, "
+            "and is cut")
+
+
 def show_photos(args):
     """--query: print the photos nearest to each text, or to each text together with the photo of
     --image. Returns rows for `page.photo_sheet`."""
     cache = open_cache(args)
-    queries = [cut_query(query) for query in args.query]
-    for query in queries:
-        if not cache.tokenizer.knows(query):
-            raise UsageError(f"the query {query[:80]!r} has nothing that the model has learned to "
-                             "read")
-    encoder = cache.model.text_backbone
-    if encoder is not None and encoder.count_cut(queries):
-        print(f"a query is longer than the {encoder.max_tokens:,} tokens that {encoder.name} "
-              "reads, and is cut", file=sys.stderr)
+    check_queries(args.query, cache)
+    queries = [cut_text(query) for query in args.query]
     search, place = open_search(args, cache)
     image = search.embed_photo(args.image) if args.image else None
     photos_with = collections.defaultdict(list)  # {caption: the rows of its photos}
@@ -142,24 +204,34 @@ def show_photos(args):
             photos_with[comparable(caption)].append(row)
 
     def describe(row):
-        photo, captions = search.photos[row], search.captions[row]
-        name = str(photo.relative_to(args.photos)) if args.photos else photo.name
-        return Result(f"{name}  {captions[0] if captions else ''}", name, photo)
+        return search.photos[row], next(iter(search.captions[row]), "")
 
     embeddings = search.embed_texts(queries, image)
-    rows = []
+    all_results = []
     for query, embedding, scores in zip(queries, embeddings, search.score_photos(embeddings)):
         title = f'"{query}" in {len(search.photos):,} photos {place}'
+        fits = search.fits(embedding[None], scores) if image is None else None
         if args.image:
             title = f"{args.image} and {title}"
         correct = photos_with.get(comparable(query), [])
-        title, cells = print_ranking(
-            title, embedding[None], scores, search.photo_embeddings, correct, describe, args)
-        if args.image:
-            cells = [(args.image, "the photo", False), *cells]
-        rows.append((title, cells))
-        print()
-    return rows
+        if correct:
+            title += f"; the correct one is ranked {rank_of_best(scores, correct):,}"
+        found = rank(scores, correct, describe, args.top)
+        all_results.append(Results(query, title, search.score_meaning(), fits, found))
+    print_results(all_results, args)
+    return [page_row(results, args.image) for results in all_results]
+
+
+def show_similar_photos(args):
+    """--image with --photos: print the photos that are most like it. Returns rows for
+    `page.photo_sheet`."""
+    search, place = open_search(args, open_cache(args))
+    scores = search.similar_photos(search.embed_photo(args.image))
+    found = rank(scores, [], lambda row: (search.photos[row], ""), args.top)
+    title = f"photos like {args.image} among {len(search.photos):,} {place}"
+    results = Results(args.image, title, "cosine of both photos", None, found)
+    print_results([results], args)
+    return [page_row(results, args.image)]
 
 
 def show_captions(args):
@@ -173,12 +245,13 @@ def show_captions(args):
     is_image = [photo.resolve() == image for photo in photos]
     rows = search.different_texts(is_image.index(True) if any(is_image) else -1)
     correct = [i for i, row in enumerate(rows) if is_image[search.photo_of_text[row]]]
-
-    def describe(i):
-        caption, photo = search.texts[rows[i]], photos[search.photo_of_text[rows[i]]]
-        return Result(f"{caption}  ({photo.name})", caption, photo)
-
+    scores = search.score_captions(query)[0, rows]
+    found = rank(scores, correct, lambda i: (photos[search.photo_of_text[rows[i]]],
+                                             search.texts[rows[i]]), args.top)
     title = f"{args.image} among {len(rows):,} different captions of {args.split}"
-    title, cells = print_ranking(title, query, search.score_captions(query)[0, rows],
-                                 search.text_embeddings[rows], correct, describe, args)
-    return [(title, [(args.image, "the photo", False), *cells])]
+    if correct:
+        title += f"; the correct one is ranked {rank_of_best(scores, correct):,}"
+    meaning = "cosine of the photo and the caption" + ", corrected by the bank" * bool(args.bank)
+    results = Results(args.image, title, meaning, None, found, are_captions=True)
+    print_results([results], args)
+    return [page_row(results, args.image)]

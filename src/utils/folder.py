@@ -55,7 +55,7 @@ class Folder:
         folder of the photos is looked for. notes: a list to which the iterable may append sentences
         while its rows are read. merge_copies: whether photos of equal content are read as one photo
         with all their captions, unless their splits differ. Raises DataError if a photo is in two
-        splits, or if a split would be empty."""
+        splits."""
         self.root, self.layout, self.source = root, layout, source
         self.notes = [] if notes is None else notes
         self.row_of, split_of = {}, []
@@ -128,7 +128,9 @@ class Folder:
         return captions.take(kept), owners[kept], split_of
 
     def _splits(self, split_of):
-        """Sort the photos into splits. split_of: for each row, the name of its split or None."""
+        """Sort the photos into splits. split_of: for each row, the name of its split or None. In a
+        folder without photos for training, which can only be evaluated, the other splits stay as
+        they are, and may be empty."""
         names = {split: [] for split in SPLIT_FILES}
         without_split = []
         for name, split in zip(self.row_of, split_of):
@@ -140,14 +142,17 @@ class Folder:
             raise DataError(f"{self.source}: {len(without_split)} photos are in no split, such as "
                             f"{without_split[0]}")
         missing = [split for split in ("test", "val") if not names[split]]
-        if missing:
+        if missing and names["train"]:
             self.by_hash = True
             split_by_hash(names, missing)
-        for split in names:
-            if not names[split]:
-                raise DataError(f"{self.source}: there are {len(split_of)} photos, and none is "
-                                f"left for {split}")
         return names
+
+    def check_splits(self):
+        """Raise DataError if a split is empty."""
+        for split, names in self.splits.items():
+            if not names:
+                raise DataError(f"{self.source}: there are {len(self.row_of)} photos, and none is "
+                                f"left for {split}")
 
     def names(self, split):
         """Return the names of the photos of a split, or those of all splits for "all"."""

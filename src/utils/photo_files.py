@@ -32,6 +32,7 @@ SYSTEM_FOLDERS = re.compile(r"""
     |appdata_.*/preview  # Nextcloud
     |.*/\.(thumb|trash|dtrash|@__|wdmc|photostructure|picasaoriginals).*""",
                             re.VERBOSE | re.DOTALL)
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")  # of an iPhone's photos, and of some cameras'
 JPEG_START = b"\xff\xd8\xff"
 TRANSPOSE_OF_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -42,9 +43,21 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @functools.cache
+def register_heif():
+    """Let Pillow read HEIC photos if pillow-heif is installed. Return whether it is."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+@functools.cache
 def photo_suffixes():
     """Return the suffixes, such as ".jpg", of all files that the installed Pillow can decode."""
     Image.init()
+    register_heif()
     readable = (Image.OPEN.keys() | {"MPO"}) - NOT_DECODED
     return {suffix for suffix, image_format in Image.EXTENSION.items() if image_format in readable}
 
@@ -143,7 +156,7 @@ def photos_of_folder(folder, skipped=None, left_out=None):
             else:
                 skipped[path.suffix.lower() or "files without a suffix"] += 1
     if not photos:
-        reasons = [list_skipped(skipped)] if skipped else []
+        reasons = [list_skipped(skipped) + heif_hint(skipped)] if skipped else []
         if left_out:
             reasons.append(list_left_out(left_out))
         reason = f" (skipped: {', '.join(reasons)})" if reasons else ""
@@ -160,6 +173,15 @@ def list_left_out(left_out):
 def list_skipped(skipped):
     """Counter of skipped files by suffix -> "3 .heic, 1 .txt"."""
     return ", ".join(f"{number:,} {suffix}" for suffix, number in sorted(skipped.items()))
+
+
+def heif_hint(skipped):
+    """What to say after a list of skipped files about HEIC photos among them. skipped: see
+    `list_skipped`."""
+    number = sum(skipped[suffix] for suffix in HEIF_SUFFIXES)
+    if not number or register_heif():
+        return ""
+    return f"; {number:,} of them can be read after pip install -r requirements-extra.txt"
 
 
 def to_8_bits(photo):
@@ -212,6 +234,7 @@ def open_reduced(file, size, formats=None):
     """Open a picture as Image.open does, a JPEG at a smaller scale, see `open_photo`. A JPEG that
     Image.open refuses, because of its size or of odd EXIF, is opened all the same. formats: those
     that are tried, by default all."""
+    register_heif()
     try:
         photo = Image.open(file, formats=formats)
     except Exception as error:  # odd EXIF raises any exception
@@ -284,6 +307,8 @@ def open_photo(path, size):
         raise DataError(f"{path}: the file is missing") from None
     except UnidentifiedImageError:
         fault = "not an image" if path.stat().st_size else "the file is empty"
+        if path.suffix.lower() in HEIF_SUFFIXES and not register_heif():
+            fault = "a HEIC photo, which needs pip install -r requirements-extra.txt"
         raise DataError(f"{path}: {fault}") from None
     except Image.DecompressionBombError:
         megapixels = 2 * Image.MAX_IMAGE_PIXELS / 1e6

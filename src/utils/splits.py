@@ -224,6 +224,7 @@ def read_folders(settings):
     folders = []
     for root in [settings.data_dir, *settings.extra_data]:
         folders.append(read_folder(root))
+        folders[-1].check_splits()
         for line in folders[-1].describe():
             log.info(line)
     return folders
