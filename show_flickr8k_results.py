@@ -154,9 +154,6 @@ def check_flags_are_used(parser, args):
         parser.error("--data_dir has no effect with --photos, which are searched instead of it")
     if args.compare and args.output_dir:
         parser.error("--output_dir has no effect with --compare, which takes the runs itself")
-    if args.evaluate and (args.data_dir or args.photos):
-        parser.error("--data_dir and --photos have no effect with --evaluate, which names the "
-                     "folder itself")
 
 
 if __name__ == "__main__":

@@ -244,6 +244,13 @@ def shapes(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A copy of a finished run, which a test may change."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
 @pytest.fixture(scope="session")
 def finished(shapes, tmp_path_factory):
     """The folder of a run that was not interrupted, and its output. Tests share the folder and must

@@ -20,13 +20,6 @@ from tests.test_search import change
 
 
 @pytest.fixture
-def run_dir(finished, tmp_path):
-    """A copy of a finished run, which a test may change."""
-    shutil.copytree(finished[0], tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
 def read_photos(monkeypatch):
     """The list of the photos that were read from their files, in the order of reading."""
     seen = []

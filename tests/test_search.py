@@ -24,13 +24,6 @@ def change(key, value):
     return damage
 
 
-@pytest.fixture
-def run_dir(finished, tmp_path):
-    """A copy of a finished run, which a test may change."""
-    shutil.copytree(finished[0], tmp_path / "run")
-    return tmp_path / "run"
-
-
 def test_embeddings_give_the_same_metrics_as_the_evaluation(finished, shapes):
     model, tokenizer, transform = load_model(finished[0])
     photos, captions = photos_of_split(shapes, "val")
