@@ -254,9 +254,10 @@ def fit(run, splits, stop):
     settings, data, device = run.settings, splits["train"], run.device
     photos = place_photos(data.photos, device)
     rank, world = distributed.rank_and_world()
-    line, steps_done = ProgressLine(run.is_main), 0
+    line, steps_done = ProgressLine(), 0
     if run.epoch == 0:  # of CLIP as it is, of the first stage of fine-tuning, or of another run
-        began, val = time.time() - run.seconds, validate(run, splits["val"])
+        began, val = time.time() - run.seconds, validate(run, splits["val"], line)
+        line.clear()
         end_epoch(run, {"epoch": 0, "train": {"loss": run.first_loss}, "val": val, "lr": 0.0,
                         "seconds": time.time() - began})
     run.model.train()
@@ -295,9 +296,8 @@ def fit(run, splits, stop):
                     if stopping:
                         raise KeyboardInterrupt
 
-        line.update(f"epoch {run.epoch}/{settings.epochs}  validating")
         row = {"epoch": run.epoch, "train": {"loss": run.loss_sum / steps},
-               "val": validate(run, splits["val"]), "lr": lr, "seconds": time.time() - began}
+               "val": validate(run, splits["val"], line), "lr": lr, "seconds": time.time() - began}
         line.clear()
         if run.epoch == 1 and run.graphs is not None and run.graphs.warning():
             log.info(run.graphs.warning())
@@ -307,11 +307,13 @@ def fit(run, splits, stop):
             raise KeyboardInterrupt
 
 
-def validate(run, val):
-    """The metrics of the model that is kept. Raises RunError for latents that are not finite."""
+def validate(run, val, line):
+    """The metrics of the model that is kept. line: the ProgressLine that shows how far it is.
+    Raises RunError for latents that are not finite."""
+    progress = line.counter(f"epoch {run.epoch}/{run.settings.epochs}  validating")
     distributed.broadcast_buffers(run.evaluated_model)
     try:
-        return evaluate(run.evaluated_model, val, run.amp_dtype)
+        return evaluate(run.evaluated_model, val, run.amp_dtype, progress)
     except ValueError as error:
         raise RunError(f"validation of epoch {run.epoch}: {error}; {ADVICE}") from None
 
@@ -353,13 +355,17 @@ def evaluate_best(run, splits):
     best = distributed.call_on_main(
         lambda: runs.load_checkpoint(run.dir / runs.BEST, runs.BEST_KEYS))
     run.model.load_state_dict(best["model_state_dict"])
-    began = time.time()
+    began, line = time.time(), ProgressLine()
     pixels = run.settings.stored_pixels("val")
-    bank = make_bank(run.model, splits["train"], pixels, run.settings.seed, run.amp_dtype)
+    bank = make_bank(run.model, splits["train"], pixels, run.settings.seed, run.amp_dtype,
+                     line.counter("making the bank"))
+    line.clear()
     log.info(f"bank: {len(bank.photos):,} training photos with {len(bank.texts):,} captions, "
              f"{bank.nbytes / 1e6:.1f} MB, made in {time.time() - began:.1f} s")
-    results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype)
+    results = {split: compare_bank(run.model, splits[split], bank, run.amp_dtype,
+                                   line.counter(f"evaluating on {split}"))
                for split in ("val", "test")}
+    line.clear()
     if run.is_main:
         runs.save_checkpoint(best | {"bank": bank.state_dict()}, run.dir / runs.BEST)
         runs.save_json(results | {"beta": BETA}, run.dir / runs.BANK)
@@ -393,7 +399,7 @@ def main(argv=None):
             fit(run, splits, stop)
         evaluate_best(run, splits)
         if run.is_main:
-            log.info(report.summary(runs.load_run(output_dir)))
+            log.info(report.ending(runs.load_run(output_dir)))
         return 0
     except UsageError as error:
         status, message = 2, f"error: {error}"

@@ -22,11 +22,12 @@ PREPARED_PHOTOS = 5000  # the largest validation split whose photos are prepared
 
 
 @torch.no_grad()
-def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
+def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None, progress=None):
     """Embed photos and captions of a dataset.
 
     photos: (N,) and captions: (M,), rows of the dataset. amp_dtype: the data type of autocast, None
     for float32. pixels: the side to which photos are resized, None to take them as they are stored.
+    progress(done, total, unit): called after each batch.
 
     Returns the latents of the photos (N, D) and of the captions (M, D), on the model's device. The
     batches are shared among all processes, and every process gets all latents. The model is
@@ -57,8 +58,10 @@ def embed(model, dataset, photos, captions, amp_dtype=None, pixels=None):
     was_training = model.training
     model.eval()
     with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-        photo_latents = embed_in_batches(model, photos, photo_inputs, PHOTO_BATCH)
-        caption_latents = embed_in_batches(model, captions, text_inputs, CAPTION_BATCH)
+        photo_latents = embed_in_batches(
+            model, photos, photo_inputs, PHOTO_BATCH, progress, "photos")
+        caption_latents = embed_in_batches(
+            model, captions, text_inputs, CAPTION_BATCH, progress, "captions")
     model.train(was_training)
     return photo_latents.to(device), caption_latents.to(device)
 
@@ -78,7 +81,7 @@ def prepare_photos(dataset, pixels, amp_dtype, device):
     return dataset.replace(photos=torch.cat(parts).contiguous(memory_format=layout))
 
 
-def embed_in_batches(model, rows, inputs_of_rows, batch_size):
+def embed_in_batches(model, rows, inputs_of_rows, batch_size, progress=None, unit=""):
     """Embed rows of a dataset, batch_size at a time; each process takes every world-th batch.
     Returns the latents of all processes (N, D), in order, in float32, on the CPU."""
     rank, world = rank_and_world()
@@ -87,26 +90,30 @@ def embed_in_batches(model, rows, inputs_of_rows, batch_size):
         inputs = inputs_of_rows(rows[start:start + batch_size])
         latents = model(**inputs)["central_latent"]
         batches.append((start, latents.float().cpu()))
+        if progress is not None:
+            progress(min(start + batch_size, len(rows)), len(rows), unit)
     batches = sorted(gather_objects(batches), key=lambda batch: batch[0])
     return torch.cat([latents for _, latents in batches])
 
 
-def embed_dataset(model, dataset, amp_dtype=None):
+def embed_dataset(model, dataset, amp_dtype=None, progress=None):
     """Embed all photos and captions of a dataset. Returns the latents of the photos (N, D) and of
-    the captions (M, D), and the row of each caption's photo (M,)."""
+    the captions (M, D), and the row of each caption's photo (M,). progress: see `embed`."""
     by_length = np.argsort(dataset.texts.lengths, kind="stable")  # little padding in a batch
     photos, sorted_texts = embed(
-        model, dataset, torch.arange(len(dataset.photos)), by_length, amp_dtype)
+        model, dataset, torch.arange(len(dataset.photos)), by_length, amp_dtype,
+        progress=progress)
     texts = sorted_texts[torch.from_numpy(by_length).argsort()]
     return photos, texts, dataset.photo_of_caption
 
 
-def evaluate(model, dataset, amp_dtype=None):
+def evaluate(model, dataset, amp_dtype=None, progress=None):
     """The `retrieval_metrics` of a model on a Flickr8kImageTextDataset."""
-    return retrieval_metrics(*embed_dataset(model, dataset, amp_dtype), text_ids=dataset.text_ids)
+    embedded = embed_dataset(model, dataset, amp_dtype, progress)
+    return retrieval_metrics(*embedded, text_ids=dataset.text_ids)
 
 
-def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
+def make_bank(model, dataset, pixels, seed=0, amp_dtype=None, progress=None):
     """Make the Bank of a training split. It holds at most BANK_SIZE photos, drawn at random from
     those with captions, and all of their captions. pixels: the side of the photos in validation."""
     photo_of_caption = dataset.photo_of_caption
@@ -116,20 +123,21 @@ def make_bank(model, dataset, pixels, seed=0, amp_dtype=None):
     captions = torch.isin(photo_of_caption, photos).nonzero().flatten().numpy()
     by_length = np.argsort(dataset.texts.lengths[captions], kind="stable")
     captions = captions[by_length]
-    photo_latents, caption_latents = embed(model, dataset, photos, captions, amp_dtype, pixels)
+    photo_latents, caption_latents = embed(
+        model, dataset, photos, captions, amp_dtype, pixels, progress)
     photo_of_text = torch.searchsorted(photos, photo_of_caption[captions])
     return Bank(photo_latents.cpu(), caption_latents.cpu(), photo_of_text,
                 correct_hubs=dataset.text_ids is None)
 
 
-def compare_bank(model, dataset, bank, amp_dtype=None):
+def compare_bank(model, dataset, bank, amp_dtype=None, progress=None):
     """Evaluate a model without and with a bank.
 
     Returns a dict of
     - "without_bank", "with_bank": `retrieval_metrics`
     - "hub_share": {"without_bank": percent, "with_bank": percent}, see `hub_share`
     - "photo_and_text": see `compare_photo_and_text`; without a bank"""
-    photos, texts, photo_of_caption = embed_dataset(model, dataset, amp_dtype)
+    photos, texts, photo_of_caption = embed_dataset(model, dataset, amp_dtype, progress)
     text_ids = dataset.text_ids
     return {
         "without_bank": retrieval_metrics(photos, texts, photo_of_caption, text_ids=text_ids),

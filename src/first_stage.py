@@ -73,17 +73,19 @@ def train_first_stage(settings, model, encoders, tokenizer, splits, device):
 
     splits: with the features. A contrastive pair may be better as it is. The model is then left as
     that pair, and the loss is None."""
-    began, settings = time.time(), for_first_stage(settings)
+    began, settings, line = time.time(), for_first_stage(settings), ProgressLine()
     data, amp_dtype = splits["train"], autocast_dtype(settings.amp, device)
     log.info(f"training all but the encoders first, for {settings.epochs} epochs")
     encoders.initialize(model, data)
     if encoders.is_contrastive_pair:
         state_before = copy.deepcopy(model.state_dict())
-        score_before = evaluate(model, splits["val"], amp_dtype)["avg_r1"]
+        score_before = evaluate(
+            model, splits["val"], amp_dtype, line.counter("validating"))["avg_r1"]
     loss = train_on_features(
         settings, model, tokenizer, data, data.photos, range(1, settings.epochs + 1), device)
     if encoders.is_contrastive_pair:
-        score = evaluate(model, splits["val"], amp_dtype)["avg_r1"]
+        score = evaluate(model, splits["val"], amp_dtype, line.counter("validating"))["avg_r1"]
+        line.clear()
         log.info(f"val R@1 {score_before:.2f} of the contrastive pair as it is, {score:.2f} after "
                  "the first stage; fine-tuning begins with the better of both")
         if score < score_before:
@@ -103,11 +105,12 @@ def train_on_features(settings, model, tokenizer, data, features, epochs, device
     model.train()
     run = RunState(settings, model, tokenizer, device, steps)
     features, losses = place_photos(features, device), []
-    line = ProgressLine(distributed.rank_and_world()[0] == 0)
+    line = ProgressLine()
+    show_progress = line.counter("training")
     for step, batch in enumerate(iterate_batches(data, features, torch.cat(batches), device)):
         torch.manual_seed(settings.seed * SEED_STRIDE + step)
         losses.append(training_step(run, batch))
-        line.update(f"step {step + 1}/{steps}")
+        show_progress(step + 1, steps, "steps")
     line.clear()
     model.load_state_dict(run.evaluated_model.state_dict())
     model.zero_grad()  # otherwise these gradients would count when later ones are clipped

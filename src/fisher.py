@@ -20,6 +20,7 @@ from src.model import ModelConfig, MultiModalMemoryNetwork
 from src.settings import FISHER_PIXELS
 from src.utils import distributed
 from src.utils.augment import normalize, resize
+from src.utils.console import ProgressLine
 
 GRID = 4  # a patch has 4 x 4 cells
 CELL_SIDES = (3, 4, 6, 8, 12)  # in pixels
@@ -235,12 +236,16 @@ def make_fisher_vectors(vectors, photos, amp_dtype, views):
     array = distributed.shared_array((len(photos), views, vectors.width), "float16")
     result = torch.from_numpy(array)
     batches = torch.arange(len(photos)).split(BATCH_SIZE)
+    line = ProgressLine()
+    show_progress = line.counter("computing Fisher vectors")
     local_rank, local_world = distributed.local_rank_and_world()
     for rows in batches[local_rank::local_world]:
         images = vectors.load(photos, rows).contiguous(memory_format=memory_format(device))
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             for view, shown in zip(range(views), (images, images.flip(-1))):
                 result[rows, view] = vectors(shown).half().cpu()
+        show_progress(int(rows[-1]) + 1, len(photos))
+    line.clear()
     distributed.barrier()
     return result
 
@@ -250,5 +255,8 @@ def with_fisher_latents(network, data, amp_dtype, vectors=None):
     the bank, use. vectors: the Fisher vectors of its photos, if they are known."""
     if vectors is None:
         vectors = make_fisher_vectors(network.image_backbone, data.photos, amp_dtype, views=1)
-    photos, texts, _ = embed_dataset(network, data.replace(photos=vectors), amp_dtype)
+    line = ProgressLine()
+    photos, texts, _ = embed_dataset(network, data.replace(photos=vectors), amp_dtype,
+                                     line.counter("embedding with the Fisher network"))
+    line.clear()
     return data.replace(fisher_latents=(photos, texts))

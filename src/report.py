@@ -7,9 +7,11 @@ as often as it has captions, and only the caption of the very same pair was corr
 has n captions, that R@1 is the standard one divided by n."""
 import contextlib
 import math
+import textwrap
 from pathlib import Path
 
 from src.retrieval import KS, chance_metrics
+from src.utils.console import shell_command
 from src.utils.errors import UsageError
 
 WIDTH = 80
@@ -20,7 +22,14 @@ METRICS = {"I->T R@1 (%)": "i2t_r1", "I->T R@5 (%)": "i2t_r5", "I->T R@10 (%)": 
            "rsum": "rsum", "Avg R@1 (%)": "avg_r1"}
 ORIGINAL_AVG_R1 = "original Avg R@1 (%)"
 FEW = 100  # photos of a split, below which the tables say how coarse its figures are
-MARKDOWN_ONLY = ("hardware, date", "command")  # columns that are too wide for a terminal
+# A comparison in the terminal: some columns are too wide for it, and words in which all runs are
+# the same are said once. If it is still too wide, words are shortened, to TEXT_WIDTH characters at
+# first, and some columns of numbers are left out, in this order.
+COMPARISON_WIDTH, TEXT_WIDTH = 100, 24
+MARKDOWN_ONLY = ("hardware, date", "command")
+BANK_COLUMN = "bank"
+TEXT_COLUMNS = ("run", "data", "trained on", "model", "encoders", "tokens")
+OPTIONAL_COLUMNS = ("MedR", "R@5", "rsum", "R@10", "minutes")
 
 
 @contextlib.contextmanager
@@ -41,6 +50,31 @@ def epoch_line(row):
             f"val R@1 {val['avg_r1']:5.2f} (i2t {val['i2t_r1']:.2f}, t2i {val['t2i_r1']:.2f})  "
             f"R@10 {val['i2t_r10']:.1f}/{val['t2i_r10']:.1f}  "
             f"MedR {val['i2t_medr']:g}/{val['t2i_medr']:g}  {row['seconds']:.1f} s")
+
+
+# ----------------------------------------------------------------------------- the end of a run
+
+
+def ending(run):
+    """What a training says at its end: how good the Run is, where it lies, and what may follow."""
+    data, best = run.config["data"], run.best
+    of_split = {"val": best["val"], "test": run.test}
+    rows = {"best epoch, " + f"{best['epoch']} of {run.history[-1]['epoch']}": of_split,
+            "with the bank": {split: run.bank[split]["with_bank"] for split in of_split},
+            "chance": {split: _chance(data[split]) for split in of_split}}
+    headings = [f"{split}, {data[split]['photos']:,} photos" for split in of_split]
+    lines = [f"{'R@1 (%), photo to text / text to photo':<40}"
+             + "".join(f"{heading:>20}" for heading in headings)]
+    for name, metrics in rows.items():
+        cells = [f"{m['i2t_r1']:.2f} / {m['t2i_r1']:.2f}" for m in metrics.values()]
+        lines.append(f"  {name:<38}" + "".join(f"{cell:>20}" for cell in cells))
+    lines.append(f"{run.settings.epochs} epochs in {run.minutes:.1f} minutes; all files are in "
+                 f"{run.dir}")
+    show = ["python", "show_flickr8k_results.py"]
+    of_run = ["--output_dir", run.dir]
+    lines.append(f"search with it:  {shell_command([*show, '--serve', *of_run])}")
+    lines.append(f"all its tables:  {shell_command([*show, *of_run])}")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------- the summary of a run
@@ -306,18 +340,51 @@ def comparison(runs, table_format="terminal"):
     columns = list(rows[0])
     if table_format == "markdown":
         return markdown_table(columns, [list(cells.values()) for cells in rows])
-    columns = [column for column in columns if column not in MARKDOWN_ONLY]
-    table = [columns] + [[cells[column] for column in columns] for cells in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
+    rows = [{BANK_COLUMN if name == "with the bank" else name: cell for name, cell in cells.items()
+             if name not in MARKDOWN_ONLY} for cells in rows]
+    common = [name for name in TEXT_COLUMNS[1:] if len({cells[name] for cells in rows}) == 1]
+    widths = {name: max(len(name), *(len(cells[name]) for cells in rows))
+              for name in rows[0] if name not in common}
+    _fit_widths(widths)
     lines = []
-    for row in table:
-        padded = [f"{cell:<{width}}" for cell, width in zip(row, widths)]
+    for cells in [{name: name for name in widths}, *rows]:
+        padded = [f"{shortened(cells[name], width):<{width}}" for name, width in widths.items()]
         lines.append("  ".join(padded).rstrip())
     lines.insert(1, "-" * max(map(len, lines)))
+    if common:
+        text = "the same for all: " if len(rows) > 1 else ""
+        text += "; ".join(f"{name}: {rows[0][name]}" for name in common)
+        lines += textwrap.wrap(text, COMPARISON_WIDTH)
     lines.append("R@K in percent on validation, photo to text / text to photo, of the best epoch; "
                  "+: not finished")
-    lines.append("with the bank: avg R@1 when ranked with help from training pairs")
+    lines.append(f"{BANK_COLUMN}: avg R@1 when ranked with help from training pairs")
     return "\n".join(lines)
+
+
+def _fit_widths(widths):
+    """Make a table's columns, {name: width}, fit the terminal: narrower, or left out."""
+    def excess():
+        return sum(widths.values()) + 2 * (len(widths) - 1) - COMPARISON_WIDTH
+
+    def narrow(limit):
+        words = [name for name in TEXT_COLUMNS if name in widths]
+        while excess() > 0 and (widest := max(words, key=widths.get)) and widths[widest] > limit:
+            widths[widest] -= 1
+
+    narrow(TEXT_WIDTH)
+    for name in OPTIONAL_COLUMNS:
+        if excess() > 0:
+            del widths[name]
+    narrow(1)
+
+
+def shortened(text, width):
+    """A text of at most `width` characters, with an ellipsis in the middle of one that is longer.
+    """
+    if len(text) <= width:
+        return text
+    head, tail = width // 2, (width - 1) // 2
+    return f"{text[:head]}…{text[len(text) - tail:]}"
 
 
 def _comparison_row(run):

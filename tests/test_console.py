@@ -1,10 +1,12 @@
 import argparse
 import io
 import logging
+import os
 import sys
 
 import pytest
 
+from src.utils import console
 from src.utils.console import (
     Parser,
     ProgressLine,
@@ -44,6 +46,77 @@ def test_progress_is_one_line_on_a_terminal_and_none_elsewhere(monkeypatch):
     # Each text covers the one before, and none wraps into a second line.
     assert {len(part) for part in written if part} == {19}
     assert written[2].strip() == "short" and written[3].strip() == "" and written[-1] == ""
+
+
+class Clock:
+    """Replaces time.time, and is set forward by hand."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(console.time, "time", lambda: self.now)
+
+
+def test_without_a_terminal_a_line_tells_every_half_minute_how_far_the_work_is(monkeypatch):
+    clock, file = Clock(monkeypatch), io.StringIO()
+    line = ProgressLine(stream=file)
+    show = line.counter("making the bank")
+    for done in range(10, 101, 10):  # 10 photos in 10 seconds
+        clock.now += 10
+        show(done, 100)
+    assert file.getvalue().splitlines() == [
+        "making the bank: 30 of 100 photos  1:10 left",
+        "making the bank: 60 of 100 photos  0:40 left",
+        "making the bank: 90 of 100 photos  0:10 left"]
+    line.clear()  # an ordinary line follows, so that the next one is not due for a while
+    clock.now += 29
+    line.update("too early")
+    clock.now += 1
+    line.update("in time")
+    assert file.getvalue().splitlines()[3:] == ["in time"]
+
+
+def test_work_of_less_than_half_a_minute_needs_no_line(monkeypatch):
+    clock, file = Clock(monkeypatch), io.StringIO()
+    show = ProgressLine(stream=file).counter("short")
+    for done in range(1, 30):
+        clock.now += 1
+        show(done, 29)
+    assert file.getvalue() == ""
+
+
+def test_under_torchrun_only_the_main_process_tells_how_far_the_work_is(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setenv("RANK", "1")
+    for stream in (io.StringIO(), Terminal()):
+        line = ProgressLine(stream=stream)
+        clock.now += 100
+        line.update("epoch 1")
+        assert stream.getvalue() == ""
+
+
+def test_the_time_that_is_left_is_not_guessed_from_one_call(monkeypatch):
+    """What came before the first call, such as reading a cache, took time of another kind."""
+    monkeypatch.setenv("COLUMNS", "60")
+    clock, terminal = Clock(monkeypatch), Terminal()
+    show = ProgressLine(stream=terminal).counter("reading")
+    for done, unit in ((50, "photos"), (60, "photos"), (60, "photos"), (1000, "captions")):
+        show(done, 1000, unit)
+        clock.now += 2
+    texts = [text.strip() for text in terminal.getvalue().split("\r") if text.strip()]
+    assert texts == ["reading: 50 of 1,000 photos", "reading: 60 of 1,000 photos  3:08 left",
+                     "reading: 60 of 1,000 photos  6:16 left",
+                     "reading: 1,000 of 1,000 captions"]
+
+
+def test_a_pipe_whose_reader_has_gone_ends_the_lines_and_no_more():
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as pipe:
+        line = ProgressLine(stream=pipe)
+        line.last_line -= 100
+        line.update("epoch 1")
+        assert not line.is_on
+    # What the stream still held has vanished, so that closing it raised nothing.
 
 
 def test_text_that_standard_output_cannot_encode(monkeypatch):

@@ -30,7 +30,10 @@ def test_a_dataset_is_embedded_in_its_own_order(shapes, monkeypatch):
         assert torch.allclose(caption_latents, texts[rows], atol=1e-5)
     monkeypatch.setattr(evaluation, "PHOTO_BATCH", 5)
     monkeypatch.setattr(evaluation, "CAPTION_BATCH", 7)
-    metrics = evaluate(run.model, data)
+    calls = []
+    metrics = evaluate(run.model, data, progress=lambda *counts: calls.append(counts))
+    assert calls[:4] == [(5, 12, "photos"), (10, 12, "photos"), (12, 12, "photos"),
+                         (7, 60, "captions")]
     assert metrics == pytest.approx(retrieval_metrics(photos, texts, photo_of_caption))
 
 

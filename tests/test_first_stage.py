@@ -90,8 +90,8 @@ def test_the_second_stage_trains_everything(finetuned, encoder_file):
 
 def test_fine_tuning_that_makes_it_worse_keeps_the_frozen_encoders(
         shapes, encoders, encoder_file, tmp_path, monkeypatch):
-    def worse(run, val):
-        return validate(run, val) | {"avg_r1": 100.0 if run.epoch == 0 else 0.0}
+    def worse(run, *given):
+        return validate(run, *given) | {"avg_r1": 100.0 if run.epoch == 0 else 0.0}
 
     validate = script.validate
     monkeypatch.setattr(script, "validate", worse)

@@ -21,6 +21,7 @@ from src.fisher import (
 from src.model import IMAGE, MultiModalMemoryNetwork, combine_photo_and_text
 from src.settings import make_settings
 from src.training import PairEncoder, contrastive_backward
+from src.utils import console
 from tests.test_training import start_run
 
 
@@ -155,10 +156,13 @@ def test_vectors_of_the_smallest_photos_and_of_flat_ones_are_finite(vectors):
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_vectors_of_stored_photos_equal_a_direct_computation(vectors, views):
+def test_vectors_of_stored_photos_equal_a_direct_computation(
+        vectors, views, monkeypatch, capsys):
     """53 photos are more than one batch. The second view is the mirror image."""
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0)
     photos = stored_photos(53)
     result = make_fisher_vectors(vectors, photos, None, views)
+    assert capsys.readouterr().out.startswith("computing Fisher vectors: 50 of 53 photos\n")
     assert result.shape == (53, views, vectors.width) and result.dtype == torch.float16
     for i in range(53):
         photo = vectors.load(photos, torch.tensor([i]))

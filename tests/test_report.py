@@ -1,18 +1,22 @@
 """The tables, from the metrics of runs that are made up. The summary of a whole run is tested in
 test_show_flickr8k_results.py, where it is printed."""
 import json
+import re
+import shlex
 
 import pytest
 
 from src.report import (
     comparison,
+    ending,
     epoch_line,
     recall_notes,
     recall_tables,
+    shortened,
     small_split_notes,
     summary,
 )
-from src.runs import TEST, load_run
+from src.runs import CONFIG, TEST, load_run
 from src.utils.errors import UsageError
 from tests.test_show_flickr8k_results import metrics, write_run
 
@@ -77,7 +81,7 @@ def test_tables_of_photos_that_share_captions(tmp_path):
     assert "original Avg R@1 (%)" not in chance
     assert recall_notes(run)[0] == (
         "photos share captions: a caption is right for every photo that has it")
-    assert " 100 val that share captions " in comparison([run])
+    assert " 100 val that share captions;" in comparison([run])
 
 
 def test_comparison_has_the_best_run_first(tmp_path):
@@ -98,6 +102,58 @@ def test_comparison_has_the_best_run_first(tmp_path):
     lines = comparison([finished, unfinished]).splitlines()
     assert lines[2].startswith("better  ") and lines[3].startswith("worse   ")
     assert "31.67" in lines[2] and "command" not in lines[0]
+    assert lines[0].endswith("  MedR") and len(lines[0]) <= 100  # nothing is left out
+    assert lines[4].startswith("the same for all: data: Flickr8k, 100 val; trained on: 6,170 pairs")
+
+
+def test_comparison_fits_100_columns_of_a_terminal(tmp_path):
+    """Whatever the runs are called. Two runs differ in everything; markdown keeps all of it."""
+    name = "a_run_of_which_the_name_says_all_its_settings_seed_"
+    write_run(tmp_path / f"{name}0", avg_r1=(3, 5), epochs=2)
+    write_run(tmp_path / f"{name}1", model="large", tokenizer="char",
+              image_encoder="facebook/dinov2-small", fisher=False, data_dir="a/very/long/name" * 9,
+              text_encoder="sentence-transformers/all-MiniLM-L6-v2")
+    config = json.loads((tmp_path / f"{name}1" / CONFIG).read_text())
+    config |= {"layout": "table", "extra_data": [
+        {"folder": "data/flickr30k", "photos": 5, "captions": 31783, "skipped": {}}],
+        "init_from": {"run": "outputs/flickr8k_sgd"}}
+    (tmp_path / f"{name}1" / CONFIG).write_text(json.dumps(config))
+    runs = [load_run(tmp_path / f"{name}{i}") for i in range(2)]
+    for several in (runs, runs[1:]):
+        lines = comparison(several).splitlines()
+        assert max(map(len, lines)) <= 100 and "R@1" in lines[0]
+    lines = comparison(runs).splitlines()
+    assert lines[2].split()[0] == shortened(f"{name}1", len(lines[2].split()[0]))
+    assert "…" in lines[2] and "2 of 2" in lines[3] and "minutes" not in lines[0]
+    markdown = comparison(runs, "markdown")
+    assert "31,783 of data/flickr30k" in markdown and "begun with flickr8k_sgd" in markdown
+
+
+def test_an_ellipsis_stands_in_the_middle():
+    assert [shortened("abcdefgh", width) for width in (8, 7, 4, 1)] == [
+        "abcdefgh", "abc…fgh", "ab…h", "…"]
+
+
+def test_the_end_of_a_training_is_seven_lines(tmp_path):
+    """The two commands can be pasted, whatever the folder is called."""
+    run, _ = write_two_runs(tmp_path)
+    run.dir = tmp_path / "my run"
+    run.bank = {"val": {"with_bank": metrics(6)}, "test": {"with_bank": metrics(45)}}
+    lines = ending(run).splitlines()
+    assert len(lines) == 7 and max(map(len, lines[:4])) <= 80
+    cells = [re.split(r" {2,}", line.strip()) for line in lines[:4]]
+
+    def both_ways(figures):
+        return f"{figures['i2t_r1']:.2f} / {figures['t2i_r1']:.2f}"
+
+    assert cells[0][1:] == ["val, 100 photos", "test, 50 photos"]
+    assert cells[1] == ["best epoch, 2 of 2", both_ways(metrics(5)), both_ways(metrics(44))]
+    assert cells[2] == ["with the bank", both_ways(metrics(6)), both_ways(metrics(45))]
+    assert cells[3] == ["chance", "1.00 / 1.00", "2.00 / 2.00"]
+    assert str(run.dir) in lines[4]
+    for line, more in zip(lines[5:], (["--serve"], [])):
+        assert shlex.split(line.split(":", 1)[1]) == [
+            "python", "show_flickr8k_results.py", *more, "--output_dir", str(run.dir)]
 
 
 @pytest.mark.parametrize("damage", [

@@ -26,7 +26,7 @@ from src.runs import BANK, BEST, CONFIG, HISTORY, LAST, LOG, RUN_FILES, TEST
 from src.search import embed_photos, embed_texts, load_bank, load_model
 from src.settings import make_settings
 from src.training import cosine_schedule
-from src.utils import augment
+from src.utils import augment, console
 from src.utils.splits import load_splits, open_split
 from src.utils.synthetic import write_synthetic
 from tests.conftest import (
@@ -136,7 +136,8 @@ def copy_of_shapes(shapes, tmp_path):
 def test_files_of_a_run(finished):
     output_dir, out = finished
     assert sorted(os.listdir(output_dir)) == sorted(RUN_FILES)
-    assert "\r" not in out and "Avg R@1" in out
+    assert "\r" not in out and "with the bank" in out.splitlines()[-5]
+    assert out.endswith(f"python show_flickr8k_results.py --output_dir {output_dir}\n")
     assert len(re.findall(r"^epoch +\d  loss", out, re.MULTILINE)) == 3
     log = (output_dir / LOG).read_text()
     assert all(line in log for line in out.splitlines() if line.startswith("epoch "))
@@ -206,6 +207,20 @@ def test_the_bank_of_a_run(finished, shapes):
 def test_other_recipes_and_models_train(shapes, tmp_path, more):
     assert main("--synthetic", "--data_dir", shapes, "--output_dir", tmp_path, "--epochs", 1,
                 *more) == 0
+
+
+def test_without_a_terminal_long_work_tells_how_far_it_is(shapes, tmp_path, capsys, monkeypatch):
+    """On the output, and not in the log file, which has a line for each epoch."""
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0)
+    monkeypatch.setattr(console, "PROGRESS_INTERVAL", -1)
+    assert main(*arguments(shapes, tmp_path, epochs=1)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    log = (tmp_path / LOG).read_text()
+    for text in ("epoch 1/1  step 20/20  loss ", "epoch 1/1  validating: 12 of 12 photos",
+                 "epoch 1/1  validating: 60 of 60 captions", "making the bank: 40 of 40 photos",
+                 "evaluating on val: 12 of 12 photos", "evaluating on test: 8 of 8 photos"):
+        assert any(line.startswith(text) for line in lines), text
+        assert text not in log
 
 
 def test_mixed_precision_can_be_chosen(shapes, tmp_path):

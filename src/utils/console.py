@@ -12,6 +12,7 @@ import sys
 import time
 
 PROGRESS_INTERVAL = 0.1  # seconds between two updates of a progress line
+PLAIN_INTERVAL = 30  # seconds between two lines about progress where there is no terminal
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,6 +76,15 @@ def printable(text):
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def drop_output(stream):
+    """Let everything that is still written to a stream of the system vanish."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, stream.fileno())
+    finally:
+        os.close(nowhere)
+
+
 class ConsoleHandler(logging.StreamHandler):
     """Drops messages once the reader of a pipe has gone (`... | head`), so that the run goes on."""
 
@@ -82,9 +92,7 @@ class ConsoleHandler(logging.StreamHandler):
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
             return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
+        drop_output(self.stream)
 
 
 def log_to_console(log):
@@ -130,46 +138,57 @@ def duration(seconds):
 class ProgressLine:
     """A line on the terminal that is overwritten as the work proceeds.
 
-    Nothing is written where the stream is not a terminal, or if `on` is false.
+    Where the stream is not a terminal, an ordinary line tells every PLAIN_INTERVAL seconds how far
+    the work is, so that a log shows that it goes on. Under torchrun only the main process writes.
     """
 
-    def __init__(self, on=True, stream=None):
+    def __init__(self, stream=None):
         self.stream = sys.stdout if stream is None else stream
-        self.live = on and self.stream.isatty()
-        self.started = time.time()
+        self.is_on = os.environ.get("RANK", "0") == "0"
+        self.live = self.is_on and self.stream.isatty()
+        self.started = self.last_line = time.time()
 
     def _write(self, text):
         try:
             self.stream.write(text)
             self.stream.flush()
-        except OSError:  # the terminal was closed
-            self.live = False
+        except OSError:  # the terminal was closed, or the reader of the pipe has gone
+            self.is_on = self.live = False
+            with contextlib.suppress(OSError):
+                drop_output(self.stream)
 
     def update(self, text):
         """Show another text, cut to the width of the terminal."""
         if self.live:
             columns = shutil.get_terminal_size().columns - 1
             self._write(f"\r{text[:columns]:<{columns}}")
+        elif self.is_on and time.time() - self.last_line >= PLAIN_INTERVAL:
+            self.last_line = time.time()
+            self._write(f"{text}\n")
 
     def clear(self):
         """Erase the line, so that an ordinary line can be printed."""
+        self.last_line = time.time()
         if self.live:
             self.update("")
             self._write("\r")
 
     def counter(self, title):
-        """Return a function `update(done, total, unit)` that shows how much of a task is done and
-        estimates the time left. It may be called often."""
-        started, last_shown = {}, 0.0  # started: when the counting of each unit began
+        """Return a function `update(done, total, unit)` that shows how much of a task is done and,
+        from its second call on, estimates the time left. It may be called often."""
+        first_calls, last_shown = {}, 0.0  # first_calls: for each unit, (time, done)
 
         def update(done, total, unit="photos"):
             nonlocal last_shown
             now = time.time()
-            seconds = now - started.setdefault(unit, now)
+            began, done_before = first_calls.setdefault(unit, (now, done))
             if now - last_shown > PROGRESS_INTERVAL:
                 last_shown = now
-                left = duration(seconds * (total - done) / done)
-                self.update(f"{title}: {done:,} of {total:,} {unit}  {left} left")
+                text = f"{title}: {done:,} of {total:,} {unit}"
+                if done > done_before:
+                    left = (now - began) * (total - done) / (done - done_before)
+                    text += f"  {duration(left)} left"
+                self.update(text)
         return update
 
     def speed(self, steps, remaining_steps, pairs):
