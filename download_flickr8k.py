@@ -53,6 +53,7 @@ if __name__ == "__main__":
 
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
+from src.utils import files
 from src.utils.splits import read_pairs
 
 
@@ -121,9 +122,9 @@ def fetch(name, data_dir, archive_dir, url):
     except ValueError as error:  # the address is not a URL
         reason = str(error)
     except BaseException:
-        path.unlink(missing_ok=True)
+        files.delete(path)
         raise
-    path.unlink(missing_ok=True)  # a download cannot be continued: the next run starts again
+    files.delete(path)  # a download cannot be continued: the next run starts again
     raise RunError(f"{address}: {reason}.\nRun the script again, or name a mirror with --url, or a "
                    "folder that holds the two zips with --archive_dir.")
 
@@ -149,7 +150,7 @@ def unpack(archive, data_dir):
             inside = path.relative_to(staging)
             if path.is_file() and inside.parts[0] != "__MACOSX":
                 (data_dir / inside).parent.mkdir(parents=True, exist_ok=True)
-                path.replace(data_dir / inside)
+                files.replace(path, data_dir / inside)
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:  # raised by zipfile
         raise DataError(f"{archive}: this is not a zip that can be unpacked ({error})") from None
     finally:

@@ -34,7 +34,7 @@ def find_device(name=None):
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()  # of "meta", for one, there are no numbers
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         if full_memory(error):
             raise
         raise UsageError(f"--device {name} is not available on this machine") from None

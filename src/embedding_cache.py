@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from src.utils import files
 from src.utils.photo_files import version_of
 
 READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"  # how SQLite begins a transaction
@@ -245,7 +246,7 @@ def photo_item(path, real_folder=os.path.realpath):
 def _delete(paths):
     for path in paths:
         with contextlib.suppress(OSError):  # Windows deletes no file that is mapped
-            path.unlink(missing_ok=True)
+            files.delete(path)
 
 
 def _to_bytes(key):

@@ -2,6 +2,7 @@
 
 Files are replaced atomically, so that a crash, a kill or a full disk leaves either the old file or
 the new one. A file that cannot be written raises RunError, one that cannot be read UsageError."""
+import contextlib
 import dataclasses
 import json
 import logging
@@ -14,13 +15,15 @@ import torch
 from src.device import full_memory
 from src.init_from import InitialModel
 from src.settings import Settings, make_settings, settings_from_run, settings_of
+from src.utils import files
 from src.utils.console import shell_command
 from src.utils.errors import RunError, UsageError
 
 try:
     import fcntl
-except ImportError:  # on Windows no lock keeps a second run out of a folder
+except ImportError:  # on Windows
     fcntl = None
+    import msvcrt
 
 
 HISTORY, BEST, LAST, TEST, BANK, LOG, CONFIG = RUN_FILES = (
@@ -34,6 +37,8 @@ LAST_KEYS = ("epoch", "step", "loss_sum", "seconds", "history", "config", "token
 # Settings that belong to the machine rather than to the run. --resume may change them, and under
 # torchrun they may differ between machines.
 MACHINE_SETTINGS = ("data_dir", "extra_data", "device", "amp")
+# Others cannot read what is locked on Windows, so it is a byte far behind the end of the log.
+LOCKED_BYTE = 2 ** 30
 TRAIN_FIRST = "train first: python train_flickr8k_sgd.py"
 
 
@@ -49,9 +54,10 @@ def write_atomically(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
-        os.replace(partial, path)
+        files.replace(partial, path)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            files.delete(partial)
         if full_memory(error):
             raise
         reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
@@ -222,7 +228,14 @@ def lock(log_stream, output_dir):
     try:
         if fcntl is not None:
             fcntl.flock(log_stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        else:
+            position = os.lseek(log_stream.fileno(), 0, os.SEEK_CUR)
+            os.lseek(log_stream.fileno(), LOCKED_BYTE, os.SEEK_SET)
+            try:
+                msvcrt.locking(log_stream.fileno(), msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(log_stream.fileno(), position, os.SEEK_SET)
+    except (BlockingIOError, PermissionError):  # of flock and of Windows
         raise UsageError(f"another run is writing into {output_dir}; name another --output_dir"
                          ) from None
     except OSError:  # the file system has no locks
@@ -248,11 +261,11 @@ def open_output_dir(output_dir, config, history, is_new, replace, log):
         to_file.stream.truncate(0)
         for name in RUN_FILES:
             if name != LOG:
-                (output_dir / name).unlink(missing_ok=True)
+                files.delete(output_dir / name)
     elif not history or history[-1]["epoch"] < config["settings"]["epochs"]:
         # The run will be trained further, so its final results are out of date.
-        (output_dir / TEST).unlink(missing_ok=True)
-        (output_dir / BANK).unlink(missing_ok=True)
+        files.delete(output_dir / TEST)
+        files.delete(output_dir / BANK)
     save_json(config, output_dir / CONFIG)
     if history:  # a kill may have separated the history from the checkpoint
         save_json(history, output_dir / HISTORY)

@@ -64,7 +64,7 @@ def test_description_names_the_precision_and_the_number_of_processes():
 
 def test_an_unavailable_device_is_refused():
     assert find_device("cpu") == CPU
-    for name in ("cuda:99", "abacus"):
+    for name in ("cuda:99", "abacus", "meta", "hpu"):
         with pytest.raises(UsageError, match=f"--device {name} is not available on this machine"):
             find_device(name)
 
@@ -76,7 +76,11 @@ def test_an_unavailable_device_is_refused():
 def test_each_process_touches_one_gpu_only(monkeypatch, name, local_rank, index):
     calls = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
-    monkeypatch.setattr(torch, "zeros", lambda size, device: calls.append(("used", device)))
+    def zeros(size, device):
+        calls.append(("used", device))
+        return torch.empty(size)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)

@@ -190,6 +190,31 @@ def test_a_shard_that_another_process_deletes_at_the_same_time_is_no_error(tmp_p
     assert not vanishing.exists()
 
 
+def test_a_shard_that_another_process_has_written_meanwhile_is_used(tmp_path, monkeypatch):
+    def write(file):
+        (tmp_path / "shard").write_bytes(b"abcd")
+        file.write(b"abcd")
+        return {}
+
+    def refuse(source, target):  # as Windows does, where the other process has mapped the file
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    content, _ = open_shard(tmp_path / "shard", 4, write)
+    assert bytes(content) == b"abcd" and os.listdir(tmp_path) == ["shard"]
+
+
+def test_a_mapped_shard_of_other_photos_stays_where_it_is_on_windows(tmp_path, monkeypatch):
+    (tmp_path / "store_old").touch()
+
+    def refuse(path, missing_ok):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    delete_other_shards(tmp_path / "store", [])
+    assert os.listdir(tmp_path) == ["store_old"]
+
+
 def test_a_new_shard_of_the_wrong_size_is_refused(tmp_path):
     """A file system may cut a file short without an error."""
     with pytest.raises(DataError, match="has 3 bytes instead of 5"):

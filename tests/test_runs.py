@@ -26,6 +26,8 @@ from src.runs import (
 from src.settings import make_settings, parse_args
 from src.utils.errors import RunError, UsageError
 
+FCNTL = runs.fcntl  # None on Windows
+
 
 def test_what_was_saved_is_loaded(tmp_path):
     save_checkpoint({"weights": torch.arange(3), "epoch": 2}, tmp_path / "a.pt")
@@ -126,7 +128,27 @@ def test_a_run_is_loaded_without_its_weights(tmp_path):
     assert load_run(tmp_path).test == {"avg_r1": 2.0}
 
 
-def test_a_folder_takes_one_run_at_a_time(tmp_path):
+class Msvcrt:
+    """Stands in for Windows' module, with the locks of this system."""
+
+    LK_NBLCK = 2
+
+    @staticmethod
+    def locking(descriptor, mode, number):
+        # What is locked cannot be read by others, so that has to lie behind the log.
+        assert (mode, number) == (Msvcrt.LK_NBLCK, 1)
+        assert os.lseek(descriptor, 0, os.SEEK_CUR) == runs.LOCKED_BYTE
+        try:
+            FCNTL.flock(descriptor, FCNTL.LOCK_EX | FCNTL.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(13, "Permission denied") from None
+
+
+@pytest.mark.parametrize("system", ["this", "Windows"] if runs.fcntl else ["this"])
+def test_a_folder_takes_one_run_at_a_time(tmp_path, monkeypatch, system):
+    if system == "Windows":
+        monkeypatch.setattr(runs, "fcntl", None)
+        monkeypatch.setattr(runs, "msvcrt", Msvcrt(), raising=False)
     config = {"settings": {"epochs": 2}}
 
     def begin(is_new=True, replace=False):

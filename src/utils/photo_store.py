@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from src.utils import files
 from src.utils.augment import resize
 from src.utils.duplicates import SIGNATURE, signature
 from src.utils.errors import DataError
@@ -84,7 +85,7 @@ def open_shard(path, num_bytes, write):
     nor is one whose folder cannot be written.
 
     Returns the bytes as an array, and the errors. Raises DataError if the disk is full."""
-    if path is not None and path.is_file() and path.stat().st_size == num_bytes:
+    if path is not None and is_whole(path, num_bytes):
         return np.memmap(path, np.uint8, "r"), {}
     partial = partial_file(path)
     try:
@@ -95,18 +96,25 @@ def open_shard(path, num_bytes, write):
                 return np.frombuffer(file.read(), np.uint8), errors
             file.flush()
             os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
-        os.replace(partial, path)
+        if not is_whole(path, num_bytes):  # another process may have written it meanwhile
+            files.replace(partial, path)
         content = np.memmap(path, np.uint8, "r")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; the shard takes {num_bytes / 1e6:.0f} MB"
                         ) from None
     finally:
         if partial is not None:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # it is deleted later
+                files.delete(partial)
     if len(content) != num_bytes:
         raise DataError(f"{path}: has {len(content):,} bytes instead of {num_bytes:,}; is the disk "
                         "full?")
     return content, {}
+
+
+def is_whole(path, num_bytes):
+    """Whether a file is there and has so many bytes."""
+    return path.is_file() and path.stat().st_size == num_bytes
 
 
 def partial_file(path):
@@ -163,7 +171,8 @@ def delete_other_shards(store, shards):
         except FileNotFoundError:
             continue
         if ".partial" not in old.name or age > SECONDS_TO_BUILD:
-            old.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # on Windows another process has mapped it
+                old.unlink(missing_ok=True)
 
 
 class Rows:

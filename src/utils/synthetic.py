@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from src.utils import files
 from src.utils.captions import CAPTION_FILES, read_split
 from src.utils.errors import DataError
 from src.utils.folder import SPLIT_FILES
@@ -179,4 +180,4 @@ def replace_files(new_dir, root_dir):
         if path.is_file():
             place = root_dir / path.relative_to(new_dir)
             place.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(place)
+            files.replace(path, place)
