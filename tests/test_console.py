@@ -2,21 +2,29 @@ import argparse
 import io
 import logging
 import os
+import shlex
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from src.utils import console
 from src.utils.console import (
     Parser,
+    Paths,
     ProgressLine,
     duration,
+    find_paths,
     first_three,
+    join_for_windows,
     log_to_console,
     number,
+    path,
     prepare_output,
     printable,
     say_once,
+    shell_command,
     text,
 )
 
@@ -198,3 +206,68 @@ def test_a_message_is_said_once(caplog):
             log.info(message)
     log.info("first")
     assert caplog.messages == ["first", "second", "first"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, in which the program runs: with the folders a, b and d[1]."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "d[1]"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_paths_that_the_shell_has_not_expanded(home):
+    assert find_paths("~") == [str(home)] and find_paths("~/new") == [f"{home}/new"]
+    assert find_paths("?") == ["a", "b"] and find_paths("~/[ab]") == [f"{home}/a", f"{home}/b"]
+    for name in ("a", "d[1]", "nothing*", "~new", "a~", "photo[2].jpg"):
+        assert find_paths(name) == [name]
+    (home / "*").mkdir()
+    (home / "~").mkdir()
+    assert find_paths("*") == ["*"] and find_paths("~") == ["~"]
+
+
+def test_paths_on_windows_have_slashes(home, monkeypatch):
+    # os itself stays as it is, as pathlib and glob would take this system for Windows.
+    system = SimpleNamespace(name="nt", path=os.path)
+    monkeypatch.setattr("src.utils.console.os", system)
+    assert find_paths(r"data\flickr8k") == ["data/flickr8k"]
+    assert find_paths("~\\new") == [f"{home}/new"]
+    assert find_paths(r"\\?\C:\long") == [r"\\?\C:\long"]
+
+
+def test_flags_that_take_paths(home, capsys):
+    parser = Parser(prog="program")
+    parser.add_argument("--one", type=path)
+    parser.add_argument("--many", nargs="+", action=Paths)
+    args = parser.parse_args(["--one=~/a*", "--many", "?", "~/new", "none*"])
+    assert args.one == f"{home}/a" and args.many == ["a", "b", f"{home}/new", "none*"]
+    for given, message in ((["--one", "?"], "argument --one: ? fits 2 names, such as a"),
+                           (["--one", ""], "argument --one: is empty"),
+                           (["--many", "a", " "], "argument --many: is empty")):
+        with pytest.raises(SystemExit):
+            parser.parse_args(given)
+        assert message in capsys.readouterr().err
+
+
+def test_commands_are_quoted_for_the_shell(monkeypatch):
+    command = ["python", "train.py", "--output_dir", "my runs/$1 'a'"]
+    assert shlex.split(shell_command(command)) == command
+    monkeypatch.setattr("src.utils.console.os", SimpleNamespace(name="nt"))
+    assert shell_command(command) == """python train.py --output_dir "my runs/$1 'a'\""""
+
+
+@pytest.mark.parametrize("word, quoted", [
+    (r"C:\data\flickr8k", r"C:\data\flickr8k"), ("--epochs=3", "--epochs=3"), ("", '""'),
+    ("a b", '"a b"'), ("R&D", '"R&D"'), ("a;b", '"a;b"'), ("(1)", '"(1)"'), ("a,b", '"a,b"'),
+    ("it's", '"it\'s"'), ("50^", '"50^"'), ("@x", '"@x"')])
+def test_words_of_windows_shells(word, quoted):
+    assert join_for_windows([word]) == quoted
+
+
+@pytest.mark.parametrize("word", [
+    "my runs\\", 'say "hi there"', 'a \\"b', "two  words", "\\ \\\\"])
+def test_backslashes_and_quotes_are_escaped_as_windows_programs_read_them(word):
+    assert join_for_windows([word]) == subprocess.list2cmdline([word])

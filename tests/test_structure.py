@@ -75,3 +75,19 @@ def test_help_does_not_import_torch(script):
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 0 and f"usage: {script}.py" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_an_old_python_is_told_in_one_line(script):
+    """src/__init__.py, which every script imports before anything else of the project, says it. It
+    and the script must be valid in that version."""
+    for path in (REPOSITORY / f"{script}.py", REPOSITORY / "src/__init__.py"):
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
+    code = (f"import runpy, sys; sys.version_info = (3, 8, 20, 'final', 0)\n"
+            f"sys.argv = ['{script}.py', '--help']\n"
+            f"runpy.run_path('{script}.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True,
+                          text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: Python 3.11 or newer is needed; this is Python 3.8.20\n"
+

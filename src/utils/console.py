@@ -3,8 +3,10 @@
 This module must not import torch, so that --help answers at once."""
 import argparse
 import contextlib
+import glob
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -26,11 +28,49 @@ class Parser(argparse.ArgumentParser):
 
 
 def text(value):
-    """The argparse type of paths and names. It refuses an empty one, which usually comes from a
+    """The argparse type of names. It refuses an empty one, which usually comes from a
     shell variable that is not set."""
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty")
     return value
+
+
+def find_paths(value):
+    """The paths that an argument stands for: `~` is the home folder, and `*`, `?` and [...] are a
+    pattern, where the shell has left that to the program, as those of Windows do. A name that
+    exists as it is, and a pattern that fits nothing, stay as they are. On Windows, the folders of
+    a path are separated by slashes, so that a config.json fits other systems as well.
+
+    Returns a sorted list of strings, which is never empty."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    if os.name == "nt" and not value.startswith("\\\\?\\"):
+        value = value.replace("\\", "/")
+    if os.path.lexists(value):
+        return [value]
+    if value == "~" or value.startswith("~/"):
+        value = os.path.expanduser("~") + value[1:]
+    return sorted(glob.glob(value)) or [value]
+
+
+def path(value):
+    """The argparse type of a path, see `find_paths`. It refuses an empty one, which usually comes
+    from a shell variable that is not set."""
+    found = find_paths(value)
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"{value} fits {len(found)} names, such as {found[0]}")
+    return found[0]
+
+
+class Paths(argparse.Action):
+    """The argparse action of a flag that takes several paths, see `find_paths`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            found = [path for value in values for path in find_paths(value)]
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        setattr(namespace, self.dest, found)
 
 
 def number(number_type, bounds):
@@ -66,8 +106,26 @@ def prepare_output(end_with_reader=False):
 
 
 def shell_command(arguments):
-    """Join arguments to a command line, as the user may paste it into a shell."""
-    return shlex.join(map(str, arguments))
+    """Join arguments to a command line, as the user may paste it into a shell: on Windows into
+    cmd.exe or PowerShell, and else into those that follow POSIX.
+
+    Both of Windows' shells understand double quotes, between which they still read %NAME%, or $NAME
+    and the backtick. No way of quoting these suits both."""
+    join = join_for_windows if os.name == "nt" else shlex.join
+    return join(map(str, arguments))
+
+
+def join_for_windows(arguments):
+    """Join arguments as `shell_command` does on Windows."""
+    words = []
+    for word in arguments:
+        if not re.fullmatch(r"[\w./:=+\\-]+", word):
+            # Programs take a backslash before a quote for an escape.
+            word = re.sub(r'(\\*)"', r'\1\1\\"', word)
+            word = re.sub(r"(\\+)$", r"\1\1", word)
+            word = f'"{word}"'
+        words.append(word)
+    return " ".join(words)
 
 
 def printable(text):
