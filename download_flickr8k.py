@@ -18,7 +18,7 @@ import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from src.utils.captions import read_folder
-from src.utils.console import Parser, ProgressLine, prepare_output, text
+from src.utils.console import Parser, ProgressLine, prepare_output, single_path, text
 from src.utils.errors import DataError, RunError
 from src.utils.folder import SPLIT_FILES
 
@@ -31,9 +31,9 @@ TIMEOUT = 60  # seconds without a byte from the server
 def parse_args(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data_dir", type=text, default="data/flickr8k",
+    add("--data_dir", type=single_path, default="data/flickr8k",
         help="folder for the dataset (default: %(default)s)")
-    add("--archive_dir", type=text,
+    add("--archive_dir", type=single_path,
         help="folder that holds the two zips (default: they are downloaded)")
     add("--url", type=text,
         help=f"address of the folder that the two zips are downloaded from (default: {URL})")

@@ -27,7 +27,7 @@ import sys
 import webbrowser
 from pathlib import Path
 
-from src.utils.console import Parser, number, prepare_output, text
+from src.utils.console import Parser, Paths, number, prepare_output, single_path, text
 from src.utils.folder import MAX_LENGTH, SPLIT_FILES
 
 EXAMPLES = 4  # hits, and as many misses, on the page of a run
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--query", nargs="+", metavar="TEXT",
         help=f"rank photos by each text; its first {MAX_LENGTH:,} characters are read")
-    add("--image", type=text, metavar="FILE",
+    add("--image", type=single_path, metavar="FILE",
         help="rank captions by this photo; with --photos: rank photos by it; with --query: rank "
         "photos by the photo and the text")
     exclusive = group.add_mutually_exclusive_group()
@@ -66,28 +66,28 @@ def parse_args(argv=None):
         "--serve", type=number(int, "[0, 65535]"), nargs="?", const=8008, metavar="PORT",
         help="serve a search page to the browsers of this machine; port 0 stands for any free one "
         "(default: 8008)")
-    exclusive.add_argument("--evaluate", type=text, metavar="DIR",
+    exclusive.add_argument("--evaluate", type=single_path, metavar="DIR",
                            help="compute R@K on a folder with captions, in any layout")
-    exclusive.add_argument("--compare", type=text, nargs="+", metavar="DIR",
+    exclusive.add_argument("--compare", action=Paths, nargs="+", metavar="DIR",
                            help="compare runs in one table, the best on validation first")
-    add("--page", type=text, metavar="FILE.html",
+    add("--page", type=single_path, metavar="FILE.html",
         help="write one HTML file: the runs with curves, hits and misses, or what --query or "
         "--image found")
 
     add = parser.add_argument_group("which model and which photos").add_argument
-    add("--output_dir", type=text, nargs="+", metavar="DIR",
+    add("--output_dir", action=Paths, nargs="+", metavar="DIR",
         help="folder of the run; several for --page and the tables (default: the newest run in "
         f"{OUTPUTS})")
-    add("--image_encoder", type=text, metavar="NAME",
+    add("--image_encoder", type=single_path, metavar="NAME",
         help="search or evaluate without a run, with a model of photos and texts such as CLIP: one "
         "of transformers (a name or a folder), or FILE.py:FUNCTION for its encoder of photos")
-    add("--text_encoder", type=text, metavar="NAME",
+    add("--text_encoder", type=single_path, metavar="NAME",
         help="the encoder of texts of that model (default: that of --image_encoder)")
     add("--split", choices=[*SPLIT_FILES, "all"],
         help="the split whose photos and captions are ranked (default: test)")
-    add("--data_dir", type=text, metavar="DIR",
+    add("--data_dir", type=single_path, metavar="DIR",
         help="folder of the dataset (default: the one that the run was trained on)")
-    add("--photos", type=text, metavar="DIR",
+    add("--photos", type=single_path, metavar="DIR",
         help="search the photos in this folder and below it instead, without thumbnails and "
         "recycle bins")
 

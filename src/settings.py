@@ -9,7 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from src.utils.console import Parser, number, text
+from src.utils.console import Parser, Paths, number, single_path, text
 from src.utils.errors import UsageError
 
 # The groups of flags in --help. Each begins with the setting that is named here.
@@ -296,12 +296,12 @@ def add_flag(group, setting):
         options["choices"] = about["choices"]
     elif about["bounds"]:
         options["type"] = number(setting.type, about["bounds"])
-    else:
-        options["type"] = text
+    elif setting.type is str:
+        options["type"] = text if setting.name == "device" else single_path
     if about["bare"] is not None:
         options |= {"nargs": "?", "const": about["bare"]}
     if setting.type is list:
-        options |= {"nargs": "+", "metavar": "DIR"}
+        options |= {"nargs": "+", "metavar": "DIR", "action": Paths}
     group.add_argument(f"--{setting.name}", **options)
 
 
@@ -321,12 +321,12 @@ def parse_args(description, argv=None):
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     add_flags(parser)
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", type=text, default=None, help="folder that the run is written to "
+    add("--output_dir", type=single_path, default=None, help="folder that the run is written to "
         "(default: outputs/flickr8k_sgd, or outputs/synthetic_sgd with --synthetic)")
     add("--resume", action="store_true", default=False,
         help="continue the run in --output_dir with its own settings; --epochs may change, and so "
         "may --data_dir, --extra_data, --device and --amp")
-    add("--init_from", type=text, metavar="RUN", default=None,
+    add("--init_from", type=single_path, metavar="RUN", default=None,
         help="begin with the weights and the tokenizer of the run in this folder, which must not "
         "have seen the photos of val and test; settings that are not given are that run's "
         "(default output_dir: outputs/DATA_from_RUN)")

@@ -20,11 +20,11 @@ from src.utils.console import (
     join_for_windows,
     log_to_console,
     number,
-    path,
     prepare_output,
     printable,
     say_once,
     shell_command,
+    single_path,
     text,
 )
 
@@ -240,7 +240,7 @@ def test_paths_on_windows_have_slashes(home, monkeypatch):
 
 def test_flags_that_take_paths(home, capsys):
     parser = Parser(prog="program")
-    parser.add_argument("--one", type=path)
+    parser.add_argument("--one", type=single_path)
     parser.add_argument("--many", nargs="+", action=Paths)
     args = parser.parse_args(["--one=~/a*", "--many", "?", "~/new", "none*"])
     assert args.one == f"{home}/a" and args.many == ["a", "b", f"{home}/new", "none*"]

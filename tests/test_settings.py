@@ -278,3 +278,17 @@ def test_a_memory_comes_with_a_fusion_that_reads_it():
     assert (with_memory.memory_size, with_memory.fusion_layers) == (16, 1)
     assert make_settings(model="base", memory_size=16).fusion_layers == 4
     assert make_settings(model="tiny", memory_size=0).fusion_layers == 1
+
+
+def test_paths_are_expanded_where_the_shell_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("more_a", "more_b"):
+        (tmp_path / name).mkdir()
+    args = parse_args("", ["--data_dir=~/photos", "--output_dir=~/run", "--extra_data", "more_*",
+                           "--image_encoder=~/encoders.py:photos", "--device", "cpu"])
+    home = str(tmp_path)
+    assert args.data_dir == f"{home}/photos" and args.output_dir == f"{home}/run"
+    assert args.extra_data == ["more_a", "more_b"] and args.device == "cpu"
+    assert args.image_encoder == f"{home}/encoders.py:photos"

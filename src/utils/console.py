@@ -53,7 +53,7 @@ def find_paths(value):
     return sorted(glob.glob(value)) or [value]
 
 
-def path(value):
+def single_path(value):
     """The argparse type of a path, see `find_paths`. It refuses an empty one, which usually comes
     from a shell variable that is not set."""
     found = find_paths(value)
