@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import functools
 import os
-import random
 import sys
 import webbrowser
 from pathlib import Path
@@ -30,7 +29,6 @@ from pathlib import Path
 from src.utils.console import Parser, Paths, number, prepare_output, single_path, text
 from src.utils.folder import MAX_LENGTH, SPLIT_FILES
 
-EXAMPLES = 4  # hits, and as many misses, on the page of a run
 OUTPUTS = Path("outputs")  # where the training script writes its runs, unless told otherwise
 PAGE_TITLE = "Image-text retrieval"
 SEARCHES = ("--query", "--image", "--serve")
@@ -160,13 +158,10 @@ if __name__ == "__main__":
     # --help and wrong arguments are answered before torch is imported, which takes seconds.
     parse_args()
 
-import numpy as np
-
-from src import page, report, server
+from src import page, report, run_page, search_page, server
 from src.device import full_memory, keep_freed_memory
 from src.evaluate_folder import evaluate_folder
-from src.gallery import Search, cache_of_run, photos_of_split
-from src.retrieval import retrieval_ranks
+from src.gallery import photos_of_split
 from src.runs import HISTORY, TRAIN_FIRST, load_run
 from src.search_results import (
     find_data_dir,
@@ -179,7 +174,6 @@ from src.search_results import (
 )
 from src.utils.errors import DataError, UsageError
 from src.utils.photo_files import photos_of_folder
-from src.utils.tokenizers import number_texts
 
 
 def newest_run():
@@ -191,29 +185,6 @@ def newest_run():
     return str(max(histories, key=lambda path: path.stat().st_mtime).parent)
 
 
-def hits_and_misses(search, ranks, text_ids):
-    """Captions drawn at random, whose photo is ranked first or is not, as rows for
-    `page.photo_sheet`. Beside the correct photo stands the best of the others. ranks: (M,), the
-    rank of each caption's photo. text_ids: (M,), equal for captions that count as equal."""
-    cosines = search.text_embeddings @ search.photo_embeddings.T
-    photo_of_text, rows = np.array(search.photo_of_text), []
-    for outcome, chosen, other_rank in (("hit", ranks == 1, "ranked 2"),
-                                        ("miss", ranks > 1, "ranked first")):
-        candidates = chosen.nonzero().flatten().tolist()
-        for i in random.Random(0).sample(candidates, min(EXAMPLES, len(candidates))):
-            best = cosines[i].argsort(descending=True, stable=True).tolist()
-            with_text = set(photo_of_text[text_ids == text_ids[i]].tolist())
-            correct = next(photo for photo in best if photo in with_text)
-            label = f"correct, ranked {int(ranks[i]):,}: {search.photos[correct].name}"
-            cells = [(search.photos[correct], label, True)]
-            others = [photo for photo in best if photo not in with_text]
-            for photo in others[:1]:
-                label = f"{other_rank}: {search.captions[photo][0]}"
-                cells.append((search.photos[photo], label, False))
-            rows.append((f"{outcome}: {search.texts[i]}", cells))
-    return rows
-
-
 def serve(args):
     """--serve: answer browsers until Ctrl-C."""
     with server.Server(args.serve) as http:
@@ -221,14 +192,13 @@ def serve(args):
         example_queries = []
         if search.texts:
             example_queries = [search.texts[row] for row in search.different_texts()]
-            search.score_captions(search.photo_embeddings[:1])  # embeds the captions in advance
         elif args.output_dir:
             with contextlib.suppress(DataError, UsageError):
                 _, captions = photos_of_split(find_data_dir(args, args.output_dir[0]), "val")
                 example_queries = list(dict.fromkeys(texts[0] for texts in captions))
         find_photos = functools.partial(photos_of_folder, args.photos) if args.photos else None
         name = args.output_dir[0] if args.output_dir else args.image_encoder
-        http.pages = server.SearchPages(search, name, place, example_queries, find_photos)
+        http.pages = search_page.SearchPages(search, name, place, example_queries, find_photos)
         address = f"http://{server.HOST}:{http.server_port}"
         print(f"{address} (press Ctrl-C to stop)", flush=True)
         if args.browser and has_display():
@@ -245,36 +215,17 @@ def has_display():
         os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def photos_section(args, run):
-    """How well a Run finds the captions' photos, with hits and misses, as HTML. Raises UsageError
-    if the photos or the best model are missing."""
-    photos, captions = photos_of_split(find_data_dir(args, run.dir), args.split)
-    search = Search(cache_of_run(run.dir), photos, captions, use_bank=False)
-    search.embed_photos()
-    with report.reading(run):
-        captions_are_shared = "different_captions" in run.config["data"][args.split]
-    if captions_are_shared:
-        text_ids = number_texts(search.texts)
-    else:
-        text_ids = np.arange(len(search.texts))
-    ranks = retrieval_ranks(search.photo_embeddings, search.text_embeddings, search.photo_of_text,
-                            text_ids=text_ids)["t2i"]
-    title = f"Text to photo by category of caption: {len(photos):,} photos of {args.split}"
-    return (page.recall_by_category(title, search.texts, ranks)
-            + page.photo_sheet(hits_and_misses(search, ranks, text_ids)))
-
-
 def write_page(args):
     """--page: write the runs to one HTML file, with photos where they are available."""
     sections = []
     for run_dir in args.output_dir:
         run = load_run(run_dir)
         try:
-            photos = photos_section(args, run)
+            photos = run_page.photos_section(args, run)
         except UsageError as error:
-            photos = page.paragraph(f"No photos are shown: {error}")
+            photos = [page.paragraph(f"No photos are shown: {error}")]
             print(f"{run_dir}: no photos on the page: {error}", file=sys.stderr)
-        sections.append(page.run_section(run, photos))
+        sections.append(run_page.run_section(run, *photos))
     page.write(args.page, PAGE_TITLE, f'<div class="runs">{"".join(sections)}</div>')
 
 

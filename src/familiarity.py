@@ -5,6 +5,8 @@ the run's bank: how near the words are to anything that the model has learned, a
 best photo scores."""
 import torch
 
+from src.ranking import similarities
+
 SAMPLE = 500  # captions of the bank that are compared
 UNUSUAL = 0.02  # share of these that are less familiar, or find less, than what passes for a find
 CHUNK = 100  # texts that are compared with a gallery at a time
@@ -28,7 +30,7 @@ class Familiarity:
     def knows(self, text):
         """Whether a text, given by its embedding (1, D), is as near to a caption of the bank as
         these are to each other."""
-        return (text @ self.texts.T).max().item() > self.lowest_cosine
+        return similarities(text, self.texts).max().item() > self.lowest_cosine
 
     def lowest_score(self, score_photos):
         """The score that the best photo of a gallery reaches for all but an UNUSUAL share of the

@@ -1,43 +1,67 @@
-"""The HTML of a run (its tables, its curves) and of the photos that a search found. A page is one
-file that refers to no other."""
+"""What all pages have in common, and the page of the photos that a search found. A page refers to
+no other site, and one that is written to a file is that single file."""
 import base64
-import io
-import re
 from html import escape
 from pathlib import Path
 
-from src import report
-from src.retrieval import KS
+from src.pictures import thumbnail
 from src.utils.errors import UsageError
-from src.utils.photo_files import open_photo
 
-THUMBNAIL, SMALL = 300, 180  # the longer side in pixels, of served photos and of those in a file
+SMALL = 180  # the longer side in pixels of the photos in a file
 STYLE = """
-:root { color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif; }
+:root { color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif;
+  background: Canvas; color: CanvasText;
+  --line: rgb(128 128 128 / .35); --soft: rgb(128 128 128 / .15); --strong: #2a7de1; }
 body { margin: 0 auto; padding: 1rem; max-width: 80rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.3rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 1.5rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1rem 0 .5rem; } p { margin: .5rem 0; }
 a { color: inherit; } :focus-visible { outline: 3px solid Highlight; outline-offset: 2px; }
-form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin: .5rem 0; }
-input, button { font: inherit; padding: .4rem .6rem; max-width: 100%; box-sizing: border-box; }
-input[type=search] { flex: 1 1 12rem; } footer, li, table { font-size: .9rem; }
-.photos, .runs { list-style: none; padding: 0; display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); }
+header, form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
+header { gap: .5rem 1rem; } header h1 { margin: 0; } form[role=search] { flex: 1 1 18rem; }
+input, button, .button { font: inherit; padding: .4rem .7rem; box-sizing: border-box;
+  max-width: 100%; border: 1px solid var(--line); border-radius: .4rem; }
+::placeholder { color: inherit; opacity: .8; }
+input[type=search] { flex: 1 1 10rem; min-width: 0; border-color: GrayText; }
+button, .button { background: var(--soft); color: inherit; cursor: pointer; }
+.button:focus-within { outline: 3px solid Highlight; outline-offset: 2px; }
+.unseen { position: absolute; width: 1px; height: 1px; padding: 0; border: 0; overflow: hidden;
+  clip-path: inset(50%); white-space: nowrap; }
+@media (scripting: none) { .button .unseen { position: static; width: auto; height: auto;
+  clip-path: none; } }
+.warning { border-left: .3rem solid #d97706; padding: .3rem .8rem; font-size: 1.1rem; }
+.photos, .runs, .chips { list-style: none; padding: 0; display: grid; gap: 1rem; margin: .5rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 14rem), 1fr)); }
+.chips { display: flex; flex-wrap: wrap; gap: .5rem; }
+.chips a { display: block; padding: .3rem .8rem; border-radius: 1rem; text-decoration: none;
+  border: 1px solid var(--line); }
 .runs { gap: 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }
-.photos p { margin: .2rem 0; } .asked { max-width: 12rem; } .right { outline: 4px solid #09963c; }
-img { width: 100%; aspect-ratio: 1; object-fit: contain; background: rgb(128 128 128 / .15); }
+.photos li { min-width: 0; font-size: .9rem; } .photos p { margin: .2rem 0; }
+.photos img { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--soft);
+  border-radius: .3rem; display: block; } .photos .right { outline: 4px solid #09963c; }
+.asked { max-width: 9rem; margin-top: 1rem; } footer { margin-top: 2rem; font-size: .9rem; }
+.line { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+.lines { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+  overflow: hidden; }
+.score { display: flex; gap: .5rem; align-items: center; }
+.bar { flex: 1; height: .25rem; border-radius: 1rem; background: var(--soft); }
+.bar i { display: block; height: 100%; border-radius: 1rem; background: var(--strong); }
+.view { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: start; }
+.view > a { max-width: 100%; } .view > dl { flex: 1 1 18rem; min-width: 0; }
+.view img { max-width: 100%; max-height: 85vh; display: block; }
+dl { margin: 0; } dt { font-weight: bold; margin-top: .5rem; } dd { margin: 0; }
+#path { user-select: all; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
-.facts td + td { overflow-wrap: anywhere; } svg { max-width: 36rem; }
-td, th { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid rgb(128 128 128 / .3); }
-td:first-child, th:first-child, .facts td { text-align: left; } figure { margin: 1rem 0; }
-@media print { figure, tr, li { break-inside: avoid; } }
+table { font-size: .9rem; } .headline { font-size: 1.2rem; }
+.facts td { overflow-wrap: anywhere; } svg { max-width: 36rem; display: block; }
+td, th { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid var(--line); }
+th { font-weight: normal; } thead th { font-weight: bold; }
+td:first-child, th:first-child, .facts td { text-align: left; }
+.curves { display: grid; gap: 1rem; margin: 1.5rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); } figure { margin: 0; }
+@media print { h1, h2, h3, figcaption { break-after: avoid; }
+  figure, tr, li, .row { break-inside: avoid; } .wide { overflow: visible; }
+  .runs { display: block; } }
 """
-CAPTION_CATEGORIES = {  # {name: a regular expression that finds captions of the category}
-    "all": "", "8 words or less": r"^(\S+\s+){0,7}\S+\s*$", "15 words or more": r"(\S+\s+){14}\S",
-    "people": r"\b(m[ae]n|wom[ae]n|boys?|girls?|child|children|people|person|kids?|player)\b",
-    "dogs": r"\b(dogs?|puppy|puppies)\b",
-    "numbers": r"\b(two|three|four|five|six|several|group)\b",
-    "colours": r"\b(white|black|red|blue|green|yellow|brown|orange|pink|purple|gr[ae]y|blond)\b",
-    "water, snow": r"\b(water|ocean|sea|pool|lake|river|beach|waves?|snow|snowy|ice)\b"}
 
 
 def document(title, body, script=""):
@@ -50,116 +74,41 @@ def document(title, body, script=""):
             "</body></html>\n")
 
 
-def thumbnail(photo, pixels=THUMBNAIL):
-    """A photo as JPEG bytes, upright, with a longer side of at most so many pixels. photo: a path,
-    or an object with `open`. Raises DataError as `open_photo` does."""
-    small = open_photo(photo, pixels)
-    small.thumbnail((pixels, pixels))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    return file.getvalue()
-
-
 def paragraph(text):
     """Plain text as an HTML paragraph."""
     return f"<p>{escape(text)}</p>"
 
 
 def table(columns, rows, css_class=""):
-    """An HTML table of plain texts. Its columns have names, or none at all."""
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}' for cell in row)}" for row in rows)
-    head = "".join(f"<th>{escape(name)}" for name in columns)
-    return f'<div class="wide"><table class="{css_class}"><tr>{head}{rows}</table></div>'
+    """An HTML table of plain texts, whose first column names the rows. Its columns have names, or
+    none at all."""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(str(name))}{"".join(f"<td>{escape(str(c))}" for c in cells)}'
+        for name, *cells in rows)
+    head = "".join(f'<th scope="col">{escape(name)}' if name else "<td>" for name in columns)
+    if head:
+        head = f"<thead><tr>{head}</thead>"
+    return f'<div class="wide"><table class="{css_class}">{head}<tbody>{rows}</table></div>'
 
 
-def svg_curves(title, epochs, lines):
-    """Curves over the epochs as an SVG figure. lines: {name: values}, with None for an epoch that
-    has no value. The plot is 422 x 200 pixels large, its upper left corner is at (48, 20)."""
-    top = max((value for line in lines.values() for value in line if value is not None), default=1)
-    top = top or 1  # the loss is 0 where all photos have one caption
-    first, last = epochs[0], max(epochs[-1], epochs[0] + 1)
-    parts = []
-    for y in (20, 120, 220):
-        parts.append(f'<path d="M48 {y}H470" stroke="gray" stroke-width=".5"/>'
-                     f'<text x="44" y="{y + 4}" text-anchor="end">{top * (220 - y) / 200:.3g}'
-                     "</text>")
-    parts.append(f'<text x="48" y="236" text-anchor="start">epoch {first}</text>')
-    parts.append(f'<text x="470" y="236" text-anchor="end">{last}</text>')
-    colours = ("#2a7de1", "#e0662a", "#0a9b52", "#b04ad8")
-    for i, ((name, line), colour) in enumerate(zip(lines.items(), colours)):
-        points = [f"{48 + 422 * (epoch - first) / (last - first):.1f},{220 - 200 * value / top:.1f}"
-                  for epoch, value in zip(epochs, line) if value is not None]
-        # The first point is drawn twice, so that a single one appears as a square.
-        parts.append(f'<polyline points="{" ".join(points[:1] + points)}" fill="none" '
-                     f'stroke="{colour}" stroke-width="3" stroke-linecap="square"/>'
-                     f'<text x="{48 + 108 * i}" y="12" fill="{colour}">{escape(name)}</text>')
-    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 240" role="img" '
-            f'aria-label="{title}" font-size="12" fill="currentColor">{"".join(parts)}</svg>'
-            "</figure>")
-
-
-def recall_by_category(title, texts, ranks):
-    """A table of R@K for each category of captions, as HTML. texts: the M captions. ranks: (M,) the
-    rank of each caption's photo."""
-    rows = []
-    for name, pattern in CAPTION_CATEGORIES.items():
-        members = [i for i, text in enumerate(texts) if re.search(pattern, text.lower())]
-        recalls = []
-        if members:
-            recalls = [f"{100 * (ranks[members] <= k).double().mean():.2f}" for k in KS]
-        rows.append([name, f"{len(members):,}", *recalls])
-    columns = ["captions", "", *(f"R@{k} (%)" for k in KS)]
-    return f"<h2>{escape(title)}</h2>" + table(columns, rows)
-
-
-def photo_sheet(rows):
+def photo_sheet(rows, level=2):
     """Rows of labelled photos as HTML. rows: [(title, [(path, label, marked)])]; a marked photo has
-    a green frame. Raises DataError for a photo that cannot be read."""
+    a green frame. level: of the headings. Raises DataError for a photo that cannot be read."""
     html = ""
     for title, cells in rows:
-        html += f'<h2>{escape(title)}</h2><ul class="photos">'
+        html += f'<div class="row"><h{level}>{escape(title)}</h{level}><ul class="photos">'
         for photo, label, marked in cells:
             image = base64.b64encode(thumbnail(photo, SMALL)).decode()
             css_class = "right" if marked else ""
             html += (f'<li><img class="{css_class}" src="data:image/jpeg;base64,{image}" alt="">'
                      f"{paragraph(label)}</li>")
-        html += "</ul>"
+        html += "</ul></div>"
     return html
-
-
-def run_section(run, more_html):
-    """The tables and the curves of a Run as HTML, followed by more_html. Raises UsageError for a
-    run whose files lack something."""
-    with report.reading(run):
-        config, history = run.config, run.history
-        facts = {
-            "training": report.training_time(run),
-            "trained on": report.trained_on(run),
-            "model": f"{run.settings.model}, {config['parameters']:,} parameters",
-            "pretrained encoders": report.encoders(run),
-            "hardware": config["device"],
-            "precision": config["precision"],
-            "date": config["date"],
-            "command": config["command"],
-        }
-        html = f"<h1>{escape(str(run.dir))}</h1>" + table([], facts.items(), "facts")
-        for title, columns, rows in report.recall_tables(run):
-            html += f"<h2>{escape(title)}</h2>" + table(["", *columns], rows)
-        html += "".join(paragraph(note) for note in report.recall_notes(run))
-        epochs = [row["epoch"] for row in history]
-        recalls = {}
-        for name, direction in (("I->T", "i2t"), ("T->I", "t2i")):
-            for k in (1, 10):
-                recalls[f"{name} R@{k}"] = [row["val"][f"{direction}_r{k}"] for row in history]
-        html += svg_curves("Recall on validation, in percent", epochs, recalls)
-        html += svg_curves("Training loss", epochs, {"": [row["train"]["loss"] for row in history]})
-        html += svg_curves("Learning rate at the end of the epoch", epochs,
-                           {"": [row["lr"] for row in history]})
-    return f"<section>{html}{more_html}</section>"
 
 
 def write(path, title, body):
     """Write a `document` to a file. Raises UsageError if it cannot be written."""
+    body = f"<main><h1>{escape(title)}</h1>{body}</main>"
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(document(title, body), "utf-8", "replace")

@@ -1,10 +1,9 @@
-"""The search page by real requests, and the page of a run."""
+"""The pages of a search, by real requests."""
 import concurrent.futures
 import contextlib
 import hashlib
 import http.client
 import io
-import json
 import re
 import shutil
 import signal
@@ -20,17 +19,18 @@ import pytest
 from PIL import Image
 
 import show_flickr8k_results
-from src import page, server
+from src import search_page, server
 from src.gallery import CACHE, Search, cache_of_run, photos_of_split
-from src.runs import BEST, CONFIG, HISTORY
 from src.utils.photo_files import photos_of_folder
+from src.utils.samples import TarMember
 from tests.conftest import start_script
 
 
 @contextlib.contextmanager
 def served(search, example_queries=(), find_photos=None):
     with server.Server(0) as http:
-        http.pages = server.SearchPages(search, "a run", "of val", example_queries, find_photos)
+        http.pages = search_page.SearchPages(search, "a run", "of val", example_queries,
+                                             find_photos)
         thread = threading.Thread(target=http.serve_forever, args=[0.01])
         thread.start()
         try:
@@ -65,16 +65,20 @@ def ask(site, path, method="GET", body=None, **headers):
 
 def look(site, expected_status=200, **fields):
     """The page of a search, as HTML."""
-    status, headers, content = ask(site, "/?" + urlencode(fields))
+    return look_at(site, "/?" + urlencode(fields), expected_status)
+
+
+def look_at(site, path, expected_status=200):
+    status, headers, content = ask(site, path)
     assert status == expected_status and headers["Content-Type"] == "text/html; charset=utf-8"
     return content.decode()
 
 
 def shown(html):
-    """The photos of the last grid, in order -> [(number, similarity)]."""
-    grid = html.rsplit('<ol class="photos">', 1)[1]
-    return [(int(number), float(similarity or "nan")) for number, similarity in
-            re.findall(r'src="/photo/(\d+)\?.*?<b>([-.\d]*)</b>', grid)]
+    """The photos of the last grid, in order -> [(number, score)]."""
+    grid = html.rsplit('<ol class="photos">', 1)[1].split("</ol>")[0]
+    return [(int(number), float(score or "nan")) for number, score in re.findall(
+        r'src="/photo/(\d+)\?[^>]*></a>(?:<p class="score"><b>([-.\d]*)</b>)?', grid)]
 
 
 def form(content, name="a.png"):
@@ -90,25 +94,26 @@ def png(size=(40, 30), colour="red"):
     return file.getvalue()
 
 
-def expected(search, query, scores, leave_out=None):
-    """What `shown` should give of the page of one query (1, D). scores: (1, N)."""
-    cosines, scores = (query @ search.photo_embeddings.T)[0], scores[0]
+def expected(scores, leave_out=None):
+    """What `shown` should give of the page of one query. scores: (N,)."""
     order = scores.argsort(descending=True, stable=True).tolist()
-    return [(i, pytest.approx(cosines[i].item(), abs=6e-4)) for i in order if i != leave_out]
+    return [(i, pytest.approx(scores[i].item(), abs=6e-4)) for i in order if i != leave_out]
 
 
 def test_a_search_by_words(site):
     search, text = site.search, "two red circles & a \"square\""
     html = look(site, q=text)
-    query = search.embed_texts([text])
-    found = query, search.score_photos(query)
-    assert shown(html) == expected(search, *found)
+    scores = search.score_photos(search.embed_texts([text]))[0]
+    assert shown(html) == expected(scores)
+    assert f"The number is the {search.score_meaning()}." in html
+    bars = [int(width) for width in re.findall('style="width:([0-9]+)%"', html)]
+    assert bars[0] == 100 and bars == sorted(bars, reverse=True) and bars[-1] == 0
     assert 'value="two red circles &amp; a &quot;square&quot;"' in html  # kept in the box
     assert "12 of 12 photos" in html and "Nearest captions" not in html
     for i, captions in enumerate(search.captions):
-        assert unescape(html).count(captions[-1]) >= 1 and search.photos[i].name in html
+        assert unescape(html).count(captions[0]) >= 1 and search.photos[i].name in html
     html = look(site, q=text, top=5)
-    assert shown(html) == expected(search, *found)[:5] and "5 of 12 photos" in html
+    assert shown(html) == expected(scores)[:5] and "5 of 12 photos" in html
     more = unescape(re.search(r'href="([^"]*)">more', html)[1])
     assert len(shown(ask(site, more)[2].decode())) == 10
 
@@ -117,17 +122,16 @@ def test_a_search_by_a_photo(site):
     search = site.search
     html = look(site, photo=3)
     query = search.photo_embeddings[3:4]
-    cosines = query @ search.photo_embeddings.T
-    assert shown(html) == expected(search, query, cosines, leave_out=3)
-    first = search.score_captions(query)[0].argmax()
-    cosines = query @ search.text_embeddings.T
-    captions = html.split("Nearest captions")[1].split("</ol>")[0]
-    assert unescape(re.search("<li>(.*?)</li>", captions)[1]) == (
-        f'{cosines[0, first]:.3f} <a href="/?photo={search.photo_of_text[first]}">'
+    assert shown(html) == expected(search.similar_photos(query), leave_out=3)
+    scores = search.score_captions(query)[0]
+    first = scores.argmax()
+    captions = html.split("Nearest captions")[1]
+    assert unescape(re.search("<li>(.*?)<li>", captions)[1]) == (
+        f'{scores[first]:.3f} <a href="/view/{search.photo_of_text[first]}">'
         f"{search.texts[first]}</a>")
     html = look(site, photo=3, q="two red circles")
     query = search.embed_texts(["two red circles"], search.photo_embeddings[3:4])
-    assert shown(html) == expected(search, query, search.score_photos(query), leave_out=3)
+    assert shown(html) == expected(search.score_photos(query)[0], leave_out=3)
     assert '<input type="hidden" name="photo" value="3">' in html
     for photo in (-1, 12, "x", "٣", "1" * 30):
         assert "There is no photo with that number" in look(site, 404, photo=photo)
@@ -147,10 +151,9 @@ def test_a_search_by_an_uploaded_picture(site, run, monkeypatch):
     assert status == 200 and Image.open(io.BytesIO(small)).format == "JPEG"
     picture = search.embed_photo(search.photos[5])
     query = search.embed_texts(["red"], picture)
-    assert shown(look(site, upload=key, q="red")) == expected(
-        search, query, search.score_photos(query))
+    assert shown(look(site, upload=key, q="red")) == expected(search.score_photos(query)[0])
     assert sorted(path.name for path in run.iterdir()) == before
-    monkeypatch.setattr(server, "KEPT_UPLOADS", 2)
+    monkeypatch.setattr(search_page, "KEPT_UPLOADS", 2)
     for colour in ("red", "green", "blue"):
         assert ask(site, "/upload", "POST", **form(png(colour=colour)))[0] == 303
     assert len(site.pages.uploads) == 2
@@ -162,9 +165,14 @@ def test_the_first_page(site):
     html = look(site)
     assert len(shown(html)) == 12 and "12 of 12 photos, at random" in html
     examples = [unescape(text) for text in re.findall(r'"/\?q=[^"]*">(.*?)</a>', html)]
-    assert len(examples) == 3 and set(examples) <= set(site.search.texts)
+    assert len(examples) == 3
+    assert set(examples) <= {text.rstrip(" .") for text in site.search.texts}
     assert "a run · 12 photos of val" in html and "Look for new photos" not in html
     assert "autofocus" in html
+    assert html.count('type="file"') == 1 and "<noscript><button>" in html
+    link = unescape(re.search(r'href="/view/\d+(\?seed=\d+)"', html)[1])
+    assert shown(ask(site, "/" + link)[2].decode()) == [  # the way back finds the same photos
+        (number, pytest.approx(float("nan"), nan_ok=True)) for number, _ in shown(html)]
     assert look(site, q="   ").count("at random") == 1
     headers = ask(site, "/")[1]
     policy = headers["Content-Security-Policy"]
@@ -202,13 +210,74 @@ def test_photos_with_odd_names(run, shapes, tmp_path):
         html = look(site, q="red")
         assert len(shown(html)) == 4 and html.count("<script>") == 1
         assert {unescape(alt) for alt in re.findall('alt="(.*?)"', html)} == set(names)
-        assert "Nearest captions" not in look(site, photo=0) and "For example" in look(site)
+        assert "Nearest captions" not in look(site, photo=0) and "For example" not in look(site)
         gone = [photo.name for photo in photos].index("gone.png")
         (tmp_path / "gone.png").unlink()
         status, headers, content = ask(site, f"/photo/{gone}")
         assert status == 200 and headers["Content-Type"] == "image/svg+xml"
         assert b"gone.png" in content and b"<script" not in content
         assert "gone.png: the file is missing" in look(site, 410, photo=gone)
+
+
+def test_the_view_of_a_photo(site):
+    search = site.search
+    text = "two red circles & more"
+    html = look(site, q=text, top=5)
+    number = shown(html)[2][0]
+    photo = search.photos[number]
+    href = unescape(re.search(rf'href="(/view/{number}\?[^"]*)"', html)[1])
+    status, _, content = ask(site, href)
+    view = unescape(content.decode())
+    assert status == 200 and f"<h2>{photo.name}</h2>" in view
+    assert f'<code id="path">{photo.absolute()}</code>' in view
+    assert f"<dd>{photo.absolute().parent}<" in view and "Taken" not in view
+    assert all(caption in view for caption in search.captions[number])
+    assert f'<a href="/?photo={number}">more like this</a>' in view
+    back = re.search('href="([^"]*)">back to the results', view)[1]
+    assert shown(ask(site, back.split("#")[0])[2].decode()) == shown(html)
+    assert f'id="{back.split("#")[1]}"' in html  # where the photo is
+    status, headers, content = ask(site, re.search('src="(/file/[^"]*)"', view)[1])
+    assert (status, headers["Content-Type"]) == (200, "image/jpeg")
+    assert content == photo.read_bytes()
+    assert headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_view_of_photos_of_other_kinds(run, shapes, tmp_path):
+    source = Image.open(photos_of_split(shapes, "val")[0][0])
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[36867] = "2014:05:02 10:30:05"
+    source.save(tmp_path / "a.jpg", exif=exif)
+    source.save(tmp_path / "b.tif")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "c.tar").write_bytes(b"0123" + content)
+    member = TarMember(tmp_path / "c.tar", "00/<c>.jpg", 4, len(content), 0)
+    photos = [tmp_path / "a.jpg", tmp_path / "b.tif", member]
+    search = Search(cache_of_run(run), photos, [[]] * 3, use_bank=True)
+    search.embed_photos()
+    with served(search) as site:
+        views = [ask(site, f"/view/{i}")[2].decode() for i in range(3)]
+        assert all("<dt>Taken<dd>2 May 2014, 10:30" in views[i] for i in (0, 2))
+        assert f'Archive<dd><code id="path">{tmp_path / "c.tar"}</code>' in views[2]
+        assert "<h2>00/&lt;c&gt;.jpg</h2>" in views[2] and "back to the start page" in views[2]
+        assert ask(site, "/file/0")[2] == ask(site, "/file/2")[2] == content
+        _, headers, content = ask(site, "/file/1")
+        assert headers["Content-Type"] == "image/jpeg"
+        assert Image.open(io.BytesIO(content)).size == source.size
+        (tmp_path / "b.tif").unlink()
+        html = look_at(site, "/view/1", 410)
+        assert "b.tif: the file is missing" in html
+        assert b"missing or unreadable" in ask(site, "/file/1")[2]
+        assert "There is no photo with that number" in look_at(site, "/view/3", 404)
+
+
+@pytest.mark.parametrize("answer, is_said", [(False, True), (True, False), (None, False)])
+def test_it_is_said_if_nothing_fits(site, monkeypatch, answer, is_said):
+    given = []
+    monkeypatch.setattr(site.search, "fits", lambda *args: given.append(args) or answer)
+    assert ("Nothing fits well." in look(site, q="red")) == is_said
+    (query, scores), = given
+    assert query.equal(site.search.embed_texts(["red"])) and len(scores) == 12
+    assert "Nothing fits well." not in look(site, photo=3)
 
 
 def test_thumbnails(site):
@@ -218,7 +287,7 @@ def test_thumbnails(site):
     # With "no-referrer" browsers send a form with the Origin "null", which is refused.
     assert headers["Referrer-Policy"] == "same-origin"
     photo = Image.open(io.BytesIO(content))
-    assert photo.format == "JPEG" and max(photo.size) <= page.THUMBNAIL
+    assert photo.format == "JPEG" and max(photo.size) <= search_page.THUMBNAIL
     site.pages.thumbnail.cache_clear()
     for _ in range(3):
         ask(site, "/photo/0")
@@ -268,7 +337,8 @@ def test_pictures_that_are_refused(site, what, expected_status, message):
 def test_addresses(site, path, status):
     found, headers, content = ask(site, path)
     assert found == status and b"root:" not in content
-    assert b"<h1>" in content and b"Search photos" in content  # a page, in words
+    assert b"<h2>" in content and b'name="q"' in content  # a page with the field of a search
+    assert b"a run" not in content and b"of val" not in content  # other sites may get it
 
 
 @pytest.mark.parametrize("host, status", [
@@ -339,7 +409,7 @@ def test_photos_are_added_changed_and_deleted_while_it_serves(run, shapes, tmp_p
         fresh = Search(search.cache, search.photos[2:], [[]] * 3, use_bank=True)
         fresh.embed_photos()
         query = fresh.embed_texts(["red"])
-        rank = dict(expected(fresh, query, fresh.score_photos(query)))
+        rank = dict(expected(fresh.score_photos(query)[0]))
         assert dict(shown(html)) == {i + 2: similarity for i, similarity in rank.items()}
 
         shutil.copy(sources[0], tmp_path / "a.png")  # back again
@@ -360,7 +430,7 @@ def test_there_is_nothing_to_look_for_in_a_split(site):
 
 def test_other_methods_get_an_error_page(site):
     status, headers, content = ask(site, "/", "DELETE")
-    assert status == 501 and b"<h1>Unsupported method" in content
+    assert status == 501 and b"<h2>Unsupported method" in content
 
 
 def test_many_requests(site, capfd):
@@ -426,61 +496,6 @@ def test_serving_a_folder_takes_examples_from_the_data(run, shapes, tmp_path, mo
     assert pages[0].find_photos() == [tmp_path / "a.png", tmp_path / "b.png"]
     first_captions = [captions[0] for captions in photos_of_split(shapes, "val")[1]]
     assert pages[0].example_queries == first_captions
-
-
-def write_page(capsys, out, *runs, more=()):
-    status = show_flickr8k_results.main(["--page", str(out), *more, "--output_dir",
-                                         *map(str, runs)])
-    return status, *capsys.readouterr()
-
-
-def test_the_page_of_a_run(run, tmp_path, capsys):
-    out = tmp_path / "new" / "run.html"
-    status, printed, err = write_page(capsys, out, run)
-    assert (status, printed, err) == (0, f"wrote {out}\n", "")
-    html = out.read_text("utf-8")
-    assert len(html) < 2_000_000
-    assert not re.search(r'(src|href)="(?!data:)|url\(|@import|https?://', html)  # stands alone
-    config, history = (json.loads((run / name).read_text()) for name in (CONFIG, HISTORY))
-    text = unescape(html)
-    best = max(history, key=lambda row: row["val"]["avg_r1"])
-    for words in (config["command"], config["device"], "built-in shapes", "chance",
-                 "40 photos, 200 captions", "3 of 3 epochs", "with the bank", "Test, best model",
-                 f"{best['val']['avg_r1']:.2f}"):
-        assert words in text, words
-    for figure in ("i2t_r1", "t2i_r10"):
-        for row in (best, history[-1]):
-            assert f"<td>{row['val'][figure]:.2f}" in html
-    assert html.count("<svg") == 3 and html.count("<polyline") == 6
-    drawn = []
-    for points in re.findall('polyline points="(.*?)"', html):
-        places = [tuple(map(float, point.split(","))) for point in points.split()]
-        assert [x for x, _ in places] == [48, 48, 259, 470]  # the first one is drawn twice
-        assert all(20 <= y <= 220 for _, y in places)
-        drawn.append([y for _, y in places[1:]])
-    for line, values in zip(drawn[-2:], ([row["train"]["loss"] for row in history],
-                                         [row["lr"] for row in history])):
-        assert line == [pytest.approx(220 - 200 * value / max(values), abs=0.1)
-                        for value in values]
-    photos = re.findall(r'src="data:image/jpeg;base64,(.*?)"', html)
-    hits, misses = text.count("<h2>hit: "), text.count("<h2>miss: ")
-    assert 0 < hits + misses <= 8 and len(photos) == 2 * (hits + misses)
-    counts = dict(re.findall(r"<tr><td>([^<]*)<td>([\d,]+)<td>", html))
-    assert counts["all"] == "40" and 0 < int(counts["colours"]) <= 40
-
-
-def test_the_page_of_several_runs_one_of_which_is_still_training(run, tmp_path, capsys):
-    training = shutil.copytree(run, tmp_path / "<i>training")
-    rows = json.loads((run / HISTORY).read_text())
-    (training / HISTORY).write_text(json.dumps(rows[:1]))
-    lost = shutil.copytree(run, tmp_path / "lost")
-    (lost / BEST).unlink()
-    out = tmp_path / "runs.html"
-    status, printed, err = write_page(capsys, out, run, training, lost, more=["--split", "val"])
-    assert status == 0 and err.count("\n") == 1 and "lost: no photos on the page" in err
-    html = out.read_text("utf-8")
-    assert html.count("<section>") == 3 and "1 of 3 epochs" in html and "<i>" not in html
-    assert "no best model yet" in html and html.count("<svg") == 9
 
 
 @pytest.mark.parametrize("wrong, message", [
