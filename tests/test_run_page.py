@@ -27,7 +27,7 @@ def write_page(capsys, out, *runs, more=()):
 def test_the_page_of_a_run(run, tmp_path, capsys):
     out = tmp_path / "new" / "run.html"
     status, printed, err = write_page(capsys, out, run)
-    assert (status, printed, err) == (0, f"wrote {out}\n", "")
+    assert (status, printed, err) == (0, "", f"wrote {out}\n")
     html = out.read_text("utf-8")
     assert len(html) < 2_000_000
     assert not re.search(r'(src|href)="(?!data:)|url\(|@import|https?://', html)  # stands alone
@@ -73,7 +73,7 @@ def test_the_page_of_several_runs_one_of_which_is_still_training(run, tmp_path, 
     (lost / BEST).unlink()
     out = tmp_path / "runs.html"
     status, printed, err = write_page(capsys, out, run, training, lost, more=["--split", "val"])
-    assert status == 0 and err.count("\n") == 1 and "lost: no photos on the page" in err
+    assert status == 0 and err.count("\n") == 2 and "lost: no photos on the page" in err
     html = out.read_text("utf-8")
     assert html.count("<section>") == 3 and "1 of 3 epochs" in html and "<i>" not in html
     assert "no best model yet" in html and html.count("<svg") == 9
