@@ -129,6 +129,9 @@ def check_encoders(parser, args):
         parser.error("--text_encoder has no effect without --image_encoder")
     if not args.image_encoder:
         return
+    if ".py:" in args.image_encoder and not args.text_encoder:
+        parser.error(f"--image_encoder {args.image_encoder} needs a --text_encoder, such as "
+                     "another function of this file")
     args.text_encoder = args.text_encoder or args.image_encoder
     if args.output_dir:
         parser.error("--image_encoder and --output_dir exclude each other: a run has its encoders")

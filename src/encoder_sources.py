@@ -17,7 +17,6 @@ import urllib.request
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import nn
 
 from src.device import autocast_dtype, full_memory
@@ -72,6 +71,7 @@ def load_encoder(name, modality, inner_layers=False):
         return load_from_file(name, modality)
     if ":" in name and not Path(name).is_dir():
         raise UsageError(f"--{modality}_encoder {name}: a function is named as FILE.py:FUNCTION")
+    import torchvision  # only here, because that takes a second
     torchvision_models = torchvision.models.list_models(torchvision.models)
     if name in torchvision_models:
         if modality == TEXT:
@@ -141,6 +141,7 @@ def which_function(path):
 
 def load_from_torchvision(name, inner_layers):
     """Load a model whose features are the input of its last linear layer, the classifier."""
+    import torchvision
     weights = torchvision.models.get_model_weights(name).DEFAULT
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     error = None

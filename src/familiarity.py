@@ -7,7 +7,7 @@ import torch
 
 from src.ranking import similarities
 
-SAMPLE = 500  # captions of the bank that are compared
+SAMPLE = 250  # captions of the bank that are compared
 UNUSUAL = 0.02  # share of these that are less familiar, or find less, than what passes for a find
 CHUNK = 100  # texts that are compared with a gallery at a time
 

@@ -19,7 +19,14 @@ from src.familiarity import Familiarity
 from src.model import combine_photo_and_text
 from src.ranking import similarities
 from src.runs import BEST
-from src.search import embed_photo_batches, embed_photos, embed_texts, load_bank, load_model
+from src.search import (
+    bank_of,
+    embed_photo_batches,
+    embed_photos,
+    embed_texts,
+    load_best,
+    load_model,
+)
 from src.settings import make_settings
 from src.utils.captions import read_folder
 from src.utils.errors import DataError, UsageError
@@ -35,10 +42,11 @@ METHOD = f"{STORE_VERSION} {BETA} {NEIGHBOURS} {NEIGHBOUR_WEIGHT}"
 def cache_of_run(run_dir, device=None):
     """The EmbeddingCache of a run's best model, in the folder of the run. Raises UsageError as
     `load_model` does."""
-    model, tokenizer, transform = load_model(run_dir, device)
+    checkpoint = load_best(run_dir)
+    model, tokenizer, transform = load_model(run_dir, device, checkpoint)
     with open(Path(run_dir) / BEST, "rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    return EmbeddingCache(model, tokenizer, transform, load_bank(run_dir), Path(run_dir) / CACHE,
+    return EmbeddingCache(model, tokenizer, transform, bank_of(checkpoint), Path(run_dir) / CACHE,
                           weights)
 
 

@@ -35,18 +35,24 @@ from src.utils.tokenizers import tokenizer_from_state
 def load_bank(run_dir):
     """The `Bank` of a run's best model. It is None while the run is still training, and for runs of
     versions that had no bank. Raises UsageError as `load_model` does."""
-    bank = load_best(run_dir).get("bank")
+    return bank_of(load_best(run_dir))
+
+
+def bank_of(checkpoint):
+    """The `Bank` in a checkpoint of `load_best`, or None."""
+    bank = checkpoint.get("bank")
     return None if bank is None else Bank(**bank)
 
 
-def load_model_and_encoders(run_dir, device=None):
+def load_model_and_encoders(run_dir, device=None, checkpoint=None):
     """Load a run's best model -> (model, tokenizer, settings, encoders).
 
     The model is in eval mode, on the device of that name, by default the best one of this machine,
     and takes photos and texts as they are: its pretrained encoders, if it has any, are a part of
-    it. The same encoders are also returned, to embed a whole dataset from its feature store. Raises
-    UsageError as `load_model` does."""
-    checkpoint = load_best(run_dir)
+    it. The same encoders are also returned, to embed a whole dataset from its feature store.
+    checkpoint: that of `load_best`, if it is loaded already. Raises UsageError as `load_model`
+    does."""
+    checkpoint = checkpoint or load_best(run_dir)
     config = checkpoint["config"]
     settings = settings_of(config, run_dir)
     device = find_device(device)
@@ -69,16 +75,16 @@ def load_model_and_encoders(run_dir, device=None):
     return model.eval().to(device), tokenizer, settings, encoders
 
 
-def load_model(run_dir, device=None):
+def load_model(run_dir, device=None, checkpoint=None):
     """Load a run's best model -> (model, tokenizer, transform).
 
     The model is in eval mode, on the device of that name, by default the best one of this machine.
-    tokenizer.encode(text) gives a
-    list of token ids. transform(path) gives a photo as the model takes it, a float tensor
-    (3, side, side), or whatever size the run's pretrained image encoder takes. Raises UsageError if
-    there is no run, or no best model yet, if a file of the run is damaged or belongs to another
-    version of this project, and if a pretrained encoder is unavailable or has changed."""
-    model, tokenizer, settings, encoders = load_model_and_encoders(run_dir, device)
+    tokenizer.encode(text) gives a list of token ids. transform(path) gives a photo as the model
+    takes it, a float tensor (3, side, side), or whatever size the run's pretrained image encoder
+    takes. checkpoint: that of `load_best`, if it is loaded already. Raises UsageError if there is
+    no run, or no best model yet, if a file of the run is damaged or belongs to another version of
+    this project, and if a pretrained encoder is unavailable or has changed."""
+    model, tokenizer, settings, encoders = load_model_and_encoders(run_dir, device, checkpoint)
     if encoders.image is not None and encoders.image.frozen:
         return model, tokenizer, encoders.image.load
     trained = None if encoders.image is None else encoders.image.row_format(1)

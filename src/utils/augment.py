@@ -8,7 +8,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import v2
 
 # The usual constants: mean and standard deviation of ImageNet's channels, on a scale of 0 to 1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,6 +37,8 @@ def resize(images, side, mode="bilinear"):
     """
     if images.shape[-2:] == (side, side):
         return images
+    # To import it takes a second, which a search in a gallery that is embedded can do without.
+    from torchvision.transforms import v2
     return v2.functional.resize(images, [side, side], v2.InterpolationMode(mode), antialias=True)
 
 
