@@ -4,6 +4,7 @@ import email
 import email.policy
 import hashlib
 import io
+import os
 import re
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -147,6 +148,7 @@ class Server(ThreadingHTTPServer):
     """Serves `pages`, a SearchPages that has to be set, to this machine alone. Port 0 stands for
     any free one. Raises UsageError if the port is not available."""
     request_queue_size, daemon_threads, pages = 64, False, None
+    allow_reuse_address = os.name == "posix"  # on Windows two servers would share a port
 
     def __init__(self, port):
         try:

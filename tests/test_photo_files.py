@@ -18,7 +18,7 @@ from src.utils.photo_files import (
     photos_of_folder,
 )
 from src.utils.photo_store import load_photo
-from tests.conftest import truncated_jpeg
+from tests.conftest import truncated_jpeg, write_photo
 
 
 def test_photos_of_a_folder(tmp_path):
@@ -405,3 +405,13 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     thread.join(30)
     expected = f"{tmp_path}/photo.png: a pipe, not a file" if name == "photo.png" else (8, 8)
     assert answers == [False, expected]
+
+
+def test_the_order_of_photos_is_that_of_their_names_on_every_system(tmp_path, monkeypatch):
+    for name in ("b.png", "A.png", "a.png", "B.png"):
+        write_photo(tmp_path / name, 1)
+    # Windows compares paths without the difference between capitals and small letters.
+    monkeypatch.setattr(type(tmp_path), "__lt__",
+                        lambda one, two: str(one).lower() < str(two).lower())
+    names = [path.name for path in photos_of_folder(tmp_path)]
+    assert names == ["A.png", "B.png", "a.png", "b.png"]

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import itertools
 import os
-import resource
 import statistics
 import sys
 import time
@@ -66,6 +65,8 @@ def peak_memory(device):
     """Return the most bytes that tensors took on a GPU, or that this process took on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

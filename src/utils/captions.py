@@ -21,7 +21,7 @@ found by `photo_names.py`. This module must not import torch."""
 import collections
 import itertools
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from src.utils.caption_files import (
     TOKEN_LINE,
@@ -184,7 +184,7 @@ def metadata_rows(paths, root, notes):
     rows = []
     for path in paths:
         folder = path.parent.relative_to(root)
-        rows += [((folder / name).as_posix(), caption, split)
+        rows += [(str(PurePosixPath(folder.as_posix(), name)), caption, split)
                  for name, caption, split in table_rows(path, notes)]
     folder_splits = [SPLIT_NAMES.get(name.partition("/")[0].lower()) for name, _, _ in rows]
     if all(folder_splits) and not any(split for _, _, split in rows):

@@ -25,7 +25,8 @@ def start():
     """Join the process group if torchrun started this process."""
     global long_timeout_group
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()  # not on Windows
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
         long_timeout_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
 
@@ -226,8 +227,9 @@ class StopRequest:
         self.requested = False
         self.watching = False
         self.ignore_second_signal = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last one is Windows' Ctrl-Break
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.handle)
 
     def handle(self, number, frame):
         """Python's handler of both signals."""

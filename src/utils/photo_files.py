@@ -161,7 +161,7 @@ def photos_of_folder(folder, skipped=None, left_out=None):
             reasons.append(list_left_out(left_out))
         reason = f" (skipped: {', '.join(reasons)})" if reasons else ""
         raise DataError(f"{folder}: holds no photos that can be read{reason}")
-    return sorted(photos)
+    return sorted(photos, key=lambda path: path.parts)  # on Windows, too, capitals come first
 
 
 def list_left_out(left_out):

@@ -314,8 +314,9 @@ def find_archives(root):
     paths = []
     for folder, names in walk_own_folders(root):
         paths += [Path(folder, name) for name in names if name.endswith((".tar", *COMPRESSED))]
-    return (sorted(path for path in paths if path.suffix == ".tar"),
-            sorted(path for path in paths if path.suffix != ".tar"))
+    paths.sort(key=lambda path: path.parts)  # on Windows, too, capitals come first
+    return ([path for path in paths if path.suffix == ".tar"],
+            [path for path in paths if path.suffix != ".tar"])
 
 
 def read_members(path):
