@@ -25,6 +25,7 @@ import torch
 
 from src import report, runs
 from src.bank import BETA
+from src.busy_machine import BusyMachine
 from src.device import (
     allow_fast_kernels,
     describe,
@@ -261,6 +262,7 @@ def fit(run, splits, stop):
         end_epoch(run, {"epoch": 0, "train": {"loss": run.first_loss}, "val": val, "lr": 0.0,
                         "seconds": time.time() - began})
     run.model.train()
+    machine = BusyMachine(device)
     while run.epoch <= settings.epochs:
         batches = batches_of_epoch(data, settings, run.epoch)
         steps, pairs = len(batches), len(batches[0]) * world
@@ -289,6 +291,10 @@ def fit(run, splits, stop):
                 speed = line.speed(steps_done, settings.epochs * steps - step - 1, pairs)
                 line.update(f"epoch {run.epoch}/{settings.epochs}  step {run.step}/{steps}  "
                             f"loss {loss:.3f}  {speed}")
+                slowed_down = machine.advice(epoch_is_over)
+                if slowed_down:
+                    line.clear()
+                    log.info(slowed_down)
                 stopping = distributed.any_process(stop.requested, device)
                 save_is_due = distributed.any_process(save_is_due, device)
                 if (stopping or save_is_due) and not epoch_is_over:

@@ -149,7 +149,7 @@ def test_a_pair_is_fine_tuned_from_what_ranks_better(
             model.image_encoder.projection.weight.mul_(1.01)
         return loss
 
-    def score(model, val, amp_dtype):
+    def score(*given):
         scores.append(None)
         return {"avg_r1": 1.0 if len(scores) == 1 else 2.0 * is_better}
 
