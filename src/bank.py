@@ -1,13 +1,18 @@
 """The bank: training photos and captions that help to rank other photos and captions."""
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from src.device import full_float32
+from src.ranking import similarities
 from src.retrieval import CHUNK_SIZE
 
 BANK_SIZE = 5000  # the largest number of photos in a bank
 BETA = 20.0  # inverse temperature of the softmaxes over neighbours and over hubs
 NEIGHBOURS = 10  # nearest items of the bank by which a latent is expanded
+SAMPLE = 500  # captions that tell how near captions are to each other
+UNUSUAL = 0.005  # the share of them that do not count as familiar
 NEIGHBOUR_WEIGHT = 0.2  # weight of their partners, relative to the latent itself
 
 
@@ -47,6 +52,22 @@ class Bank:
     def state_dict(self):
         return {"photos": self.photos.half(), "texts": self.texts.half(),
                 "photo_of_text": self.photo_of_text, "correct_hubs": self.correct_hubs}
+
+    def is_familiar(self, text):
+        """Whether a text, given by its latent (1, D) of unit length, is about as near to a caption
+        of the bank as captions of different photos are to each other. Other words mean nothing to
+        the model, although every ranking has a first photo."""
+        return similarities(text, self.texts).max().item() > self._lowest_cosine
+
+    @functools.cached_property
+    def _lowest_cosine(self):
+        """The cosine with the nearest different caption of another photo that all but an UNUSUAL
+        share of the captions reach."""
+        rows = torch.linspace(0, len(self.texts) - 1, min(SAMPLE, len(self.texts))).long()
+        cosines = self.texts[rows] @ self.texts.T
+        same_photo = self.photo_of_text[rows, None] == self.photo_of_text
+        same_text = cosines > 1 - 1e-3  # the latents are rounded
+        return cosines.masked_fill_(same_photo | same_text, -1.0).amax(1).quantile(UNUSUAL).item()
 
     def text_queries(self, texts):
         """Texts as queries, for a gallery of photos."""

@@ -15,7 +15,6 @@ from src.device import find_device
 from src.embedding_cache import PHOTOS, TEXTS, CachedEmbeddings, CacheFile, photo_item
 from src.encoder_sources import load_encoders
 from src.encoders import ContrastivePair
-from src.familiarity import Familiarity
 from src.model import combine_photo_and_text
 from src.ranking import similarities
 from src.runs import BEST
@@ -185,7 +184,6 @@ class Search:
     def __init__(self, cache, photos, captions, use_bank):
         self.cache = cache
         self.bank = cache.bank if use_bank else None
-        self.familiarity = None if cache.bank is None else Familiarity(cache.bank)
         self.photo_embeddings = None
         self.photo_gallery = None
         self._set_gallery(photos, captions)
@@ -226,7 +224,6 @@ class Search:
                 self.photo_gallery = torch.cat([self.photo_gallery, gallery])
             self.captions = self.captions + [[] for _ in photos]
             self.photos = self.photos + photos
-            vars(self).pop("lowest_score", None)  # that of the gallery before
 
     @functools.cached_property
     def text_embeddings(self):
@@ -254,34 +251,18 @@ class Search:
         """
         if self.bank is None:
             return similarities(queries, self.photo_embeddings)
-        return self._bank_scores(queries) - self.lowest_score
-
-    def _bank_scores(self, queries):
         return similarities(self.bank.text_queries(queries), self.photo_gallery)
-
-    @functools.cached_property
-    def lowest_score(self):
-        """The score of a text's best photo below which nothing fits it: that of the bank, or else
-        the cosine. None without the bank of a run."""
-        if self.familiarity is None:
-            return None
-        score = self.score_photos if self.bank is None else self._bank_scores
-        return self.familiarity.lowest_score(score)
 
     def score_meaning(self):
         """What the scores of `score_photos` are, as a short text to be shown."""
         if self.bank is None:
             return "cosine of the words and the photo"
-        return "cosine of the words and the photo, corrected by the bank; 0 and less fits badly"
+        return "cosine of the words and the photo, less that of the photo with texts in general"
 
-    def fits(self, text, scores):
-        """Whether a text, given by its embedding (1, D), fits any photo as well as captions of the
-        training split fit their best photo here. None if there is no bank that would tell. scores:
-        (N,), of `score_photos`."""
-        if self.familiarity is None:
-            return None
-        lowest = self.lowest_score if self.bank is None else 0.0
-        return scores.max().item() > lowest and self.familiarity.knows(text)
+    def fits(self, text):
+        """Whether the model has learned anything like a text, given by its embedding (1, D). If
+        not, no photo fits it. None without the bank of a run, which tells."""
+        return None if self.cache.bank is None else self.cache.bank.is_familiar(text)
 
     def similar_photos(self, photo):
         """The cosines (N,) of the photos with the embedding (1, D) of a photo, by which they are

@@ -129,7 +129,7 @@ class SearchPages:
     def prepare(self):
         """Compute what a search of this gallery needs, so that no query has to wait for it."""
         query = self.search.photo_embeddings[:1]
-        self.search.fits(query, self.search.score_photos(query)[0])
+        self.search.fits(query)
         self.nearest_captions(query)
 
     def look_for_photos(self):
@@ -259,8 +259,9 @@ class SearchPages:
         is_shown[[*self.gone, *([int(fields["photo"])] if fields["photo"] else [])]] = False
         total = int(is_shown.sum())
         lowest = scores[is_shown].min() if total else 0
-        if words and picture is None and self.search.fits(query, scores[is_shown]) is False:
-            body += '<p class="warning"><strong>Nothing fits well.</strong></p>'
+        if words and picture is None and self.search.fits(query) is False:
+            body += ('<p class="warning"><strong>Nothing fits well,</strong> as the run has '
+                     "learned no such words.</p>")
         top = max(1, int(fields["top"])) if re.fullmatch("[0-9]{1,6}", fields["top"]) else RESULTS
         rows = best_rows(scores.masked_fill(~is_shown, -torch.inf), min(top, total))
         body += (f"<h2>{len(rows):,} of {total:,} photos, best first</h2>"

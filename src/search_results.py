@@ -17,7 +17,7 @@ from src.utils.folder import MAX_LENGTH, cut_text
 from src.utils.photo_files import heif_hint, list_left_out, list_skipped, photos_of_folder
 from src.utils.tokenizers import normalize_text
 
-NOTHING_FITS = "nothing fits well"
+NOTHING_FITS = "nothing fits well, as the run has learned no such words"
 
 
 def say(message):
@@ -210,7 +210,7 @@ def show_photos(args):
     all_results = []
     for query, embedding, scores in zip(queries, embeddings, search.score_photos(embeddings)):
         title = f'"{query}" in {len(search.photos):,} photos {place}'
-        fits = search.fits(embedding[None], scores) if image is None else None
+        fits = search.fits(embedding[None]) if image is None else None
         if args.image:
             title = f"{args.image} and {title}"
         correct = photos_with.get(comparable(query), [])
@@ -251,7 +251,9 @@ def show_captions(args):
     title = f"{args.image} among {len(rows):,} different captions of {args.split}"
     if correct:
         title += f"; the correct one is ranked {rank_of_best(scores, correct):,}"
-    meaning = "cosine of the photo and the caption" + ", corrected by the bank" * bool(args.bank)
+    meaning = "cosine of the photo and the caption"
+    if args.bank:
+        meaning += ", less that of the caption with photos in general"
     results = Results(args.image, title, meaning, None, found, are_captions=True)
     print_results([results], args)
     return [page_row(results, args.image)]

@@ -122,3 +122,21 @@ def test_latents_of_another_width_are_refused():
         assert method(torch.ones(24, 32)).shape == (24, 33)
         with pytest.raises(ValueError, match="a width of 31, but those of the bank .* of 32"):
             method(torch.ones(3, 31))
+
+
+def test_a_familiar_text_is_as_near_to_a_caption_as_captions_are_to_each_other(monkeypatch):
+    """The captions lie on a circle, two of each photo, at multiples of an angle."""
+    angles = torch.arange(40) * 0.1
+    texts = torch.stack([angles.cos(), angles.sin()], 1)
+    bank = Bank(torch.randn(20, 2), texts, torch.arange(20).repeat_interleave(2))
+    # The nearest caption of another photo is one angle away from each, but two from both ends.
+    monkeypatch.setattr(bank_module, "UNUSUAL", 0.0)
+
+    def is_familiar(angle):
+        angle = torch.tensor(angle)
+        return bank.is_familiar(torch.stack([angle.cos(), angle.sin()])[None])
+
+    assert is_familiar(1.23) and is_familiar(3.9 + 0.18) and not is_familiar(3.9 + 0.22)
+    # Equal captions of different photos, such as class names, say nothing about other texts.
+    twice = Bank(torch.randn(40, 2), torch.cat([texts, texts]), torch.arange(80) // 2)
+    assert twice._lowest_cosine == pytest.approx(math.cos(0.1), abs=1e-3)

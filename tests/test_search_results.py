@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from src import gallery, search
-from src.familiarity import Familiarity
+from src.bank import Bank
 from src.gallery import cache_of_run, photos_of_split
 from src.runs import BEST
 from src.search import load_model
@@ -33,7 +33,7 @@ def test_photos_for_a_text(run_dir, shapes, capsys, tmp_path):
     found = tmp_path / "found.html"
     status, out, err = use(run_dir, capsys, "--query", query.upper(), "two red circles", "--top", 8,
                            "--no-bank", "--page", found)
-    assert (status, err) == (0, f"wrote {found}\n") and "by the bank" not in out
+    assert (status, err) == (0, f"wrote {found}\n") and "in general" not in out
     rows = ranking(out)
     assert [rank for _, rank, _, _ in rows] == [*range(1, 9)] * 2 and "8 photos of test" in out
     assert sorted(rest.split()[0] for *_, rest in rows[:8]) == sorted(map(str, photos))
@@ -56,12 +56,11 @@ def test_ranking_with_the_bank(run_dir, shapes, capsys):
     given = ["--query", "two red circles", "--split", "val", "--top", 12]
     for _ in range(2):  # the second time from the cache
         status, out, err = use(run_dir, capsys, *given)
-        assert (status, err) == (0, "") and "12 photos of val" in out and "by the bank" in out
+        assert (status, err) == (0, "") and "12 photos of val" in out and "in general" in out
         order = expected.argsort(descending=True)
         assert [rest.split()[0] for *_, rest in ranking(out)] == [str(photos[i]) for i in order]
-    # The score is that of the bank, but for a constant.
-    scores = torch.tensor([score for _, _, score, _ in ranking(out)])
-    assert (scores - expected[order]).std() < 1e-3
+    scores = [score for _, _, score, _ in ranking(out)]
+    assert scores == pytest.approx(expected[order].tolist(), abs=6e-4)
     plain = use(run_dir, capsys, *given, "--no-bank")[1]
     cosine = {str(photo): score for photo, score in zip(photos, (texts @ rows.T)[0].tolist())}
     for _, _, score, rest in ranking(plain):
@@ -123,7 +122,7 @@ def test_a_run_without_a_bank_ranks_by_the_cosines_with_a_message(run_dir, capsy
         status, out, err = use(run_dir, capsys, *given)
         scores = [score for _, _, score, _ in ranking(out)]
         assert status == 0 and scores == sorted(scores, reverse=True)
-        assert "by the bank" not in out
+        assert "in general" not in out
         assert err == (f"{run_dir}: has no bank yet, because training makes it at the end; ranking "
                        "by plain cosines\n")
         assert use(run_dir, capsys, *given, "--no-bank")[2] == ""
@@ -188,22 +187,16 @@ def test_photos_like_a_photo(run_dir, shapes, capsys, tmp_path):
         assert f"photos like {image} among {len(expected)} in {folder}" in out
 
 
-def test_words_that_fit_nothing_are_said_to(run_dir, capsys, monkeypatch):
-    """The built-in shapes know few words, so here it is told which of them are familiar."""
-    monkeypatch.setattr(Familiarity, "knows", lambda self, text: self.familiar)
+@pytest.mark.parametrize("is_familiar", [True, False])
+def test_words_that_fit_nothing_are_said_to(run_dir, capsys, monkeypatch, is_familiar):
+    monkeypatch.setattr(Bank, "is_familiar", lambda self, text: is_familiar)
     given = ["--query", "two red circles", "--split", "val"]
-    monkeypatch.setattr(Familiarity, "familiar", False, raising=False)
     for more in ([], ["--no-bank"]):
-        assert "\nnothing fits well\n" in use(run_dir, capsys, *given, *more)[1]
+        out = use(run_dir, capsys, *given, *more)[1]
+        assert ("\nnothing fits well" in out) == (not is_familiar)
     status, out, err = use(run_dir, capsys, *given, "--format", "paths")
-    assert err == '"two red circles": nothing fits well\n' and "fits" not in out
-    monkeypatch.setattr(Familiarity, "familiar", True)
-    out = use(run_dir, capsys, *given)[1]
-    assert ("nothing fits well" in out) == (ranking(out)[0][2] <= 0)
-    monkeypatch.setattr(Familiarity, "lowest_score", lambda self, score: -9.0)
-    assert "nothing fits well" not in use(run_dir, capsys, *given)[1]
-    monkeypatch.setattr(Familiarity, "lowest_score", lambda self, score: 9.0)
-    assert "nothing fits well" in use(run_dir, capsys, *given, "--no-bank")[1]
+    assert "fits" not in out
+    assert err.startswith('"two red circles": nothing fits well') == (not is_familiar)
 
 
 def test_an_unreadable_photo_of_a_folder_is_skipped_with_a_message(
