@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from src.utils import photo_files
 from src.utils.errors import DataError
 from src.utils.photo_files import (
     is_photo,
@@ -415,3 +416,41 @@ def test_the_order_of_photos_is_that_of_their_names_on_every_system(tmp_path, mo
                         lambda one, two: str(one).lower() < str(two).lower())
     names = [path.name for path in photos_of_folder(tmp_path)]
     assert names == ["A.png", "B.png", "a.png", "b.png"]
+
+
+def test_heic_photos_without_pillow_heif_are_counted_and_it_is_said_what_reads_them(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(photo_files, "register_heif", lambda: False)
+    monkeypatch.setattr(photo_files, "photo_suffixes", lambda: {".jpg"})
+    for name in ("a.HEIC", "b.heic", "c.hif", "d.mov"):
+        (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(DataError, match="holds no photos .* 3 of them can be read after pip inst"):
+        photos_of_folder(tmp_path)
+    write_photo(tmp_path / "e.jpg", 3)
+    skipped = Counter()
+    assert photos_of_folder(tmp_path, skipped) == [tmp_path / "e.jpg"]
+    assert photo_files.heif_hint(skipped).startswith("; 3 of them can be read after pip install")
+    assert photo_files.heif_hint(Counter({".mov": 2})) == ""
+    with pytest.raises(DataError, match="a.HEIC: a HEIC photo, which needs pip install -r requ"):
+        open_photo(tmp_path / "a.HEIC", 32)
+
+
+@pytest.mark.extra
+def test_heic_photos_are_read_upright_with_pillow_heif(tmp_path):
+    pytest.importorskip("pillow_heif")
+    assert photo_files.register_heif()
+    photo = Image.new("RGB", (80, 40), "blue")
+    photo.paste("red", (0, 0, 40, 40))
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by a quarter, so that the red half is at the top
+    photo.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    with Image.open(tmp_path / "a.jpg") as jpeg:
+        jpeg.save(tmp_path / "IMG_1.HEIC", "HEIF", exif=jpeg.info["exif"], quality=95)
+    (tmp_path / "a.jpg").unlink()
+    assert photos_of_folder(tmp_path) == [tmp_path / "IMG_1.HEIC"]
+    upright = open_photo(tmp_path / "IMG_1.HEIC", 32)
+    assert upright.size == (40, 80)
+    assert upright.getpixel((20, 10))[0] > 200 and upright.getpixel((20, 70))[2] > 200
+    (tmp_path / "IMG_1.HEIC").write_bytes((tmp_path / "IMG_1.HEIC").read_bytes()[:200])
+    with pytest.raises(DataError, match="IMG_1.HEIC: "):
+        open_photo(tmp_path / "IMG_1.HEIC", 32)
