@@ -7,7 +7,7 @@ from pathlib import Path
 from src.pictures import thumbnail
 from src.utils.errors import UsageError
 
-SMALL = 180  # the longer side in pixels of the photos in a file
+SMALL = 240  # the longer side in pixels of the photos in a file
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.4 system-ui, sans-serif;
   background: Canvas; color: CanvasText;
@@ -45,22 +45,27 @@ button, .button { background: var(--soft); color: inherit; cursor: pointer; }
 .score { display: flex; gap: .5rem; align-items: center; }
 .bar { flex: 1; height: .25rem; border-radius: 1rem; background: var(--soft); }
 .bar i { display: block; height: 100%; border-radius: 1rem; background: var(--strong); }
-.view { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: start; }
-.view > a { max-width: 100%; } .view > dl { flex: 1 1 18rem; min-width: 0; }
+@media (min-width: 60rem) { .view { display: grid; gap: 2rem;
+  grid-template-columns: fit-content(calc(100% - 22rem)) 1fr; } }
 .view img { max-width: 100%; max-height: 85vh; display: block; }
 dl { margin: 0; } dt { font-weight: bold; margin-top: .5rem; } dd { margin: 0; }
 #path { user-select: all; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; overflow-wrap: normal; }
-table { font-size: .9rem; } .headline { font-size: 1.2rem; }
+table { font-size: .9rem; } .headline { font-size: min(1.2rem, 4.5vw); }
 .facts td { overflow-wrap: anywhere; } svg { max-width: 36rem; display: block; }
 td, th { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid var(--line); }
-th { font-weight: normal; } thead th { font-weight: bold; }
+th { font-weight: normal; white-space: nowrap; } thead th { font-weight: bold; }
+thead th, .headline th, .facts th { white-space: normal; }
 td:first-child, th:first-child, .facts td { text-align: left; }
+.pairs { display: grid; gap: 0 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+.pairs .photos { grid-template-columns: 1fr 1fr; }
 .curves { display: grid; gap: 1rem; margin: 1.5rem 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); } figure { margin: 0; }
 @media print { h1, h2, h3, figcaption { break-after: avoid; }
-  figure, tr, li, .row { break-inside: avoid; } .wide { overflow: visible; }
-  .runs { display: block; } }
+  .pairs > div, .curves, .wide, li { break-inside: avoid; } .wide { overflow: visible; }
+  .runs { display: block; } section + section { break-before: page; }
+  .curves { grid-template-columns: 1fr 1fr; } }
 """
 
 
@@ -88,7 +93,8 @@ def table(columns, rows, css_class=""):
     head = "".join(f'<th scope="col">{escape(name)}' if name else "<td>" for name in columns)
     if head:
         head = f"<thead><tr>{head}</thead>"
-    return f'<div class="wide"><table class="{css_class}">{head}<tbody>{rows}</table></div>'
+    return ('<div class="wide" tabindex="0">'  # so that the arrow keys can scroll it
+            f'<table class="{css_class}">{head}<tbody>{rows}</table></div>')
 
 
 def photo_sheet(rows, level=2):
@@ -96,7 +102,7 @@ def photo_sheet(rows, level=2):
     a green frame. level: of the headings. Raises DataError for a photo that cannot be read."""
     html = ""
     for title, cells in rows:
-        html += f'<div class="row"><h{level}>{escape(title)}</h{level}><ul class="photos">'
+        html += f'<div><h{level}>{escape(title)}</h{level}><ul class="photos">'
         for photo, label, marked in cells:
             image = base64.b64encode(thumbnail(photo, SMALL)).decode()
             css_class = "right" if marked else ""

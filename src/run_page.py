@@ -69,7 +69,7 @@ def svg_curves(title, epochs, lines):
             parts.append(f'<path d="M{48 + 106 * i} 8h14" stroke="{colour}" stroke-width="4"/>'
                          f'<text x="{68 + 106 * i}" y="12">{escape(name)}</text>')
     return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 480 244" role="img" '
-            f'aria-label="{title}" font-size="12" fill="currentColor">{"".join(parts)}</svg>'
+            f'aria-label="{title}" font-size="13" fill="currentColor">{"".join(parts)}</svg>'
             "</figure>")
 
 
@@ -125,7 +125,8 @@ def photos_section(args, run):
     ranks = retrieval_ranks(search.photo_embeddings, search.text_embeddings, search.photo_of_text,
                             text_ids=text_ids)["t2i"]
     title = f"Text to photo by category of caption: {len(photos):,} photos of {args.split}"
-    return (photo_sheet(hits_and_misses(search, ranks, text_ids), level=3),
+    examples = photo_sheet(hits_and_misses(search, ranks, text_ids), level=3)
+    return (f'<div class="pairs">{examples}</div>',
             recall_by_category(title, search.texts, ranks))
 
 

@@ -33,9 +33,8 @@ const words = document.getElementById("q"), form = document.getElementById("uplo
 const file = form.elements.image, copy = document.getElementById("copy");
 const say = text => { document.getElementById("status").textContent = text; };
 const send = () => { if (file.files.length) form.requestSubmit(); };
-const toWords = () => {
-  words.focus(); words.setSelectionRange(words.value.length, words.value.length); };
-if (words.autofocus) toWords();
+const caretToEnd = () => words.setSelectionRange(words.value.length, words.value.length);
+caretToEnd();
 document.addEventListener("submit", () => say("searching …"));
 window.addEventListener("pageshow", () => say(""));
 file.addEventListener("change", send);
@@ -53,7 +52,7 @@ document.addEventListener("keydown", event => {
   if (key == "/" && !inWords || key == "ArrowUp" && at >= 0 && at < columns) to = words;
   else if (inWords && key == "ArrowDown") to = links[0];
   else if (at >= 0 && key in steps) to = links[at + steps[key]];
-  if (to) { event.preventDefault(); to == words ? toWords() : to.focus(); }
+  if (to) { event.preventDefault(); to.focus(); if (to == words) caretToEnd(); }
 });
 if (copy) {
   copy.hidden = false;
@@ -297,7 +296,7 @@ class SearchPages:
         for i in best_rows(scores, NEAREST_CAPTIONS):
             row = int(self.different_texts[i])
             href = link(f"/view/{self.search.photo_of_text[row]}")
-            items += f'<li>{scores[i]:.3f} <a href="{href}">{escape(self.search.texts[row])}</a>'
+            items += f'<li>{scores[i]:z.3f} <a href="{href}">{escape(self.search.texts[row])}</a>'
         return (f"<h2>Nearest captions</h2>"
                 f"{paragraph(f'The number is the {self.search.score_meaning()}.')}<ol>{items}</ol>")
 
@@ -309,7 +308,7 @@ class SearchPages:
             score = ""
             if len(scores):
                 width = 100 * (scores[i] - lowest) / (scores[0] - lowest).clamp(min=1e-9)
-                score = (f'<p class="score"><b>{scores[i]:.3f}</b>'
+                score = (f'<p class="score"><b>{scores[i]:z.3f}</b>'
                          f'<span class="bar"><i style="width:{width:.0f}%"></i></span></p>')
             cards += self.card(number, fields, score)
         return f'<ol class="photos">{cards}</ol>'

@@ -26,7 +26,7 @@ def test_a_sheet_shows_the_right_photos_and_marks(tmp_path):
     for css, image in re.findall('<img class="(.*?)" src="data:image/jpeg;base64,(.*?)"', html):
         image = Image.open(io.BytesIO(base64.b64decode(image)))
         shown.append((css, image.size, image.getpixel((2, 2))))
-    expected = (("", (180, 90), "red"), ("right", (40, 80), "blue"), ("", (5, 5), "plum"))
+    expected = (("", (240, 120), "red"), ("right", (40, 80), "blue"), ("", (5, 5), "plum"))
     for (css, size, pixel), (expected_css, expected_size, name) in zip(
             shown, expected, strict=True):
         assert (css, size) == (expected_css, expected_size)
