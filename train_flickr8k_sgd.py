@@ -57,7 +57,14 @@ from src.training import (
 )
 from src.utils import distributed
 from src.utils.augment import normalize, resize
-from src.utils.console import ProgressLine, duration, log_to_console, say_once, shell_command
+from src.utils.console import (
+    ProgressLine,
+    counted,
+    duration,
+    log_to_console,
+    say_once,
+    shell_command,
+)
 from src.utils.errors import RunError, UsageError, first_line
 from src.utils.flickr8k_simple import iterate_batches, place_photos
 from src.utils.splits import check_folders, load_splits
@@ -112,7 +119,8 @@ def set_up(settings, output_dir, checkpoint, initial, args, device, command):
         splits, tokenizer = load_splits(settings, tokenizer, encoders.image, encoders.text)
         if has_two_stages and is_new:
             with encoders.frozen():
-                features, _ = load_splits(settings, tokenizer, encoders.image, encoders.text)
+                features, _ = load_splits(settings, tokenizer, encoders.image, encoders.text,
+                                          announce=False)
     train = splits["train"]
     torch.manual_seed(settings.seed)
     model = build_model(settings, tokenizer, encoders, train.photos)
@@ -159,7 +167,8 @@ def set_up(settings, output_dir, checkpoint, initial, args, device, command):
     log.info(f"{settings.model}: {run.config['parameters']:,} parameters, "
              f"{run.config['precision']}, on {run.config['device']}")
     log.info(f"{len(train):,} pairs of {len(train.names):,} photos in {settings.data_dir}: "
-             f"{settings.epochs} epochs of {len(batches)} steps of {len(batches[0]) * world} pairs")
+             f"{counted(settings.epochs, 'epoch')} of {counted(len(batches), 'step')} of "
+             f"{len(batches[0]) * world} pairs")
     for note in report.small_split_notes(run.config["data"]):
         log.info(note)
     if settings.finetune and device.type == "cpu":

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 from src.retrieval import KS, chance_metrics
-from src.utils.console import shell_command
+from src.utils.console import counted, shell_command
 from src.utils.errors import UsageError
 
 WIDTH = 80
@@ -62,7 +62,7 @@ def ending(run):
     rows = {"best epoch, " + f"{best['epoch']} of {run.history[-1]['epoch']}": of_split,
             "with the bank": {split: run.bank[split]["with_bank"] for split in of_split},
             "chance": {split: _chance(data[split]) for split in of_split}}
-    headings = [f"{split}, {data[split]['photos']:,} photos" for split in of_split]
+    headings = [f"{split}, {counted(data[split]['photos'], 'photo')}" for split in of_split]
     lines = [f"{'R@1 (%), photo to text / text to photo':<40}"
              + "".join(f"{heading:>20}" for heading in headings)]
     for name, metrics in rows.items():
@@ -181,9 +181,8 @@ def small_split_notes(data, splits=("val", "test")):
     for name in splits:
         number, chance = data[name]["photos"], _chance(data[name])["avg_r1"]
         if number < FEW:
-            photos = "1 photo" if number == 1 else f"{number} photos"
-            notes.append(f"{name} has {photos}: one photo moves I->T R@1 by {100 / number:.1f} "
-                         f"points; chance is {chance:.1f} % (avg R@1)")
+            notes.append(f"{name} has {counted(number, 'photo')}: one photo moves I->T R@1 by "
+                         f"{100 / number:.1f} points; chance is {chance:.1f} % (avg R@1)")
     return notes
 
 
@@ -205,14 +204,14 @@ def _chance(split):
 
 
 def _counts(split):
-    text = f"{split['photos']:,} photos"
+    text = counted(split["photos"], "photo")
     if "pixels" in split:  # otherwise they are features of a pretrained encoder
         text += f" of {split['pixels']} px"
-    text += f", {split['captions']:,} captions"
+    text += f", {counted(split['captions'], 'caption')}"
     if "different_captions" in split:
         text += f", {split['different_captions']:,} different"
     if split["skipped"]:
-        text += f", {split['skipped']:,} photos left out"
+        text += f", {counted(split['skipped'], 'photo')} left out"
     return text
 
 
@@ -301,10 +300,10 @@ def trained_on(run):
     total, extra = run.config["data"]["train"], run.config["extra_data"]
     photos = total["photos"] - sum(folder["photos"] for folder in extra)
     captions = total["captions"] - sum(folder["captions"] for folder in extra)
-    parts = [f"{photos:,} photos, {captions:,} captions of {data_name(run)}"]
+    parts = [f"{counted(photos, 'photo')}, {counted(captions, 'caption')} of {data_name(run)}"]
     for folder in extra:
-        part = (f"{folder['photos']:,} photos, {folder['captions']:,} captions of "
-                f"{folder['folder']}")
+        part = (f"{counted(folder['photos'], 'photo')}, {counted(folder['captions'], 'caption')} "
+                f"of {folder['folder']}")
         skipped = sum(folder["skipped"].values())
         parts.append(f"{part} ({skipped:,} left out)" if skipped else part)
     return " + ".join(parts)

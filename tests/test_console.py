@@ -14,6 +14,7 @@ from src.utils.console import (
     Parser,
     Paths,
     ProgressLine,
+    counted,
     duration,
     find_paths,
     first_three,
@@ -196,6 +197,10 @@ def test_wrong_arguments_are_one_line_and_status_2(given, message, capsys):
 def test_texts_for_messages():
     assert printable("a\nb\x1b[1m\udce9") == "a?b?[1m?"
     assert first_three("abc") == "a, b, c" and first_three("abcde") == "a, b, c and 2 more"
+
+
+def test_one_photo_is_no_photos():
+    assert [counted(n, "photo") for n in (0, 1, 2000)] == ["0 photos", "1 photo", "2,000 photos"]
 
 
 def test_a_message_is_said_once(caplog):

@@ -249,7 +249,7 @@ def test_captions_that_are_longer_than_the_text_encoder_reads_are_counted(
     given = arguments(copied, tmp_path / "run", "--text_encoder", clip, epochs=1)
     for more in ([], ["--overwrite"]):  # the second time, the features are stored
         assert main(*given, *more) == 0
-        assert (f"2 captions are longer than the 20 tokens that {clip} reads, and were cut"
+        assert (f"cut to the 20 tokens that {clip} reads: 2 captions"
                 in capsys.readouterr().out)
     show = ["--output_dir", str(tmp_path / "run"), "--query", "a red circle", "red " * 30]
     assert show_flickr8k_results.main(show) == 0

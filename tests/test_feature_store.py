@@ -213,7 +213,7 @@ def test_a_photo_that_an_encoder_fails_for_is_named(
     assert f"1 of the 40 photos of train are unreadable ({name}: " in err
     assert reason.format(name=encoder) in err and "\n--allow_incomplete trains without" in err
     assert main(*given, "--allow_incomplete") == 0
-    assert "train: 1 photos left out" in capsys.readouterr().out
+    assert "train: 1 photo left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("function", ["nan", "picky", "strict"])

@@ -131,6 +131,12 @@ def test_a_text_encoder_alone_is_trained_from_the_beginning(shapes, encoder_file
     assert not torch.equal(weights(tmp_path)["text_backbone.module.table"], text.table)
 
 
+def test_where_photos_and_features_are_kept_is_said_once(copied, encoders, tmp_path, capsys):
+    given = [*encoders, "--finetune", "--lr", 0.1, "--no-amp"]
+    assert main(*arguments(copied, tmp_path / "run", *given, epochs=1)) == 0
+    assert capsys.readouterr().out.count("are kept in this folder") == 1
+
+
 def test_a_loss_that_is_not_finite_stops_the_first_stage(shapes, encoders, tmp_path, capsys):
     given = [*encoders, "--finetune", "--lr", 1e30]
     assert main(*arguments(shapes, tmp_path / "run", *given)) == 1

@@ -142,7 +142,7 @@ def test_long_captions_are_cut_and_counted(dataset_dir, caplog):
     captions = splits["train"].captions
     assert captions[5] == ("a dog " * 5000)[:MAX_LENGTH]
     assert captions[11] == "x" * MAX_LENGTH
-    assert "1 captions were cut to 1,000 characters" in caplog.text
+    assert "cut to 1,000 characters: 1 caption" in caplog.text
 
 
 def test_the_store_of_photos_is_announced_when_it_is_made(dataset_dir, caplog):

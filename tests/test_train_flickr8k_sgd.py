@@ -591,7 +591,7 @@ def test_incomplete_data_is_refused_unless_allowed(copy_of_shapes, tmp_path, cap
     assert main(*given) == 2
     assert "scene_00003.jpg: the file is empty" in capsys.readouterr().err
     assert main(*given, "--allow_incomplete") == 0
-    assert "1 photos left out" in capsys.readouterr().out
+    assert "1 photo left out" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path, monkeypatch, capsys):

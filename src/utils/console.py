@@ -256,6 +256,11 @@ class ProgressLine:
         return f"{pairs / seconds:.0f} pairs/s  {duration(remaining_steps * seconds)} left"
 
 
+def counted(number, noun):
+    """A number with its noun: "1 photo", "2,000 photos"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def first_three(items):
     """Join the first three items for a message: "a, b, c and 9 more"."""
     items = list(items)

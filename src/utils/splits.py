@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from src.utils.captions import read_folder
-from src.utils.console import ProgressLine, first_three
+from src.utils.console import ProgressLine, counted, first_three
 from src.utils.duplicates import flickr_number, has_flickr_form, near_duplicates
 from src.utils.errors import DataError
 from src.utils.flickr8k_simple import Flickr8kImageTextDataset
@@ -269,12 +269,12 @@ def check_folders(settings):
         raise DataError("\n".join(faults))
 
 
-def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None):
+def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None, announce=True):
     """Load the splits of a run, so that no photo is in two of them.
 
     tokenizer: if it is None, one is made from the training captions. image_encoder, text_encoder:
-    see `read_pairs`. Returns ({split: Flickr8kImageTextDataset}, tokenizer). Raises DataError if
-    the data cannot be used as it is."""
+    see `read_pairs`. announce: whether to say where decoded photos are kept. Returns ({split:
+    Flickr8kImageTextDataset}, tokenizer). Raises DataError if the data cannot be used as it is."""
     folder, *extra_folders = read_folders(settings)
     line = ProgressLine()
 
@@ -289,20 +289,24 @@ def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None)
 
     files_before = files_of_store(folder.root)
     splits = {split: load(folder, split, settings.stored_pixels(split)) for split in SPLIT_FILES}
-    announce_store(folder.root, files_before)
+    if announce:
+        announce_store(folder.root, files_before)
     train, val, test = splits["train"], splits["val"], splits["test"]
     before = len(train.names) + len(val.names)
     val = hold_out(val, [test], settings.allow_incomplete)
     train = hold_out(train, [val, test], settings.allow_incomplete)
     copies = before - len(train.names) - len(val.names)
     if copies:
-        log.info(f"{copies:,} photos are left out, because they are copies or near-duplicates of "
-                 "photos in a later split (the order is train, val, test)")
+        are, they = ("is", "it is a copy or near-duplicate") if copies == 1 else (
+            "are", "they are copies or near-duplicates")
+        log.info(f"{counted(copies, 'photo')} {are} left out, because {they} of photos in a later "
+                 "split (the order is train, val, test)")
     for extra_folder in extra_folders:
         split = "all" if settings.extra_all else "train"
         files_before = files_of_store(extra_folder.root)
         extra = load(extra_folder, split, settings.stored_pixels("train"))
-        announce_store(extra_folder.root, files_before)
+        if announce:
+            announce_store(extra_folder.root, files_before)
         train = join_extra(train, extra, [val, test])
     if len(train.names) < 2:
         raise DataError(f"{settings.data_dir}: training needs at least two photos")
@@ -312,15 +316,16 @@ def load_splits(settings, tokenizer=None, image_encoder=None, text_encoder=None)
     for split, pairs in {"train": train, "val": val, "test": test}.items():
         datasets[split] = Flickr8kImageTextDataset(pairs, tokenizer, text_encoder)
         if pairs.skipped:
-            log.info(f"{split}: {len(pairs.skipped)} photos left out, such as {pairs.skipped[0]}")
+            log.info(f"{split}: {counted(len(pairs.skipped), 'photo')} left out, such as "
+                     f"{pairs.skipped[0]}")
     cut = sum(folder.cut_captions for folder in train.folders)
     if cut:
-        log.info(f"{cut:,} captions were cut to {MAX_LENGTH:,} characters")
+        log.info(f"cut to {MAX_LENGTH:,} characters: {counted(cut, 'caption')}")
     if text_encoder is not None:
         cut = sum(text_encoder.count_cut(data.captions) for data in datasets.values())
         if cut:
-            log.info(f"{cut:,} captions are longer than the {text_encoder.max_tokens:,} tokens "
-                     f"that {text_encoder.name} reads, and were cut")
+            log.info(f"cut to the {text_encoder.max_tokens:,} tokens that {text_encoder.name} "
+                     f"reads: {counted(cut, 'caption')}")
     return datasets, tokenizer
 
 
@@ -355,8 +360,9 @@ def join_extra(train, extra, held_out):
             raise DataError(f"{folder.root}: no photo of this folder can join the training "
                             f"split{reasons}")
         extra = extra.without(copies)
-    log.info(f"{folder.root}: {len(extra.names):,} photos with {len(extra):,} captions join the "
-             f"training split{reasons}")
+    join = "joins" if len(extra.names) == 1 else "join"
+    log.info(f"{folder.root}: {counted(len(extra.names), 'photo')} with "
+             f"{counted(len(extra), 'caption')} {join} the training split{reasons}")
     description = {"folder": str(folder.root), "layout": folder.layout, "split": extra.split,
                    "photos": len(extra.names), "captions": len(extra), "skipped": dict(skipped)}
     train = train.joined_with(extra)
