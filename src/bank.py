@@ -121,7 +121,10 @@ class Bank:
         with full_float32():
             for start in range(0, len(latents), CHUNK_SIZE):
                 rows = slice(start, start + CHUNK_SIZE)
-                cosines = latents[rows] @ neighbours.T
+                if len(latents) == 1 and device.type == "cpu":  # a search, which should be fast
+                    cosines = similarities(latents, neighbours)
+                else:
+                    cosines = latents[rows] @ neighbours.T
                 nearest, nearest_rows = cosines.topk(min(NEIGHBOURS, len(neighbours)), 1)
                 weights = NEIGHBOUR_WEIGHT * (BETA * nearest).softmax(1)
                 values = partners[partner_of_neighbour[nearest_rows]]
