@@ -3,6 +3,7 @@
     python train_flickr8k_sgd.py --synthetic            the built-in shapes, half a minute
     python train_flickr8k_sgd.py                        Flickr8k (see download_flickr8k.py)
     torchrun --nproc_per_node=4 train_flickr8k_sgd.py   one process per GPU; they share the batch
+    python train_flickr8k_sgd.py --init_from outputs/flickr8k_sgd --data_dir my_photos
 
 Read it from the top: the model, what happens before the first step, the training loop `fit`, and
 what is written at the end of an epoch and of the run. One step is in `src/training.py`.
@@ -41,20 +42,14 @@ from src.evaluation import compare_bank, evaluate, make_bank
 from src.first_stage import (
     SEED_STRIDE,
     batches_of_epoch,
+    estimate_epoch_seconds,
     prepare_splits,
     set_temperature,
     train_first_stage,
     train_fisher_network,
 )
 from src.fisher import build_network
-from src.training import (
-    ADVICE,
-    RunState,
-    augment,
-    contrastive_backward,
-    frozen_statistics,
-    training_step,
-)
+from src.training import ADVICE, RunState, training_step
 from src.utils import distributed
 from src.utils.augment import normalize, resize
 from src.utils.console import (
@@ -219,22 +214,6 @@ def describe_run(settings, encoders, model, splits, device, command):
         "data": {name: split.counts() for name, split in splits.items()},
         "layout": train.folders[0].layout, "extra_data": train.extra_data,
         "fingerprints": fingerprints}
-
-
-def estimate_epoch_seconds(run, splits):
-    """About how long an epoch of fine-tuning takes, measured with a few photos. Nothing is
-    learned."""
-    data, settings = splits["train"], run.settings
-    pairs = max(20 * settings.captions_per_image, 2 * settings.chunk_size)
-    pairs = batches_of_epoch(data, settings, 1)[0][:pairs]
-    for _ in range(2):  # the first time is a warm-up
-        began = time.time()
-        batch = next(iterate_batches(data, data.photos, [pairs], run.device))
-        augment(run, batch)
-        with frozen_statistics(run.encode):
-            contrastive_backward(run.encode, batch, settings.memory_loss, settings.chunk_size)
-        seconds = time.time() - began
-    return seconds * len(data) / len(pairs)
 
 
 def resume_schedule(run, epochs_before):

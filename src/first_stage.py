@@ -2,7 +2,8 @@
 are to be fine-tuned, all but these; and what all validations have in common is computed.
 
 Both are trained on stored features of the photos, which takes a minute or a few. There are no
-checkpoints: a run that is interrupted meanwhile begins anew."""
+checkpoints: a run that is interrupted meanwhile begins anew. How long an epoch of fine-tuning will
+take is measured last."""
 import copy
 import dataclasses
 import logging
@@ -15,7 +16,13 @@ from src.device import autocast_dtype
 from src.evaluation import evaluate, prepare_photos
 from src.fisher import make_fisher_vectors, with_fisher_latents
 from src.settings import FISHER_EPOCHS, FISHER_PHOTOS, for_first_stage
-from src.training import RunState, training_step
+from src.training import (
+    RunState,
+    augment,
+    contrastive_backward,
+    frozen_statistics,
+    training_step,
+)
 from src.utils import distributed
 from src.utils.console import ProgressLine
 from src.utils.errors import RunError
@@ -118,6 +125,22 @@ def train_on_features(settings, model, tokenizer, data, features, epochs, device
     if not math.isfinite(loss):
         raise RunError(f"the loss became {loss}; a smaller --lr may help")
     return loss
+
+
+def estimate_epoch_seconds(run, splits):
+    """About how long an epoch of fine-tuning takes, measured with a few photos. Nothing is
+    learned."""
+    data, settings = splits["train"], run.settings
+    pairs = max(20 * settings.captions_per_image, 2 * settings.chunk_size)
+    pairs = batches_of_epoch(data, settings, 1)[0][:pairs]
+    for _ in range(2):  # the first time is a warm-up
+        began = time.time()
+        batch = next(iterate_batches(data, data.photos, [pairs], run.device))
+        augment(run, batch)
+        with frozen_statistics(run.encode):
+            contrastive_backward(run.encode, batch, settings.memory_loss, settings.chunk_size)
+        seconds = time.time() - began
+    return seconds * len(data) / len(pairs)
 
 
 def prepare_splits(run, splits):

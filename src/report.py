@@ -68,8 +68,8 @@ def ending(run):
     for name, metrics in rows.items():
         cells = [f"{m['i2t_r1']:.2f} / {m['t2i_r1']:.2f}" for m in metrics.values()]
         lines.append(f"  {name:<38}" + "".join(f"{cell:>20}" for cell in cells))
-    lines.append(f"{run.settings.epochs} epochs in {run.minutes:.1f} minutes; all files are in "
-                 f"{run.dir}")
+    lines.append(f"{counted(run.settings.epochs, 'epoch')} in {run.minutes:.1f} minutes; all files "
+                 f"are in {run.dir}")
     show = ["python", "show_flickr8k_results.py"]
     of_run = ["--output_dir", run.dir]
     lines.append(f"search with it:  {shell_command([*show, '--serve', *of_run])}")

@@ -237,8 +237,10 @@ def settings_from_run(before, given, run_dir):
     replaced, of_model = set(), before.model_arguments().keys()
     if wanted("model") != before.model:  # refused later, unless the weights fit
         replaced |= of_model
-    if wanted("recipe") != before.recipe or bool(wanted("finetune")) != bool(before.finetune):
+    if wanted("recipe") != before.recipe:
         replaced |= {f.name for f in dataclasses.fields(Settings)} - of_model - {*INHERITED}
+    if wanted("finetune") and before.image_encoder and not before.finetune:
+        replaced |= {*FINETUNED}
     values = dataclasses.asdict(before) | {name: getattr(fresh, name) for name in replaced}
     for name in ("extra_data", "extra_all", "allow_incomplete", "device", "amp"):
         del values[name]

@@ -159,6 +159,8 @@ def test_settings_that_are_not_given_are_the_run_s():
     assert not changed & {"tokenizer", "memory_size", "model", "image_size", "memory_loss"}
     with pytest.raises(UsageError, match="--extra_all needs --extra_data"):
         changes(extra_all=True)
+    before = make_settings(image_encoder="resnet50", lr=0.05)
+    assert changes(finetune=0.1) == {"finetune", *FINETUNED}
 
 
 def test_a_comparison_says_that_it_is_not_from_scratch(finished, other_shapes, tmp_path):
