@@ -17,7 +17,8 @@ h1 { font-size: 1.3rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 1.5
 h3 { font-size: 1rem; margin: 1rem 0 .5rem; } p { margin: .5rem 0; }
 a { color: inherit; } :focus-visible { outline: 3px solid Highlight; outline-offset: 2px; }
 header, form { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
-header { gap: .5rem 1rem; } header h1 { margin: 0; } form[role=search] { flex: 1 1 18rem; }
+header { gap: .5rem 1rem; } header form { min-width: 0; max-width: 100%; }
+header h1 { margin: 0; } form[role=search] { flex: 1 1 18rem; }
 input, button, .button { font: inherit; padding: .4rem .7rem; box-sizing: border-box;
   max-width: 100%; border: 1px solid var(--line); border-radius: .4rem; }
 ::placeholder { color: inherit; opacity: .8; }
@@ -38,6 +39,7 @@ button, .button { background: var(--soft); color: inherit; cursor: pointer; }
 .photos li { min-width: 0; font-size: .9rem; } .photos p { margin: .2rem 0; }
 .photos img { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--soft);
   border-radius: .3rem; display: block; } .photos .right { outline: 4px solid #09963c; }
+.photos a, .view a { display: block; } .view a { width: fit-content; }
 .asked { max-width: 9rem; margin-top: 1rem; } footer { margin-top: 2rem; font-size: .9rem; }
 .line { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
 .lines { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;

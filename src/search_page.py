@@ -174,6 +174,7 @@ class SearchPages:
         photo that cannot be read becomes a grey square with its name."""
         photo = self.photo(number)
         try:
+            self.existing_photo(number)
             with self.decoding:
                 return full_size(photo) if full else ("image/jpeg", self.thumbnail(photo))
         except (DataError, OSError):
