@@ -34,6 +34,7 @@ from src.utils.photo_store import STORE_VERSION, store_key
 from src.utils.tokenizers import number_texts
 
 CACHE = "embeddings_flickr8k.sqlite3"
+TYPICAL = 100  # photos and texts whose hubness is taken for that of all
 # What else the rows of a cache depend on, beside the weights.
 METHOD = f"{STORE_VERSION} {BETA} {NEIGHBOURS} {NEIGHBOUR_WEIGHT}"
 
@@ -234,6 +235,14 @@ class Search:
         self.cache.texts(self.texts)
         return self.cache.text_gallery(self.texts)
 
+    @functools.cached_property
+    def typical_hubness(self):
+        """The mean hubness of some photos and of some texts of the bank. These constants are added
+        to its scores, which would otherwise be far from cosines, and mostly negative."""
+        photos, texts = (self.bank.photos[:TYPICAL], self.bank.texts[:TYPICAL])
+        galleries = self.bank.photo_gallery(photos), self.bank.text_gallery(texts)
+        return [-gallery[:, -1].mean().item() for gallery in galleries]
+
     def embed_texts(self, texts, photo=None):
         """Embed texts that are not kept in the cache -> (Q, D). photo: the embedding (1, D) of a
         photo, with which each text is combined."""
@@ -251,13 +260,14 @@ class Search:
         """
         if self.bank is None:
             return similarities(queries, self.photo_embeddings)
-        return similarities(self.bank.text_queries(queries), self.photo_gallery)
+        return (similarities(self.bank.text_queries(queries), self.photo_gallery)
+                + self.typical_hubness[0])
 
     def score_meaning(self):
         """What the scores of `score_photos` are, as a short text to be shown."""
         if self.bank is None:
             return "cosine of the words and the photo"
-        return "cosine of the words and the photo, less that of the photo with texts in general"
+        return "cosine of the words and the photo, lower for a photo that is near to any words"
 
     def fits(self, text):
         """Whether the model has learned anything like a text, given by its embedding (1, D). If
@@ -278,7 +288,8 @@ class Search:
         `score_photos`."""
         if self.bank is None:
             return similarities(queries, self.text_embeddings)
-        return similarities(self.bank.photo_queries(queries), self.text_gallery)
+        return (similarities(self.bank.photo_queries(queries), self.text_gallery)
+                + self.typical_hubness[1])
 
 
 def photos_of_split(folder, split):

@@ -156,7 +156,7 @@ def print_results(all_results, args):
                 text = f"{found.photo}  {found.caption}"
                 if results.are_captions:
                     text = f"{found.caption}  ({found.photo})"
-                print(f"{mark} {found.rank:3d}  {found.score:6.3f}  {printable(text).rstrip()}")
+                print(f"{mark} {found.rank:3d}  {found.score:z6.3f}  {printable(text).rstrip()}")
         if args.format == "lines":
             print()
 
@@ -167,7 +167,7 @@ def page_row(results, image):
     cells = [(image, "the photo", False)] if image else []
     for found in results.found:
         name = found.caption if results.are_captions else found.photo.name
-        cells.append((found.photo, f"{found.rank}.  {found.score:.3f}  {name}", found.is_correct))
+        cells.append((found.photo, f"{found.rank}.  {found.score:z.3f}  {name}", found.is_correct))
     return title, cells
 
 
@@ -253,7 +253,7 @@ def show_captions(args):
         title += f"; the correct one is ranked {rank_of_best(scores, correct):,}"
     meaning = "cosine of the photo and the caption"
     if args.bank:
-        meaning += ", less that of the caption with photos in general"
+        meaning += ", lower for a caption that is near to any photo"
     results = Results(args.image, title, meaning, None, found, are_captions=True)
     print_results([results], args)
     return [page_row(results, args.image)]

@@ -33,7 +33,7 @@ def test_photos_for_a_text(run_dir, shapes, capsys, tmp_path):
     found = tmp_path / "found.html"
     status, out, err = use(run_dir, capsys, "--query", query.upper(), "two red circles", "--top", 8,
                            "--no-bank", "--page", found)
-    assert (status, err) == (0, f"wrote {found}\n") and "in general" not in out
+    assert (status, err) == (0, f"wrote {found}\n") and "near to any" not in out
     rows = ranking(out)
     assert [rank for _, rank, _, _ in rows] == [*range(1, 9)] * 2 and "8 photos of test" in out
     assert sorted(rest.split()[0] for *_, rest in rows[:8]) == sorted(map(str, photos))
@@ -56,11 +56,12 @@ def test_ranking_with_the_bank(run_dir, shapes, capsys):
     given = ["--query", "two red circles", "--split", "val", "--top", 12]
     for _ in range(2):  # the second time from the cache
         status, out, err = use(run_dir, capsys, *given)
-        assert (status, err) == (0, "") and "12 photos of val" in out and "in general" in out
+        assert (status, err) == (0, "") and "12 photos of val" in out and "near to any" in out
         order = expected.argsort(descending=True)
         assert [rest.split()[0] for *_, rest in ranking(out)] == [str(photos[i]) for i in order]
     scores = [score for _, _, score, _ in ranking(out)]
-    assert scores == pytest.approx(expected[order].tolist(), abs=6e-4)
+    # That is the score of the bank, but for a constant.
+    assert (torch.tensor(scores) - expected[order]).std() < 1e-3
     plain = use(run_dir, capsys, *given, "--no-bank")[1]
     cosine = {str(photo): score for photo, score in zip(photos, (texts @ rows.T)[0].tolist())}
     for _, _, score, rest in ranking(plain):
@@ -74,8 +75,8 @@ def test_ranking_with_the_bank(run_dir, shapes, capsys):
     order = by_bank.argsort(descending=True).tolist()
     out = use(run_dir, capsys, "--image", photos[3], "--split", "val", "--top", 60)[1]
     assert [rest.rsplit("  (", 1)[0] for *_, rest in ranking(out)] == [texts[i] for i in order]
-    assert [score for _, _, score, _ in ranking(out)] == [
-        pytest.approx(score, abs=6e-4) for score in by_bank[order].tolist()]
+    scores = torch.tensor([score for _, _, score, _ in ranking(out)])
+    assert (scores - by_bank[order]).std() < 1e-3
 
 
 def test_photos_for_a_photo_and_a_text(run_dir, shapes, capsys, tmp_path):
@@ -122,7 +123,7 @@ def test_a_run_without_a_bank_ranks_by_the_cosines_with_a_message(run_dir, capsy
         status, out, err = use(run_dir, capsys, *given)
         scores = [score for _, _, score, _ in ranking(out)]
         assert status == 0 and scores == sorted(scores, reverse=True)
-        assert "in general" not in out
+        assert "near to any" not in out
         assert err == (f"{run_dir}: has no bank yet, because training makes it at the end; ranking "
                        "by plain cosines\n")
         assert use(run_dir, capsys, *given, "--no-bank")[2] == ""
