@@ -195,7 +195,7 @@ def test_epoch_0_can_be_the_best(clip, shapes, tmp_path, monkeypatch, capsys):
     folder, names = tmp_path / "run", ["--image_encoder", clip, "--text_encoder", clip]
     assert main(*arguments(shapes, folder, *names, epochs=1)) == 0
     assert load_checkpoint(folder / BEST, ["epoch"])["epoch"] == 0
-    assert "best (epoch 0)" in capsys.readouterr().out
+    assert "best epoch, 0 of 1" in capsys.readouterr().out
     assert main("--resume", "--output_dir", folder, "--epochs", 2) == 0
     assert [row["epoch"] for row in load_json(folder / HISTORY)] == [0, 1, 2]
 

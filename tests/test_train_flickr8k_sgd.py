@@ -686,7 +686,7 @@ def test_a_run_does_not_end_when_its_output_is_closed(shapes, tmp_path):
     done = subprocess.run(["bash", "-c", lines], cwd=REPOSITORY, text=True, capture_output=True)
     assert done.stderr == "" and done.stdout.splitlines()[1:] == ["0", "0"]
     log = (tmp_path / "out" / LOG).read_text()
-    assert len(re.findall(r"  epoch +\d", log)) == 2 and "Test, best model" in log
+    assert len(re.findall(r"  epoch +\d", log)) == 2 and "all its tables:" in log
 
 
 # ---------------------------------------------------------------------------- GPU and real photos
