@@ -739,4 +739,4 @@ def test_photos_that_share_captions(tmp_path, capsys):
     page = tmp_path / "run.html"
     status, out, err = run_script("show_flickr8k_results.py", "--output_dir", output_dir, "--page",
                                   page)
-    assert (status, err) == (0, "") and "2 different" in page.read_text()
+    assert (status, err) == (0, f"wrote {page}\n") and "2 different" in page.read_text()
