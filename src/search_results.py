@@ -22,7 +22,7 @@ NOTHING_FITS = "nothing fits well, as the run has learned no such words"
 
 def say(message):
     """Print a message beside the results, which are all that standard output holds."""
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
 
 
 def find_data_dir(args, run_dir):
