@@ -11,6 +11,7 @@ from src.retrieval import CHUNK_SIZE
 BANK_SIZE = 5000  # the largest number of photos in a bank
 BETA = 20.0  # inverse temperature of the softmaxes over neighbours and over hubs
 NEIGHBOURS = 10  # nearest items of the bank by which a latent is expanded
+FAMILIAR = 5000  # captions with which a text is compared; to take all is no better
 SAMPLE = 500  # captions that tell how near captions are to each other
 UNUSUAL = 0.005  # the share of them that do not count as familiar
 NEIGHBOUR_WEIGHT = 0.2  # weight of their partners, relative to the latent itself
@@ -57,17 +58,21 @@ class Bank:
         """Whether a text, given by its latent (1, D) of unit length, is about as near to a caption
         of the bank as captions of different photos are to each other. Other words mean nothing to
         the model, although every ranking has a first photo."""
-        return similarities(text, self.texts).max().item() > self._lowest_cosine
+        texts, lowest_cosine = self._familiar_texts
+        return similarities(text, texts).max().item() > lowest_cosine
 
     @functools.cached_property
-    def _lowest_cosine(self):
-        """The cosine with the nearest different caption of another photo that all but an UNUSUAL
-        share of the captions reach."""
-        rows = torch.linspace(0, len(self.texts) - 1, min(SAMPLE, len(self.texts))).long()
-        cosines = self.texts[rows] @ self.texts.T
-        same_photo = self.photo_of_text[rows, None] == self.photo_of_text
+    def _familiar_texts(self):
+        """At most FAMILIAR of the captions, and the cosine with the nearest different one of
+        another photo that all but an UNUSUAL share of SAMPLE captions reach."""
+        rows, sample = (torch.linspace(0, len(self.texts) - 1, min(number, len(self.texts))).long()
+                        for number in (FAMILIAR, SAMPLE))
+        texts = self.texts[rows]
+        cosines = self.texts[sample] @ texts.T
+        same_photo = self.photo_of_text[sample, None] == self.photo_of_text[rows]
         same_text = cosines > 1 - 1e-3  # the latents are rounded
-        return cosines.masked_fill_(same_photo | same_text, -1.0).amax(1).quantile(UNUSUAL).item()
+        nearest = cosines.masked_fill(same_photo | same_text, -1.0).amax(1)
+        return texts, nearest.quantile(UNUSUAL).item()
 
     def text_queries(self, texts):
         """Texts as queries, for a gallery of photos."""

@@ -128,6 +128,7 @@ class SearchPages:
     def prepare(self):
         """Compute what a search of this gallery needs, so that no query has to wait for it."""
         query = self.search.photo_embeddings[:1]
+        self.search.score_photos(query)
         self.search.fits(query)
         self.nearest_captions(query)
 
