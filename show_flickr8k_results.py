@@ -23,6 +23,7 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 import webbrowser
 from pathlib import Path
 
@@ -205,7 +206,8 @@ def serve(args):
         address = f"http://{server.HOST}:{http.server_port}"
         print(f"{address} (press Ctrl-C to stop)", flush=True)
         if args.browser and has_display():
-            webbrowser.open(address)
+            # Some browsers only return when they are closed.
+            threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
         http.serve_forever()
 
 

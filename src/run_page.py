@@ -114,10 +114,10 @@ def photos_section(args, run):
     """Hits and misses of a Run, and how well it finds the photos of each category of captions, as
     two pieces of HTML. Raises UsageError if the photos or the best model are missing."""
     photos, captions = photos_of_split(find_data_dir(args, run.dir), args.split)
-    search = Search(cache_of_run(run.dir), photos, captions, use_bank=False)
+    search = Search(cache_of_run(run.dir, args.device), photos, captions, use_bank=False)
     search.embed_photos()
     with report.reading(run):
-        captions_are_shared = "different_captions" in run.config["data"][args.split]
+        captions_are_shared = "different_captions" in run.config["data"]["val"]
     if captions_are_shared:
         text_ids = number_texts(search.texts)
     else:

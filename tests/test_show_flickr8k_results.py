@@ -3,12 +3,16 @@ the files."""
 import dataclasses
 import json
 import os
+import queue
 import re
 import shutil
+import sys
+import webbrowser
 
 import pytest
 
 import show_flickr8k_results
+from src import server
 from src.retrieval import chance_metrics, with_summaries
 from src.runs import BANK, BEST, CONFIG, HISTORY, TEST
 from src.settings import make_settings
@@ -370,3 +374,31 @@ def test_flags_that_go_together(given):
     assert args.split == ("val" if "val" in given else "test")
     assert args.top == (3 if "3" in given else 5) and args.bank == ("--no-bank" not in given)
     assert args.format == ("markdown" if "markdown" in given else "lines")
+
+
+@pytest.mark.parametrize("more, environment, is_opened", [
+    ([], {"DISPLAY": ":0"}, True),
+    ([], {"WAYLAND_DISPLAY": "wayland-0"}, True),
+    (["--no-browser"], {"DISPLAY": ":0"}, False),
+    ([], {}, False),
+    ([], {"DISPLAY": ":0", "SSH_CONNECTION": "a b c d"}, False),
+])
+def test_the_page_is_opened_in_a_browser_where_there_is_a_display(
+        run_dir, shapes, capsys, monkeypatch, more, environment, is_opened):
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    addresses = queue.Queue()
+    monkeypatch.setattr(webbrowser, "open", addresses.put)
+    opened = []
+
+    def serve_forever(self):
+        if is_opened:
+            opened.append(addresses.get(timeout=60))
+
+    monkeypatch.setattr(server.Server, "serve_forever", serve_forever)
+    status, out, _ = use(run_dir, capsys, "--serve", 0, "--data_dir", shapes, *more)
+    assert status == 0 and out.startswith("http://127.0.0.1:")
+    assert opened == ([out.split()[0]] if is_opened else []) and addresses.empty()
