@@ -35,6 +35,10 @@ class Attention(nn.Module):
             with torch.autocast("cpu", enabled=False):
                 y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
         else:
+            if mask is not None and q.device.type == "mps":
+                # PyTorch 2.11 misreads a mask there that is the same for all heads
+                # (github.com/pytorch/pytorch/pull/184180).
+                mask = mask.expand(*q.shape[:3], k.shape[2]).contiguous()
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2))
 

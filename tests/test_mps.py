@@ -129,6 +129,9 @@ def compute(operator, args, kwargs):
     assert not kwargs.get("non_blocking"), "MPS copies from memory that may be free already"
     assert not any(map(is_channels_last, inputs)) or not SENSITIVE.fullmatch(name), (
         f"{name} of photos with channels last")
+    if name.startswith("_scaled_dot_product") and kwargs.get("attn_mask") is not None:
+        mask, query = kwargs["attn_mask"], args[0]
+        assert mask.is_contiguous() and mask.shape[:3] == query.shape[:3], "MPS misreads this mask"
     full_name = operator.name().removeprefix("aten::")
     assert (name in ON_A_MAC or full_name in operators_of_mps()), f"MPS has no {full_name}"
     outputs = operator(*args, **kwargs)
