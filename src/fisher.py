@@ -168,7 +168,9 @@ class FisherVectors(nn.Module):
     def load(self, photos, rows):
         """Rows of stored photos, uint8 -> normalised floats of the size that is described."""
         device = self.gradient_filters.device
-        photos = photos[rows].to(device, memory_format=memory_format(device))
+        photos = photos[rows].to(device)
+        if memory_format(device) == torch.contiguous_format:  # stored photos have channels last
+            photos = photos.contiguous()
         return normalize(resize(photos, FISHER_PIXELS))
 
     @torch.no_grad()

@@ -223,7 +223,7 @@ def test_few_pairs_and_uneven_captions_are_shared_or_refused(tmp_path):
     given = ["--data_dir", data, "--epochs", 2, "--batch_size", 4, "--captions_per_image", 3]
     process = torchrun("--output_dir", tmp_path / "a", *given)
     printed, err = process.communicate(timeout=240)
-    assert process.returncode == 0 and "of 1 steps of 4 pairs" in printed, err
+    assert process.returncode == 0 and "of 1 step of 4 pairs" in printed, err
     assert "Warning" not in err  # not from torch either
     process = torchrun("--output_dir", tmp_path / "b", *given, "--batch_size", 3, nproc=4)
     printed, err = process.communicate(timeout=240)
