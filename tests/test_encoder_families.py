@@ -3,12 +3,14 @@
 Each row of FAMILIES is a tiny random model, saved with its tokenizer or image processor, and its
 authors' features by transformers' own calls. To add a family, add a row."""
 import math
+import re
 import shutil
 
 import pytest
 import torch
 from PIL import Image
 
+import show_flickr8k_results
 from src.encoder_sources import load_encoder
 from src.encoders import Encoders
 from src.gallery import photos_of_split
@@ -478,7 +480,9 @@ def hits_at_k(scores, owners, k):
 
 
 @pytest.mark.parametrize("family", ["CLIP", "ALIGN", "BLIP", "SigLIP", "SigLIP 2"])
-def test_epoch_0_ranks_as_the_model_itself_does(family, shapes, tmp_path):
+def test_a_pair_ranks_as_the_model_itself_does_in_epoch_0_and_without_a_run(
+        family, shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "model"
     model = save(folder, *FAMILIES[family.removesuffix(" 2")][:2], spread=0.5)
     words = "tiny two three there are picture of orange purple cross crosses at bottom top and"
@@ -494,3 +498,10 @@ def test_epoch_0_ranks_as_the_model_itself_does(family, shapes, tmp_path):
     for k in (1, 5, 10):
         assert [zero_shot["val"][f"{way}_r{k}"] for way in ("i2t", "t2i")] == pytest.approx(
             hits_at_k(scores, owners, k))
+    capsys.readouterr()
+    given = ["--image_encoder", str(folder), "--evaluate", str(shapes), "--split", "val"]
+    assert show_flickr8k_results.main(given) == 0
+    printed = re.findall(r"R@(\d+) \(%\) +([\d.]+)", capsys.readouterr().out)
+    expected = [*(f"{hits_at_k(scores, owners, k)[0]:.2f}" for k in (1, 5, 10)),
+                *(f"{hits_at_k(scores, owners, k)[1]:.2f}" for k in (1, 5, 10))]
+    assert [value for _, value in printed[:6]] == expected
