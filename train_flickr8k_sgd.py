@@ -148,6 +148,9 @@ def set_up(settings, output_dir, checkpoint, initial, args, device, command):
     run.config = describe_run(settings, encoders, model, splits, device, command)
     if initial is not None:
         run.config["init_from"] = initial.describe()
+        seen_before = initial.seen_before(run.config, splits["val"].names)
+        if seen_before:
+            log.info(seen_before)
     if checkpoint is not None:
         config_before = checkpoint["config"]
         run.config |= {name: config_before[name] for name in ("date", "command", "init_from")

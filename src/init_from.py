@@ -4,11 +4,14 @@ It is transfer learning: a model that was trained on much data is trained furthe
 settings such a run has is told by `settings_from_run` in `src/settings.py`."""
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from src.settings import settings_of
+from src.utils.duplicates import has_flickr_form
 from src.utils.errors import UsageError
 
 ENCODER_PARTS = ("image_backbone", "text_backbone")  # pretrained encoders, if they are trained
+FLICKR = ("Flickr8k", "Flickr30k")  # the layouts of two data sets with photos in common
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,36 @@ class InitialModel:
                              "weights and was stopped before its first checkpoint; begin that one "
                              "anew with --overwrite")
 
+    def seen_before(self, config, val_names):
+        """Tell in a line why this model may have been trained on photos that another run has in val
+        or test, or return None. config: that run's. val_names: of its photos in val.
+
+        This knows what the two configs tell; the photos are not compared."""
+        before, folder = self.best["config"], Path(config["settings"]["data_dir"]).resolve()
+        if all(before["fingerprints"][split] == config["fingerprints"][split]
+               for split in ("val", "test")):
+            return None
+
+        def is_folder(path):
+            return Path(path).resolve() == folder
+
+        layouts = [extra["layout"] for extra in before["extra_data"]]
+        if not before["settings"]["synthetic"]:
+            layouts.append(before["layout"])
+        is_flickr = (config["layout"].startswith("Flickr30k")
+                     or config["layout"].startswith("Flickr8k") and has_flickr_form(val_names[0]))
+        if any(extra["split"] == "all" and is_folder(extra["folder"])
+               for extra in before["extra_data"]):
+            reason = "that run used all photos of this folder (--extra_all)"
+        elif is_folder(before["settings"]["data_dir"]):
+            reason = "this folder's val or test is not what it was in that run"
+        elif is_flickr and any(layout.startswith(FLICKR) for layout in layouts):
+            reason = "Flickr8k and Flickr30k share photos, and the splits differ"
+        else:
+            return None
+        return (f"{self.run} may have been trained on photos that are now in val or test, which "
+                f"would make all figures too good: {reason}")
+
     def check_encoders(self, encoders):
         """Raise UsageError unless the pretrained encoders are those of this model."""
         recorded = self.best["config"].get("encoders") or {}
@@ -74,5 +107,5 @@ class InitialModel:
             raise UsageError(
                 f"the weights of {self.run} do not fit this model in {parts}: {wrong[0]} is "
                 f"{size(given)} there and {size(here)} here.\nLeave out the flags that change the "
-                "model, such as --model and --memory_size.")
+                "model, such as --model, --memory_size and --finetune.")
         model.load_state_dict(given)

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -80,8 +79,7 @@ def load_checkpoint(path, keys):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path}: there is no such file") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError,
-            pickle.UnpicklingError) as error:
+    except Exception as error:  # of pickle, which may raise any for what is not a pickle
         if full_memory(error):
             raise
         raise UsageError(f"{path}: damaged, or not a checkpoint of this project") from None
@@ -168,6 +166,9 @@ def resume_run(output_dir, given):
         checkpoint = load_checkpoint(output_dir / LAST, LAST_KEYS)
         epochs_done = checkpoint["epoch"] - (checkpoint["step"] == 0)
     elif recorded is not None:
+        if not Path(recorded["run"]).is_dir():
+            raise UsageError(f"the run {recorded['run']}, with whose weights the run in "
+                             f"{output_dir} begins, does not exist (seen from {Path.cwd()})")
         initial = InitialModel(recorded["run"], load_best(recorded["run"]))
         initial.check_unchanged(recorded)
     for name, value in given.items():
@@ -301,6 +302,8 @@ class Run:
 
 
 def check_folder(output_dir):
+    if output_dir.is_file():
+        raise UsageError(f"{output_dir}: is a file; name the folder of a run")
     if not output_dir.is_dir():
         raise UsageError(f"{output_dir}: there is no such folder; {TRAIN_FIRST}")
 

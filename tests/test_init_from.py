@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import train_flickr8k_sgd as script
+from src.init_from import InitialModel
 from src.report import encoders
 from src.runs import BEST, CONFIG, HISTORY, LAST, load_checkpoint, load_json, load_run, save_json
 from src.settings import FINETUNED, make_settings, settings_from_run
@@ -87,6 +88,10 @@ def test_a_run_that_has_changed_since_is_an_error(finished, other_shapes, tmp_pa
     run, output_dir = shutil.copytree(finished[0], tmp_path / "run"), tmp_path / "next"
     with interrupt_after("save_json", lambda value, path: path.name == CONFIG):
         assert begin(run, other_shapes, output_dir) == 130
+    run.rename(tmp_path / "moved")
+    assert main("--resume", "--output_dir", output_dir) == 2
+    assert f"the run {run}, with whose weights the run in {output_dir}" in capsys.readouterr().err
+    (tmp_path / "moved").rename(run)
     state = torch.load(run / BEST, weights_only=True)
     state["model_state_dict"]["logit_scale"] += 1
     torch.save(state, run / BEST)
@@ -127,6 +132,7 @@ def test_frozen_encoders_and_fine_tuned_ones(
     (["--fisher"], "do not fit --fisher, as that run has --no-fisher"),
     (["--text_encoder", "bert"], "do not fit --text_encoder bert, as that run has no --text_enc"),
     (["--init_from", "missing"], "missing: there is no such folder"),
+    (["--init_from", f"run/{BEST}"], f"run/{BEST}: is a file; name the folder"),
     (["--init_from", "."], ": holds no run; train first"),
     (["--init_from", "unfinished"], "unfinished: has no best model yet"),
     (["--output_dir", "run"], "run is the --output_dir, too"),
@@ -167,3 +173,48 @@ def test_a_comparison_says_that_it_is_not_from_scratch(finished, other_shapes, t
     assert begin(finished[0], other_shapes, tmp_path / "next", "--epochs", 1) == 0
     assert encoders(load_run(finished[0])) == "none, from scratch"
     assert encoders(load_run(tmp_path / "next")) == "none, begun with finished"
+
+
+def config_of(data_dir, layout="a table of captions", val="1", extra=()):
+    return {"settings": {"data_dir": data_dir, "synthetic": False}, "layout": layout,
+            "fingerprints": {"val": val, "test": "1"}, "extra_data": list(extra)}
+
+
+@pytest.mark.parametrize("before, now, reason", [
+    (config_of("mine"), config_of("./mine"), None),
+    (config_of("mine"), config_of("other", val="2"), None),
+    (config_of("mine"), config_of("./mine", val="2"), "is not what it was"),
+    (config_of("a", extra=[{"folder": "mine", "layout": "COCO 2014", "split": "all"}]),
+     config_of("mine", val="2"), "--extra_all"),
+    (config_of("a", extra=[{"folder": "mine", "layout": "COCO 2014", "split": "train"}]),
+     config_of("mine", val="2"), None),
+    (config_of("a", "Flickr30k"), config_of("b", "Flickr8k", val="2"), "share photos"),
+    (config_of("a", "COCO 2014"), config_of("b", "Flickr8k", val="2"), None),
+])
+def test_a_model_that_may_have_seen_val_or_test_is_told(before, now, reason):
+    """Another run's training photos may be in this run's val or test."""
+    said = InitialModel("run", {"config": before}).seen_before(now, ["1000268201_693b08cb0e.jpg"])
+    if reason is not None:
+        assert reason in said and "run may have been trained on photos" in said
+    else:
+        assert said is None
+
+
+def test_own_photos_in_the_layout_of_flickr8k_are_not_taken_for_it():
+    initial = InitialModel("run", {"config": config_of("a", "Flickr30k")})
+    now = config_of("b", "Flickr8k", val="2")
+    assert initial.seen_before(now, ["IMG_1.jpg"]) is None
+    assert initial.seen_before(now, ["1000268201_693b08cb0e.jpg"])
+
+
+def test_a_folder_that_has_changed_is_told_at_the_start(copied, tmp_path, capsys):
+    run, output_dir = tmp_path / "run", tmp_path / "next"
+    assert main(*arguments(copied, run, epochs=1)) == 0
+    assert begin(run, copied, output_dir, "--epochs", 1) == 0
+    assert "may have been trained" not in capsys.readouterr().out
+    lists = [copied / f"Flickr_8k.{split}Images.txt" for split in ("train", "dev")]
+    train, val = (path.read_text().splitlines() for path in lists)
+    for path, names in zip(lists, ([val[0], *train[1:]], [train[0], *val[1:]])):
+        path.write_text("\n".join(names))
+    assert begin(run, copied, output_dir, "--epochs", 1, "--overwrite") == 0
+    assert f"{run} may have been trained on photos that are now in val" in capsys.readouterr().out

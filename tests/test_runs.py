@@ -70,7 +70,8 @@ def test_torch_save_onto_a_full_disk_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"broken", b"\x80",
+                                     b"PK\x03\x04 half a zip"])
 def test_a_damaged_checkpoint_is_an_error(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(UsageError, match="a.pt: damaged"):
