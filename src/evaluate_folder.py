@@ -6,6 +6,7 @@ from src.gallery import Search, photos_of_split
 from src.retrieval import chance_metrics, correct_pairs, different_texts, retrieval_metrics
 from src.search_results import embed_photos, open_cache
 from src.utils.captions import read_folder
+from src.utils.console import counted
 from src.utils.tokenizers import number_texts
 
 
@@ -24,11 +25,18 @@ def evaluate_folder(args):
         columns["with the bank"] = retrieval_metrics(*embeddings, search.bank, text_ids)
     columns["chance"] = chance(search.photo_of_text, text_ids)
     name = args.output_dir[0] if args.output_dir else args.image_encoder
-    size = f"{len(photos):,} photos, {len(search.texts):,} captions"
+    size = f"{counted(len(photos), 'photo')}, {counted(len(search.texts), 'caption')}"
     print(f"{name} on {args.split} of {args.evaluate}: {size}")
     for line in report.format_table(list(columns), report.recall_rows(columns)):
         print(line)
-    for note in folder.notes:
+    notes = list(folder.notes)
+    if folder.by_hash and args.split != "all":
+        notes.append("split by a hash of the photos' names; --split all takes all of them")
+    if text_ids is not None:
+        notes.append("photos share captions: a caption is right for every photo that has it")
+    if len(photos) < report.FEW:
+        notes.append(f"one photo moves I->T R@1 by {100 / len(photos):.1f} points")
+    for note in notes:
         print(f"  {note}")
 
 

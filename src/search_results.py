@@ -52,7 +52,7 @@ def open_gallery(args):
     else:
         run_dir = args.output_dir[0] if args.output_dir else None  # which --data_dir replaces
         photos, captions = photos_of_split(find_data_dir(args, run_dir), args.split)
-        place = f"of {args.split}"
+        place = f"of {args.split}" if args.split != "all" else "of all splits"
     if args.image and (args.query or args.photos):
         image = Path(args.image).resolve()
         kept = [i for i, photo in enumerate(photos) if photo.resolve() != image]
@@ -71,7 +71,11 @@ def open_cache(args):
         if cache.model.is_presumed:
             say(f"{args.image_encoder} and {args.text_encoder} are taken for the two halves of one "
                 "contrastive model; if they are not, the results are no better than chance")
-        say(f"embeddings are kept in {cache.file.path.parent}")
+        folder = cache.file.path.parent
+        if os.access(folder, os.W_OK):
+            say(f"embeddings are kept in {folder}")
+        else:
+            say(f"embeddings are not kept, as {folder} cannot be written")
         return cache
     run_dir = args.output_dir[0]
     cache = cache_of_run(run_dir, args.device)
@@ -228,7 +232,7 @@ def show_similar_photos(args):
     search, place = open_search(args, open_cache(args))
     scores = search.similar_photos(search.embed_photo(args.image))
     found = rank(scores, [], lambda row: (search.photos[row], ""), args.top)
-    title = f"photos like {args.image} among {len(search.photos):,} {place}"
+    title = f"photos like {args.image} among {len(search.photos):,} photos {place}"
     results = Results(args.image, title, "cosine of both photos", None, found)
     print_results([results], args)
     return [page_row(results, args.image)]

@@ -119,6 +119,13 @@ def test_the_cache_of_a_pair_lies_in_the_home_of_the_user_by_default(pair, tmp_p
     assert torch.allclose(texts[1], torch.tensor([0.5, 0, 0.5]) * 2 ** 0.5)
 
 
+def test_a_cache_folder_that_cannot_be_written_is_no_error(pair, album, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(album / "red.png"))
+    status, out, err = show(capsys, *pair, "--photos", album, "--query", "red", "--top", 1)
+    assert status == 0 and f"{album / 'red.png'}" in out
+    assert f"embeddings are not kept, as {album / 'red.png'}" in err
+
+
 def test_encoders_that_are_no_pair_are_refused(pair, album, capsys):
     given = ["--photos", album, "--query", "red"]
     other = pair[3].replace("texts", "wide_texts")
@@ -137,9 +144,8 @@ def write_table(album, rows):
 
 def figures(out):
     """The printed table -> {metric: [figures]}."""
-    rows = [line.rsplit(None, 2) for line in out.splitlines() if line.startswith("  ")]
-    return {name.strip(): [float(value) if value != "-" else None for value in values]
-            for name, *values in rows[1:]}
+    rows = [line.rsplit(None, 2) for line in out.splitlines() if "R@" in line and "(%)" in line]
+    return {name.strip(): list(map(float, values)) for name, *values in rows}
 
 
 def test_a_pair_is_evaluated_on_a_folder_of_which_all_is_test(pair, album, capsys):
@@ -159,6 +165,12 @@ def test_a_pair_is_evaluated_on_a_folder_of_which_all_is_test(pair, album, capsy
     write_table(album, [(*row[:2], "val") for row in rows])
     status, _, err = show(capsys, *pair, "--evaluate", album)
     assert status == 2 and "holds no photos of test, but of val" in err
+    # Without splits, as many photos are ranked as a training would test on.
+    (album / "captions.csv").write_text("image,caption\n" + "\n".join(
+        f"{name}.png,{name}" for name in COLOURS))
+    out = show(capsys, *pair, "--evaluate", album)[1]
+    assert "1 photo, 1 caption\n" in out and "--split all takes all of them" in out
+    assert "one photo moves I->T R@1 by 100.0 points" in out
     # A wrong caption is found to be wrong.
     write_table(album, [("red", "blue", "test"), ("blue", "red", "test"), *rows[1:2]])
     table = figures(show(capsys, *pair, "--evaluate", album)[1])

@@ -185,7 +185,7 @@ def test_photos_like_a_photo(run_dir, shapes, capsys, tmp_path):
             str(folder / photos[i].name) for i in expected]
         assert [score for _, _, score, _ in ranking(out)] == [
             pytest.approx(cosines[i].item(), abs=6e-4) for i in expected]
-        assert f"photos like {image} among {len(expected)} in {folder}" in out
+        assert f"photos like {image} among {len(expected)} photos in {folder}" in out
 
 
 @pytest.mark.parametrize("is_familiar", [True, False])
