@@ -163,6 +163,7 @@ if __name__ == "__main__":
     parse_args()
 
 from src import page, report, run_page, search_page, server
+from src.comparison import comparison
 from src.device import full_memory, keep_freed_memory
 from src.evaluate_folder import evaluate_folder
 from src.gallery import photos_of_split
@@ -256,7 +257,7 @@ def show(args):
     """Print, serve or write what was asked for."""
     if args.compare:
         table_format = "markdown" if args.format == "markdown" else "terminal"
-        print(report.comparison(load_runs(args.compare), table_format))
+        print(comparison(load_runs(args.compare), table_format))
         return
     search = bool(args.query or args.image)
     if args.output_dir is None and not args.image_encoder:

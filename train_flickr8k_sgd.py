@@ -147,10 +147,8 @@ def set_up(settings, output_dir, checkpoint, initial, args, device, command):
     run.epoch = 0 if encoders.is_contrastive_pair or has_two_stages or initial is not None else 1
     run.config = describe_run(settings, encoders, model, splits, device, command)
     if initial is not None:
-        run.config["init_from"] = initial.describe()
         seen_before = initial.seen_before(run.config, splits["val"].names)
-        if seen_before:
-            log.info(seen_before)
+        run.config["init_from"] = initial.describe() | {"seen_before": seen_before}
     if checkpoint is not None:
         config_before = checkpoint["config"]
         run.config |= {name: config_before[name] for name in ("date", "command", "init_from")
@@ -167,7 +165,7 @@ def set_up(settings, output_dir, checkpoint, initial, args, device, command):
     log.info(f"{len(train):,} pairs of {len(train.names):,} photos in {settings.data_dir}: "
              f"{counted(settings.epochs, 'epoch')} of {counted(len(batches), 'step')} of "
              f"{len(batches[0]) * world} pairs")
-    for note in report.small_split_notes(run.config["data"]):
+    for note in report.notes_on_the_splits(run.config):
         log.info(note)
     if settings.finetune and device.type == "cpu":
         seconds = estimate_epoch_seconds(run, splits)

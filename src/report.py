@@ -1,5 +1,5 @@
-"""The tables that the scripts print: the line of an epoch, the summary of a run, and the comparison
-of several runs.
+"""The tables that the scripts print: the line of an epoch, the end of a training, and the summary
+of a run. Several runs are compared in `comparison.py`.
 
 All figures are those of the standard protocol (see `retrieval.py`), except for one row of the
 results. It shows R@1 by the measure of the run that this project started from: each photo was there
@@ -7,7 +7,6 @@ as often as it has captions, and only the caption of the very same pair was corr
 has n captions, that R@1 is the standard one divided by n."""
 import contextlib
 import math
-import textwrap
 from pathlib import Path
 
 from src.retrieval import KS, chance_metrics
@@ -22,14 +21,6 @@ METRICS = {"I->T R@1 (%)": "i2t_r1", "I->T R@5 (%)": "i2t_r5", "I->T R@10 (%)": 
            "rsum": "rsum", "Avg R@1 (%)": "avg_r1"}
 ORIGINAL_AVG_R1 = "original Avg R@1 (%)"
 FEW = 100  # photos of a split, below which the tables say how coarse its figures are
-# A comparison in the terminal: some columns are too wide for it, and words in which all runs are
-# the same are said once. If it is still too wide, words are shortened, to TEXT_WIDTH characters at
-# first, and some columns of numbers are left out, in this order.
-COMPARISON_WIDTH, TEXT_WIDTH = 100, 24
-MARKDOWN_ONLY = ("hardware, date", "command")
-BANK_COLUMN = "bank"
-TEXT_COLUMNS = ("run", "data", "trained on", "model", "encoders", "tokens")
-OPTIONAL_COLUMNS = ("MedR", "R@5", "rsum", "R@10", "minutes")
 
 
 @contextlib.contextmanager
@@ -171,13 +162,16 @@ def recall_notes(run):
         notes.append("photos share captions: a caption is right for every photo that has it")
     if run.bank:
         notes.append("with the bank: ranked with help from training pairs")
-    return notes + small_split_notes(data, ("val", "test") if run.test else ("val",))
+    return notes + notes_on_the_splits(run.config, ("val", "test") if run.test else ("val",))
 
 
-def small_split_notes(data, splits=("val", "test")):
-    """A line for each of the splits whose figures are coarse, because it has fewer than FEW photos.
-    data: what config.json says about the splits."""
-    notes = []
+def notes_on_the_splits(config, splits=("val", "test")):
+    """A line for each of the splits whose figures are coarse, because it has fewer than FEW photos,
+    and one if the run that this one began with may have seen these photos. config: the run's."""
+    data, notes = config["data"], []
+    seen_before = config.get("init_from", {}).get("seen_before")
+    if seen_before:
+        notes.append(seen_before)
     for name in splits:
         number, chance = data[name]["photos"], _chance(data[name])["avg_r1"]
         if number < FEW:
@@ -322,102 +316,3 @@ def encoders(run):
         return f"none{begun or ', from scratch'}"
     text = " + ".join(names)
     return f"{text}, fine-tuned{begun}" if settings.finetune else text + begun
-
-
-# ---------------------------------------------------------------------- a comparison of runs
-
-
-def comparison(runs, table_format="terminal"):
-    """A table with one row for each Run, the best on validation first. table_format: "terminal", or
-    "markdown" for all columns. Raises UsageError if the files of a run lack something."""
-    rows = []
-    for run in runs:
-        with reading(run):
-            rows.append((run.best["val"]["avg_r1"], _comparison_row(run)))
-    rows.sort(key=lambda row: row[0], reverse=True)
-    rows = [cells for _, cells in rows]
-    columns = list(rows[0])
-    if table_format == "markdown":
-        return markdown_table(columns, [list(cells.values()) for cells in rows])
-    rows = [{BANK_COLUMN if name == "with the bank" else name: cell for name, cell in cells.items()
-             if name not in MARKDOWN_ONLY} for cells in rows]
-    common = [name for name in TEXT_COLUMNS[1:] if len({cells[name] for cells in rows}) == 1]
-    widths = {name: max(len(name), *(len(cells[name]) for cells in rows))
-              for name in rows[0] if name not in common}
-    _fit_widths(widths)
-    lines = []
-    for cells in [{name: name for name in widths}, *rows]:
-        padded = [f"{shortened(cells[name], width):<{width}}" for name, width in widths.items()]
-        lines.append("  ".join(padded).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    if common:
-        text = "the same for all: " if len(rows) > 1 else ""
-        text += "; ".join(f"{name}: {rows[0][name]}" for name in common)
-        lines += textwrap.wrap(text, COMPARISON_WIDTH)
-    lines.append("R@K in percent on validation, photo to text / text to photo, of the best epoch; "
-                 "+: not finished")
-    lines.append(f"{BANK_COLUMN}: avg R@1 when ranked with help from training pairs")
-    return "\n".join(lines)
-
-
-def _fit_widths(widths):
-    """Make a table's columns, {name: width}, fit the terminal: narrower, or left out."""
-    def excess():
-        return sum(widths.values()) + 2 * (len(widths) - 1) - COMPARISON_WIDTH
-
-    def narrow(limit):
-        words = [name for name in TEXT_COLUMNS if name in widths]
-        while excess() > 0 and (widest := max(words, key=widths.get)) and widths[widest] > limit:
-            widths[widest] -= 1
-
-    narrow(TEXT_WIDTH)
-    for name in OPTIONAL_COLUMNS:
-        if excess() > 0:
-            del widths[name]
-    narrow(1)
-
-
-def shortened(text, width):
-    """A text of at most `width` characters, with an ellipsis in the middle of one that is longer.
-    """
-    if len(text) <= width:
-        return text
-    head, tail = width // 2, (width - 1) // 2
-    return f"{text[:head]}…{text[len(text) - tail:]}"
-
-
-def _comparison_row(run):
-    """{column: cell} of a Run."""
-    settings, config, best, val = run.settings, run.config, run.best, run.best["val"]
-    trained_pairs = f"{config['data']['train']['captions']:,} pairs"
-    for folder in config["extra_data"]:
-        trained_pairs += f", {folder['captions']:,} of {folder['folder']}"
-    data = f"{data_name(run)}, {config['data']['val']['photos']:,} val"
-    if "different_captions" in config["data"]["val"]:  # runs of earlier versions ranked otherwise
-        data += " that share captions"
-    epochs = f"{best['epoch']} of {run.history[-1]['epoch']}"
-    with_bank = f"{run.bank['val']['with_bank']['avg_r1']:.2f}" if run.bank else "-"
-    return {
-        "run": run.dir.name,
-        "data": data,
-        "trained on": trained_pairs,
-        "model": f"{settings.model}, {config['parameters'] / 1e6:.1f} M",
-        "encoders": encoders(run),
-        "tokens": settings.tokenizer,
-        "epochs": epochs if run.finished else f"{epochs}+",
-        "minutes": f"{run.minutes:.1f}",
-        "avg R@1": f"{val['avg_r1']:.2f}",
-        "with the bank": with_bank,
-        "R@1": f"{val['i2t_r1']:.1f} / {val['t2i_r1']:.1f}",
-        "R@5": f"{val['i2t_r5']:.1f} / {val['t2i_r5']:.1f}",
-        "R@10": f"{val['i2t_r10']:.1f} / {val['t2i_r10']:.1f}",
-        "rsum": f"{val['rsum']:.1f}",
-        "MedR": f"{val['i2t_medr']:g} / {val['t2i_medr']:g}",
-        "hardware, date": f"{config['device']}, {config['date']}",
-        "command": f"`{config['command']}`"}
-
-
-def markdown_table(columns, rows):
-    """columns: names. rows: lists of as many cells."""
-    table = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in table)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from src import report
+from src.comparison import comparison
 from src.runs import CONFIG, HISTORY, load_run
 from src.settings import make_settings
 from src.utils.folder import SPLIT_FILES
@@ -107,7 +108,7 @@ def test_the_tables_name_all_datasets_of_the_training(folders, tmp_path):
                 f"{folders / 'rest'} (8")
     run = load_run(tmp_path / "run")
     assert expected in report.summary(run)
-    assert f"| 120 pairs, 60 of {folders / 'rest'} |" in report.comparison([run], "markdown")
+    assert f"| 120 pairs, 60 of {folders / 'rest'} |" in comparison([run], "markdown")
 
 
 def test_missing_and_damaged_photos_of_the_extra_data_are_reported(folders, tmp_path, capsys):

@@ -6,7 +6,7 @@ import torch
 
 import train_flickr8k_sgd as script
 from src.init_from import InitialModel
-from src.report import encoders
+from src.report import encoders, summary
 from src.runs import BEST, CONFIG, HISTORY, LAST, load_checkpoint, load_json, load_run, save_json
 from src.settings import FINETUNED, make_settings, settings_from_run
 from src.utils.errors import UsageError
@@ -217,4 +217,5 @@ def test_a_folder_that_has_changed_is_told_at_the_start(copied, tmp_path, capsys
     for path, names in zip(lists, ([val[0], *train[1:]], [train[0], *val[1:]])):
         path.write_text("\n".join(names))
     assert begin(run, copied, output_dir, "--epochs", 1, "--overwrite") == 0
-    assert f"{run} may have been trained on photos that are now in val" in capsys.readouterr().out
+    said = f"{run} may have been trained on photos that are now in val"
+    assert said in capsys.readouterr().out and said in summary(load_run(output_dir))

@@ -13,6 +13,7 @@ import sys
 import torch
 from torch import nn
 
+from src.comparison import markdown_table
 from src.device import (
     allow_fast_kernels,
     describe,
@@ -22,7 +23,6 @@ from src.device import (
 )
 from src.evaluation import evaluate
 from src.experiments.ladder import mean_and_deviation
-from src.report import markdown_table
 from src.settings import make_settings
 from src.training import RunState, training_step
 from src.utils.console import Parser, prepare_output

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import train_flickr8k_sgd as training
-from src.report import markdown_table
+from src.comparison import markdown_table
 from src.runs import CONFIG, TEST, load_run
 from src.settings import PRESETS, REFERENCE, flags, make_settings
 from src.utils.console import Parser, prepare_output, text
