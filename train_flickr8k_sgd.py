@@ -100,7 +100,8 @@ def set_up(settings, output_dir, checkpoint, initial, args, device, command):
     the InitialModel to begin with, or None."""
     rank, world = distributed.rank_and_world()
     is_new = checkpoint is None and initial is None
-    settings, encoders = set_up_encoders(settings, args, device, is_new)
+    settings_are_new = is_new and not args.resume  # a run may be resumed from its beginning
+    settings, encoders = set_up_encoders(settings, args, device, settings_are_new)
     tokenizer = None
     if checkpoint is not None:
         encoders.check_unchanged(checkpoint["config"], output_dir)
@@ -175,11 +176,11 @@ def set_up(settings, output_dir, checkpoint, initial, args, device, command):
     return run, splits
 
 
-def set_up_encoders(settings, args, device, is_new):
-    """-> the settings that fit the pretrained encoders, and the encoders. is_new: whether the
-    settings are not those of an earlier run."""
+def set_up_encoders(settings, args, device, settings_are_new):
+    """-> the settings that fit the pretrained encoders, and the encoders. settings_are_new: whether
+    the settings are not those of an earlier run."""
     encoders = load_encoders(settings, device)
-    if encoders.is_contrastive_pair and is_new:
+    if encoders.is_contrastive_pair and settings_are_new:
         settings = for_contrastive_pair(settings, vars(args))
     for encoder in encoders:
         if not encoder.frozen:

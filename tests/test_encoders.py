@@ -22,6 +22,7 @@ from src.utils.errors import UsageError
 from src.utils.photo_store import open_photo
 from src.utils.splits import load_splits
 from tests.conftest import arguments, edit_json, encoder_flags, main
+from tests.test_train_flickr8k_sgd import interrupt_after
 
 
 def test_photos_are_renormalised_for_an_encoder_in_training(encoder_file):
@@ -182,6 +183,17 @@ def test_a_contrastive_pair_starts_as_itself(clip, shapes, tmp_path, capsys):
         inputs = splits["val"].text_inputs(list(range(len(texts))))
         found = F.normalize(model(**inputs)["central_latent"], dim=-1) @ images.T
     assert (found - cosines).abs().max() < 1e-3
+
+
+@pytest.mark.extra
+def test_a_pair_that_was_stopped_before_its_first_checkpoint_keeps_its_settings(
+        clip, shapes, tmp_path):
+    folder, names = tmp_path / "run", ["--image_encoder", clip, "--text_encoder", clip]
+    with interrupt_after("save_json", lambda value, path: path.name == CONFIG):
+        assert main(*arguments(shapes, folder, *names, "--lr", 0.05, epochs=1)) == 130
+    before = load_json(folder / CONFIG)["settings"]
+    assert main("--resume", "--output_dir", folder) == 0
+    assert load_json(folder / CONFIG)["settings"] == before and before["lr"] == 0.05
 
 
 @pytest.mark.extra
