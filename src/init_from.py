@@ -55,8 +55,8 @@ class InitialModel:
 
         This knows what the two configs tell; the photos are not compared."""
         before, folder = self.best["config"], Path(config["settings"]["data_dir"]).resolve()
-        if all(before["fingerprints"][split] == config["fingerprints"][split]
-               for split in ("val", "test")):
+        recorded = before.get("fingerprints", {})
+        if all(recorded.get(split) == config["fingerprints"][split] for split in ("val", "test")):
             return None
 
         def is_folder(path):

@@ -133,8 +133,7 @@ def resolve(args):
         settings = settings_from_run(initial.settings, given, init_from)
         default_name = f"{folder_name(settings.data_dir)}_from_{folder_name(init_from)}"
     output_dir = Path(output_dir or f"outputs/{default_name}")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UsageError(f"--output_dir {output_dir} is a file, not a folder")
+    check_writable(output_dir)
     if initial is not None and output_dir.resolve() == Path(init_from).resolve():
         raise UsageError(f"--init_from {init_from} is the --output_dir, too; name another one")
     if not (overwrite or check):
@@ -144,6 +143,16 @@ def resolve(args):
 
 def folder_name(path):
     return Path(path).resolve().name
+
+
+def check_writable(output_dir):
+    """Raise UsageError if the folder of a run can certainly not be made or written. Otherwise that
+    would be noticed after minutes of work."""
+    place = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not place.is_dir():
+        raise UsageError(f"--output_dir {output_dir}: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK):
+        raise UsageError(f"--output_dir {output_dir}: {place} cannot be written")
 
 
 def refuse_existing_run(output_dir):

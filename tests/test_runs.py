@@ -215,3 +215,18 @@ def test_under_torchrun_each_machine_keeps_its_own_settings():
     args = parse_args("", ["--data_dir", "on/the/second", "--no-amp", "--lr", "0.5"])
     here = on_this_machine(settings, args)
     assert (here.data_dir, here.amp, here.device, here.lr) == ("on/the/second", False, "cuda", 0.5)
+
+
+@pytest.mark.parametrize("output_dir, message", [
+    ("file", "--output_dir file: file is a file, not a folder"),
+    ("file/a/run", "--output_dir file/a/run: file is a file, not a folder"),
+    ("locked/a/run", "--output_dir locked/a/run: locked cannot be written")])
+def test_a_folder_that_cannot_be_made_is_refused_at_once(
+        tmp_path, monkeypatch, output_dir, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(runs.os, "access", lambda path, mode: str(path) != "locked")
+    with pytest.raises(UsageError, match=message):
+        resolve(parse_args("", ["--output_dir", output_dir]))
+    assert resolve(parse_args("", ["--output_dir", "new/run"]))[1] == runs.Path("new/run")
