@@ -185,6 +185,9 @@ def test_a_run_is_evaluated_as_the_training_did(run_dir, shapes, capsys):
     expected = [recorded["without_bank"]["rsum"], recorded["with_bank"]["rsum"]]
     assert [float(value) for value in rows[0][1:3]] == pytest.approx(expected, abs=10)
     assert "with the bank" not in use(run_dir, capsys, "--evaluate", shapes, "--no-bank")[1]
+    assert "the figures are too good" not in out
+    assert "the figures are too good" in use(run_dir, capsys, "--evaluate", shapes, "--split",
+                                             "train")[1]
 
 
 def test_chance_where_photos_share_captions():
