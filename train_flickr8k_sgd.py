@@ -378,7 +378,7 @@ def main(argv=None):
     stop = distributed.StopRequest()
     log_to_console(log)
     keep_freed_memory()
-    settings = output_dir = None
+    settings = output_dir = run = None
     try:
         distributed.start()
         settings, output_dir, checkpoint, initial = distributed.call_on_main(
@@ -412,7 +412,8 @@ def main(argv=None):
             raise
     except KeyboardInterrupt:
         status, message = 130, "interrupted before the run began"
-        if output_dir is not None and (output_dir / runs.CONFIG).exists():
+        has_begun = run is not None or not args.overwrite  # else the folder holds an earlier run
+        if has_begun and output_dir is not None and (output_dir / runs.CONFIG).exists():
             message = f"interrupted; to continue: {runs.resume_command(output_dir)}"
     finally:
         distributed.stop()

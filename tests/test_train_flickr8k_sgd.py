@@ -130,6 +130,19 @@ def copy_of_shapes(shapes, tmp_path):
     return shutil.copytree(shapes, tmp_path / "copy of shapes")
 
 
+def test_an_earlier_run_is_not_continued_in_place_of_one_that_has_not_begun(
+        copy_of_finished, shapes, monkeypatch, capsys):
+    def interrupt(*given, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train_flickr8k_sgd.load_splits", interrupt)
+    given = arguments(shapes, copy_of_finished)
+    assert main(*given, "--overwrite") == 130 and (copy_of_finished / HISTORY).exists()
+    assert capsys.readouterr().err == "interrupted before the run began\n"
+    assert main("--resume", "--output_dir", copy_of_finished) == 130
+    assert "interrupted; to continue: " in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------- what a run leaves behind
 
 
