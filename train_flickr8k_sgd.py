@@ -332,7 +332,7 @@ def end_epoch(run, row, stopping=False):
         save(run)
     if run.is_main:
         runs.save_json(run.history, run.dir / runs.HISTORY)
-    log.info(report.epoch_line(row))
+    log.info(report.epoch_line(row, run.config))
 
 
 def save(run):

@@ -33,10 +33,13 @@ def reading(run):
                          f"({type(error).__name__}: {error}); please retrain") from None
 
 
-def epoch_line(row):
-    """One epoch of the history as a line of the log."""
+def epoch_line(row, config):
+    """One epoch of the history as a line of the log. config: that of the run."""
     val, loss = row["val"], row["train"]["loss"]
-    loss_text = "zero-shot" if loss is None else f"loss {loss:.4f}"  # epoch 0 has no training
+    if loss is not None:
+        loss_text = f"loss {loss:.4f}"
+    else:  # epoch 0 has no training; another run may have been trained on these photos
+        loss_text = "as it was" if "init_from" in config else "zero-shot"
     return (f"epoch {row['epoch']:3d}  {loss_text}  "
             f"val R@1 {val['avg_r1']:5.2f} (i2t {val['i2t_r1']:.2f}, t2i {val['t2i_r1']:.2f})  "
             f"R@10 {val['i2t_r10']:.1f}/{val['t2i_r10']:.1f}  "

@@ -25,9 +25,10 @@ def test_the_line_of_an_epoch():
            "i2t_medr": 100.5, "t2i_medr": 90.0}
     row = {"epoch": 3, "train": {"loss": 2.5}, "val": val, "seconds": 61.24}
     rest = "val R@1  1.25 (i2t 1.50, t2i 1.00)  R@10 9.0/8.0  MedR 100.5/90  61.2 s"
-    assert epoch_line(row) == f"epoch   3  loss 2.5000  {rest}"
+    assert epoch_line(row, {}) == f"epoch   3  loss 2.5000  {rest}"
     zero_shot = row | {"epoch": 0, "train": {"loss": None}}
-    assert epoch_line(zero_shot) == f"epoch   0  zero-shot  {rest}"
+    assert epoch_line(zero_shot, {}) == f"epoch   0  zero-shot  {rest}"
+    assert epoch_line(zero_shot, {"init_from": {}}) == f"epoch   0  as it was  {rest}"
 
 
 def write_two_runs(tmp_path):
