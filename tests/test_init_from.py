@@ -182,6 +182,8 @@ def config_of(data_dir, layout="a table of captions", val="1", extra=()):
 
 @pytest.mark.parametrize("before, now, reason", [
     (config_of("mine"), config_of("./mine"), None),
+    (config_of("mine") | {"init_from": {"seen_before": "run may have been trained on photos: x"}},
+     config_of("mine"), ": x"),
     (config_of("mine"), config_of("other", val="2"), None),
     (config_of("mine"), config_of("./mine", val="2"), "is not what it was"),
     (config_of("a", extra=[{"folder": "mine", "layout": "COCO 2014", "split": "all"}]),
