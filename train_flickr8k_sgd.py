@@ -43,10 +43,9 @@ from src.first_stage import (
     SEED_STRIDE,
     batches_of_epoch,
     estimate_epoch_seconds,
+    first_weights,
     prepare_splits,
     set_temperature,
-    train_first_stage,
-    train_fisher_network,
 )
 from src.fisher import build_network
 from src.training import ADVICE, RunState, training_step
@@ -109,7 +108,7 @@ def set_up(settings, output_dir, checkpoint, initial, args, device, command):
     elif initial is not None:
         initial.check_encoders(encoders)
         tokenizer = tokenizer_from_state(initial.best["tokenizer"])
-    has_two_stages = settings.finetune > 0 and encoders.image is not None
+    has_two_stages, features = settings.finetune > 0 and encoders.image is not None, None
     # One process of a machine fills the cache, the others read it.
     with distributed.local_main_process_first(), say_once(log):
         splits, tokenizer = load_splits(settings, tokenizer, encoders.image, encoders.text)
@@ -126,21 +125,11 @@ def set_up(settings, output_dir, checkpoint, initial, args, device, command):
         raise UsageError(f"a batch has fewer pairs than there are processes ({world})")
 
     seconds, first_loss = 0.0, None
-    if is_new and has_two_stages:
-        first_loss, seconds = train_first_stage(
-            settings, model, encoders, tokenizer, features, device)
-    elif is_new:
-        encoders.initialize(model, train)
-    if settings.finetune:
-        encoders.attach(model, settings)  # their unused weights are frozen already
-    if initial is not None:
-        initial.load_into(model)
-        log.info(f"beginning with {initial}")
-        if settings.temperature != initial.settings.temperature:
-            set_temperature(model, settings.temperature)
-    if settings.fisher and checkpoint is None:  # otherwise it is in the checkpoint
-        splits["train"], seconds = train_fisher_network(
-            settings, model.fisher_network, tokenizer, train, device, is_new)
+    if checkpoint is None:
+        splits["train"], seconds, first_loss = first_weights(
+            settings, model, encoders, tokenizer, train, features, initial, device)
+    elif settings.finetune:
+        encoders.attach(model, settings)
     run = RunState(settings, model, tokenizer, device, len(batches) * settings.epochs)
     run.seconds, run.first_loss = seconds, first_loss
     run.dir, run.is_main = output_dir, rank == 0

@@ -47,6 +47,30 @@ def set_temperature(model, temperature):
     model.clamp_logit_scale_()
 
 
+def first_weights(settings, model, encoders, tokenizer, train, features, initial, device):
+    """Give the model the weights with which a run begins -> (the training split, perhaps with
+    latents of the Fisher network, the seconds that this took, the loss of the first stage or None).
+    features: the splits for the first stage of fine-tuning, or None where there is none. initial:
+    the InitialModel whose weights are taken, or None."""
+    seconds, first_loss = 0.0, None
+    if features is not None:
+        first_loss, seconds = train_first_stage(
+            settings, model, encoders, tokenizer, features, device)
+    elif initial is None:
+        encoders.initialize(model, train)
+    if settings.finetune:
+        encoders.attach(model, settings)  # their unused weights are frozen already
+    if initial is not None:
+        initial.load_into(model)
+        log.info(f"beginning with {initial}")
+        if settings.temperature != initial.settings.temperature:
+            set_temperature(model, settings.temperature)
+    if settings.fisher:
+        train, seconds = train_fisher_network(
+            settings, model.fisher_network, tokenizer, train, device, initial is None)
+    return train, seconds, first_loss
+
+
 def train_fisher_network(settings, network, tokenizer, data, device, is_new=True):
     """Train the Fisher network -> (the training split, perhaps with its latents, seconds).
 

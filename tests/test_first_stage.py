@@ -108,15 +108,15 @@ def test_resume_continues_the_second_stage_exactly(
         loss, seconds = train_first_stage(*given)
         return loss, SECONDS + seconds
 
-    train_first_stage = script.train_first_stage
+    train_first_stage = first_stage.train_first_stage
     monkeypatch.setattr(script, "CHECKPOINT_INTERVAL", -1)
     given = [*encoders, "--finetune", 0.5, "--lr", 0.1, "--no-amp"]
     with monkeypatch.context() as patch, interrupt_after(
             "save_checkpoint", lambda state, path: state.get("step")):
-        patch.setattr(script, "train_first_stage", slow)
+        patch.setattr(first_stage, "train_first_stage", slow)
         assert main(*arguments(shapes, tmp_path, *given, epochs=2)) == 130
     assert load_checkpoint(tmp_path / LAST, ["step"])["step"] > 0
-    monkeypatch.delattr(script, "train_first_stage")  # it is not needed again
+    monkeypatch.delattr(first_stage, "train_first_stage")  # it is not needed again
     assert resume(tmp_path) == 0
     assert_same_outcome(outcome(finetuned), outcome(tmp_path))
     seconds = [row["seconds"] for row in load_json(tmp_path / HISTORY)]

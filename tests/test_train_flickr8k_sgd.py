@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import show_flickr8k_results
 import train_flickr8k_sgd as script
-from src import evaluation, retrieval, runs, training
+from src import evaluation, first_stage, retrieval, runs, training
 from src.evaluation import compare_bank
 from src.fisher import NetworkWithFisherVectors, with_fisher_latents
 from src.image_encoder import PatchComponents
@@ -471,13 +471,13 @@ FISHER_SECONDS = 1000
 
 def make_fisher_network_small(patch):
     """Make the Fisher network quick to train, and add FISHER_SECONDS to the time that it took."""
-    train_fisher_network = script.train_fisher_network
+    train_fisher_network = first_stage.train_fisher_network
 
     def slow_train_fisher_network(*given):
         data, seconds = train_fisher_network(*given)
         return data, FISHER_SECONDS + seconds
 
-    patch.setattr(script, "train_fisher_network", slow_train_fisher_network)
+    patch.setattr(first_stage, "train_fisher_network", slow_train_fisher_network)
     patch.setattr("src.first_stage.FISHER_EPOCHS", 6)
     patch.setattr("src.settings.FISHER_PIXELS", 48)
     patch.setattr("src.fisher.FISHER_PIXELS", 48)
