@@ -169,8 +169,9 @@ from src.evaluate_folder import evaluate_folder
 from src.gallery import photos_of_split
 from src.runs import HISTORY, TRAIN_FIRST, load_run
 from src.search_results import (
+    embed_captions,
+    embed_gallery,
     find_data_dir,
-    open_cache,
     open_search,
     say,
     show_captions,
@@ -193,7 +194,9 @@ def newest_run():
 def serve(args):
     """--serve: answer browsers until Ctrl-C."""
     with server.Server(args.serve) as http:
-        search, place = open_search(args, open_cache(args))
+        search, place = open_search(args)
+        embed_gallery(search, args)
+        embed_captions(search)
         example_queries = []
         if search.texts:
             example_queries = [search.texts[row] for row in search.different_texts()]

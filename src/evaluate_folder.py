@@ -7,7 +7,7 @@ from src import report
 from src.gallery import Search, photos_of_split
 from src.retrieval import chance_metrics, correct_pairs, different_texts, retrieval_metrics
 from src.runs import load_run
-from src.search_results import embed_photos, open_cache
+from src.search_results import embed_captions, embed_photos, open_cache
 from src.utils.captions import read_folder
 from src.utils.console import counted
 from src.utils.tokenizers import number_texts
@@ -21,6 +21,7 @@ def evaluate_folder(args):
     photos, captions = photos_of_split(folder, args.split)
     search = Search(open_cache(args), photos, captions, args.bank)
     embed_photos(search)
+    embed_captions(search)
     text_ids = None if folder.different_captions is None else number_texts(search.texts)
     embeddings = search.photo_embeddings, search.text_embeddings, search.photo_of_text
     columns = {"cosine": retrieval_metrics(*embeddings, text_ids=text_ids)}

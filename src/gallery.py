@@ -22,6 +22,7 @@ from src.search import (
     bank_of,
     embed_photo_batches,
     embed_photos,
+    embed_text_batches,
     embed_texts,
     load_best,
     load_model,
@@ -75,8 +76,10 @@ def cache_of_pair(image_encoder, text_encoder, device=None):
 
 def cache_folder():
     """The folder for what is kept of searches without a run."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return Path(home or Path.home() / ".cache") / "flickr8k_sgd"
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    # The standard of this variable says that relative paths are to be ignored.
+    folder = home if os.path.isabs(home) else Path.home() / ".cache"
+    return Path(folder) / "flickr8k_sgd"
 
 
 class EmbeddingCache:
@@ -160,13 +163,17 @@ class EmbeddingCache:
         """A short string that changes with the file of a photo that `photos` has embedded."""
         return hashlib.sha256(repr(self.items[path]).encode()).hexdigest()[:8]
 
-    def texts(self, texts):
-        """The embeddings (N, D) of texts, see `embed_texts`."""
+    def texts(self, texts, progress=None):
+        """The embeddings (N, D) of texts, see `embed_texts`. Every batch is kept as soon as it is
+        embedded, and progress(done, total) is called after it."""
         items = [(text, "") for text in texts]
         missing = self.text_rows.missing(items)
-        if missing:
-            new = [text for text, _ in missing]
-            self.text_rows.add(missing, embed_texts(self.model, self.tokenizer, new))
+        new, done = [text for text, _ in missing], 0
+        for rows, embeddings in embed_text_batches(self.model, self.tokenizer, new):
+            self.text_rows.add([missing[row] for row in rows], embeddings)
+            done += len(rows)
+            if progress:
+                progress(done, len(new))
         return self.text_rows.embeddings(items)
 
     def text_gallery(self, texts):
@@ -225,6 +232,12 @@ class Search:
                 self.photo_gallery = torch.cat([self.photo_gallery, gallery])
             self.captions = self.captions + [[] for _ in photos]
             self.photos = self.photos + photos
+
+    def embed_captions(self, progress=None):
+        """Embed the captions, if there are any, now and not as soon as they are needed. progress:
+        see `EmbeddingCache.texts`."""
+        if self.texts:
+            self.cache.texts(self.texts, progress)
 
     @functools.cached_property
     def text_embeddings(self):

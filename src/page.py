@@ -44,6 +44,7 @@ button, .button { background: var(--soft); color: inherit; cursor: pointer; }
 .line { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
 .lines { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
   overflow: hidden; }
+.line, .lines, h2, h3, dd, li, input[type=search] { unicode-bidi: plaintext; }
 .score { display: flex; gap: .5rem; align-items: center; }
 .bar { flex: 1; height: .25rem; border-radius: 1rem; background: var(--soft); }
 .bar i { display: block; height: 100%; border-radius: 1rem; background: var(--strong); }

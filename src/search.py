@@ -157,18 +157,16 @@ def embed_photos(model, transform, paths, batch_size=25):
 
 
 @torch.no_grad()
-def embed_texts(model, tokenizer, texts, batch_size=256):
-    """Embed texts -> (N, D) of unit length on the CPU. Of each text, the first MAX_LENGTH
-    characters are read. tokenizer: None for a model that takes no tokens but those of its
-    pretrained encoder. Raises ValueError for a text without tokens, and DataError for one whose
-    embedding is not finite."""
+def embed_text_batches(model, tokenizer, texts, batch_size=256):
+    """Yield (rows, embeddings) batch by batch, texts of about the same length together: the rows of
+    the batch among the texts, and its embeddings (B, D) of unit length on the CPU. Raises as
+    `embed_texts` does."""
     device = next(model.parameters()).device
     lengths = list(map(len, texts))
     if tokenizer is not None:
         ids = Ragged.from_sequences((tokenizer.encode(cut_text(text)) for text in texts), "H")
         lengths = ids.lengths
     by_length = sorted(range(len(texts)), key=lambda i: lengths[i])  # for little padding
-    parts = []
     for start in range(0, len(texts), batch_size):
         batch = by_length[start:start + batch_size]
         text = features = None
@@ -189,6 +187,15 @@ def embed_texts(model, tokenizer, texts, batch_size=256):
             if not is_finite:
                 raise DataError(f'{name} makes NaN or infinite numbers of the text '
                                 f'"{printable(texts[i][:80])}"')
-        parts.append(latents)
-    embeddings = F.normalize(torch.cat(parts), dim=-1)
-    return torch.empty_like(embeddings).index_copy_(0, torch.tensor(by_length), embeddings)
+        yield batch, F.normalize(latents, dim=-1)
+
+
+def embed_texts(model, tokenizer, texts, batch_size=256):
+    """Embed texts -> (N, D) of unit length on the CPU. Of each text, the first MAX_LENGTH
+    characters are read. tokenizer: None for a model that takes no tokens but those of its
+    pretrained encoder. Raises ValueError for a text without tokens, and DataError for one whose
+    embedding is not finite."""
+    rows, parts = zip(*embed_text_batches(model, tokenizer, texts, batch_size))
+    embeddings = torch.cat(parts)
+    order = torch.tensor([row for batch in rows for row in batch])
+    return torch.empty_like(embeddings).index_copy_(0, order, embeddings)

@@ -17,7 +17,7 @@ import torch
 from src.page import document, paragraph
 from src.pictures import date_taken, full_size, thumbnail
 from src.ranking import best_rows
-from src.utils.console import first_three, printable
+from src.utils.console import counted, first_three, printable
 from src.utils.errors import DataError
 from src.utils.folder import MAX_LENGTH, cut_text
 
@@ -150,8 +150,8 @@ class SearchPages:
             self.gone |= gone
             self.thumbnail.cache_clear()  # those of changed photos are out of date
             changed = len({self.search.photos[i] for i in gone} & set(self.search.photos[before:]))
-            self.note = (f"Found: {len(self.search.photos) - before - changed:,} new photos, "
-                         f"{changed:,} changed, {len(gone) - changed:,} deleted.")
+            added = counted(len(self.search.photos) - before - changed, "new photo")
+            self.note = f"Found: {added}, {changed:,} changed, {len(gone) - changed:,} deleted."
             if unreadable:
                 self.note += (f" {len(unreadable):,} cannot be read: "
                               f"{printable(first_three(unreadable.values()))}.")

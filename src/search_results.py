@@ -2,6 +2,8 @@
 
 The functions take the flags of the show script, as it has parsed them."""
 import collections
+import contextlib
+import functools
 import json
 import os
 import sys
@@ -11,7 +13,7 @@ from typing import NamedTuple
 from src.gallery import Search, cache_of_pair, cache_of_run, photos_of_split
 from src.ranking import best_rows, rank_of_best
 from src.runs import check_data_dir, load_run
-from src.utils.console import ProgressLine, first_three, printable
+from src.utils.console import ProgressLine, counted, first_three, printable
 from src.utils.errors import DataError, UsageError
 from src.utils.folder import MAX_LENGTH, cut_text
 from src.utils.photo_files import heif_hint, list_left_out, list_skipped, photos_of_folder
@@ -86,24 +88,41 @@ def open_cache(args):
     return cache
 
 
-def open_search(args, cache):
-    """Embed the photos to search -> (Search, place), see `open_gallery`. Photos of --photos that
-    cannot be read are skipped with a message; those of the dataset raise DataError."""
-    photos, captions, place = open_gallery(args)
-    search = Search(cache, photos, captions, args.bank)
+def open_search(args):
+    """Find the photos to search and load the model -> (Search, place), see `open_gallery`. The
+    photos are not yet embedded."""
+    photos, captions, place = open_gallery(args)  # first, as a wrong folder is found at once
+    return Search(open_cache(args), photos, captions, args.bank), place
+
+
+def embed_gallery(search, args):
+    """Embed the photos to search. Those of --photos that cannot be read are skipped with a message;
+    those of the dataset raise DataError."""
     unreadable = {} if args.photos else None
     embed_photos(search, unreadable)
     if unreadable:
         say(f"skipped photos that cannot be read ({len(unreadable):,}): "
             f"{printable(first_three(unreadable.values()))}")
-    return search, place
 
 
 def embed_photos(search, unreadable=None):
     """`Search.embed_photos` with a progress line."""
+    with progress_of("photos") as progress:
+        search.embed_photos(progress, unreadable)
+
+
+def embed_captions(search):
+    """`Search.embed_captions` with a progress line."""
+    with progress_of("captions") as progress:
+        search.embed_captions(progress)
+
+
+@contextlib.contextmanager
+def progress_of(unit):
+    """A progress line of what is embedded: a function progress(done, total)."""
     line = ProgressLine(stream=sys.stderr)
     try:
-        search.embed_photos(line.counter("embedding"), unreadable)
+        yield functools.partial(line.counter("embedding"), unit=unit)
     finally:
         line.clear()
 
@@ -142,6 +161,8 @@ def print_results(all_results, args):
                  "path": os.path.abspath(str(found.photo)), "caption": found.caption}
                 for results in all_results for found in results.found]
         print(json.dumps(rows, indent=1))
+    if args.format == "paths":
+        note_odd_paths([found.photo for results in all_results for found in results.found])
     for results in all_results:
         if args.format == "lines":
             print(results.title)
@@ -163,6 +184,18 @@ def print_results(all_results, args):
                 print(f"{mark} {found.rank:3d}  {found.score:z6.3f}  {printable(text).rstrip()}")
         if args.format == "lines":
             print()
+
+
+def note_odd_paths(photos):
+    """Say which paths, one a line, other programs cannot use."""
+    broken = [str(photo) for photo in photos if {"\n", "\r"} & set(str(photo))]
+    if broken:
+        say(f"{counted(len(broken), 'path')} with a line break, such as {broken[0]}: --format json "
+            "keeps each in one piece")
+    in_archives = [str(photo) for photo in photos if not isinstance(photo, Path)]
+    if in_archives:
+        say(f"{counted(len(in_archives), 'photo')} in .tar files, such as {in_archives[0]}: other "
+            "programs have to unpack them first")
 
 
 def page_row(results, image):
@@ -197,11 +230,11 @@ def check_queries(queries, cache):
 def show_photos(args):
     """--query: print the photos nearest to each text, or to each text together with the photo of
     --image. Returns rows for `page.photo_sheet`."""
-    cache = open_cache(args)
-    check_queries(args.query, cache)
+    search, place = open_search(args)
+    check_queries(args.query, search.cache)
     queries = [cut_text(query) for query in args.query]
-    search, place = open_search(args, cache)
     image = search.embed_photo(args.image) if args.image else None
+    embed_gallery(search, args)
     photos_with = collections.defaultdict(list)  # {caption: the rows of its photos}
     for row, captions in enumerate(search.captions):
         for caption in captions:
@@ -213,7 +246,7 @@ def show_photos(args):
     embeddings = search.embed_texts(queries, image)
     all_results = []
     for query, embedding, scores in zip(queries, embeddings, search.score_photos(embeddings)):
-        title = f'"{query}" in {len(search.photos):,} photos {place}'
+        title = f'"{query}" in {counted(len(search.photos), "photo")} {place}'
         fits = search.fits(embedding[None]) if image is None else None
         if args.image:
             title = f"{args.image} and {title}"
@@ -229,10 +262,12 @@ def show_photos(args):
 def show_similar_photos(args):
     """--image with --photos: print the photos that are most like it. Returns rows for
     `page.photo_sheet`."""
-    search, place = open_search(args, open_cache(args))
-    scores = search.similar_photos(search.embed_photo(args.image))
+    search, place = open_search(args)
+    image = search.embed_photo(args.image)
+    embed_gallery(search, args)
+    scores = search.similar_photos(image)
     found = rank(scores, [], lambda row: (search.photos[row], ""), args.top)
-    title = f"photos like {args.image} among {len(search.photos):,} photos {place}"
+    title = f"photos like {args.image} among {counted(len(search.photos), 'photo')} {place}"
     results = Results(args.image, title, "cosine of both photos", None, found)
     print_results([results], args)
     return [page_row(results, args.image)]
@@ -241,18 +276,20 @@ def show_similar_photos(args):
 def show_captions(args):
     """--image: print the different captions nearest to a photo. Those of the photo itself are
     marked, if it is one of the split's. Returns rows for `page.photo_sheet`."""
-    cache = open_cache(args)
-    photos, captions, _ = open_gallery(args)
-    search = Search(cache, photos, captions, args.bank)
+    search, place = open_search(args)
     query = search.embed_photo(args.image)
+    embed_captions(search)
     image = Path(args.image).resolve()
-    is_image = [photo.resolve() == image for photo in photos]
+    is_image = [photo.resolve() == image for photo in search.photos]
     rows = search.different_texts(is_image.index(True) if any(is_image) else -1)
     correct = [i for i, row in enumerate(rows) if is_image[search.photo_of_text[row]]]
     scores = search.score_captions(query)[0, rows]
-    found = rank(scores, correct, lambda i: (photos[search.photo_of_text[rows[i]]],
-                                             search.texts[rows[i]]), args.top)
-    title = f"{args.image} among {len(rows):,} different captions of {args.split}"
+
+    def describe(i):
+        return search.photos[search.photo_of_text[rows[i]]], search.texts[rows[i]]
+
+    found = rank(scores, correct, describe, args.top)
+    title = f"{args.image} among {counted(len(rows), 'different caption')} {place}"
     if correct:
         title += f"; the correct one is ranked {rank_of_best(scores, correct):,}"
     meaning = "cosine of the photo and the caption"

@@ -9,7 +9,7 @@ from PIL import Image
 import show_flickr8k_results
 from src import gallery
 from src.evaluate_folder import chance
-from src.gallery import cache_of_pair
+from src.gallery import cache_folder, cache_of_pair
 from src.retrieval import chance_metrics
 from tests.test_show_flickr8k_results import use
 
@@ -113,6 +113,8 @@ def test_the_cache_of_a_pair_lies_in_the_home_of_the_user_by_default(pair, tmp_p
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     cache = cache_of_pair(pair[1], pair[3])
     assert cache.file.path.parent == tmp_path / ".cache" / "flickr8k_sgd"
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")  # relative, which its standard forbids
+    assert cache_folder() == tmp_path / ".cache" / "flickr8k_sgd"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "pair.py"))  # no folder
     cache = cache_of_pair(pair[1], pair[3])
     texts = cache.texts(["red", "red blue"])

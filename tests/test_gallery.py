@@ -59,8 +59,10 @@ def test_cached_photos_and_texts_are_not_embedded_again(
     assert len(cached_photos(run_dir)) == len(photos) + 1  # the changed photo replaced its row
 
     texts = cache_of_run(run_dir).texts(["a red circle", "a blue cross"])
-    monkeypatch.setattr(gallery, "embed_texts", None)
+    embedded = []
+    monkeypatch.setattr(gallery, "embed_text_batches", lambda *args: embedded.extend(args[2]) or [])
     again = cache_of_run(run_dir).texts(["a blue cross", "a red circle"])
+    assert not embedded
     assert torch.equal(again, texts[[1, 0]])
 
 
@@ -204,6 +206,24 @@ def test_embedded_photos_are_kept_whatever_ends_the_program(
     monkeypatch.setattr(search, "load_photo", load)
     cache_of_run(run_dir).photos(photos)
     assert sorted(read_photos) == sorted(photos)  # no photo was read twice
+
+
+def test_captions_are_kept_batch_by_batch_and_their_progress_is_told(run_dir, monkeypatch):
+    batches = functools.partial(search.embed_text_batches, batch_size=2)
+    monkeypatch.setattr(gallery, "embed_text_batches", batches)
+    texts = ["red", "a red circle", "a blue cross", "two blue squares on red", "red"]
+    seen = []
+
+    def interrupt(done, total):
+        seen.append((done, total))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache_of_run(run_dir).texts(texts, interrupt)
+    cache = cache_of_run(run_dir)
+    embeddings = cache.texts(texts, lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 4), (2, 2)]  # of equal texts, one is embedded
+    torch.testing.assert_close(embeddings, search.embed_texts(cache.model, cache.tokenizer, texts))
 
 
 def test_photos_of_a_split(dataset_dir):

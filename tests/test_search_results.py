@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sqlite3
+import tarfile
 
 import pytest
 import torch
@@ -142,6 +143,19 @@ def test_photos_of_a_folder(run_dir, shapes, capsys, tmp_path):
     assert sorted(path.name for path in folder.rglob("*")) == ["a.jpg", "b.JPG", "more"]
 
 
+def test_what_is_wrong_is_said_before_what_takes_long(run_dir, shapes, capsys, tmp_path,
+                                                      monkeypatch):
+    monkeypatch.setattr(gallery, "embed_photo_batches", None)  # of the gallery
+    photos = ["--photos", shapes / "Flicker8k_Dataset"]
+    for given in (photos, [*photos, "--query", "red"], []):
+        status, out, err = use(run_dir, capsys, "--image", tmp_path / "gone.jpg", *given)
+        assert (status, out) == (2, "") and "gone.jpg: the file is missing" in err
+    monkeypatch.setattr("src.search_results.cache_of_run", None)  # the model
+    for given in (["--query", "red"], ["--serve", 0], ["--image", tmp_path]):
+        status, out, err = use(run_dir, capsys, *given, "--photos", tmp_path / "gone")
+        assert (status, out) == (2, "") and "there is no such folder" in err
+
+
 def test_paths_alone_may_be_handed_to_other_programs(run_dir, shapes, capsysbinary, tmp_path,
                                                      monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -154,6 +168,27 @@ def test_paths_alone_may_be_handed_to_other_programs(run_dir, shapes, capsysbina
     expected = sorted(os.fsencode(tmp_path / "folder" / name) for name in names)
     assert status == 0 and out.endswith(b"\n")
     assert sorted(out.splitlines()[:3]) == expected == sorted(out.splitlines()[3:])
+
+
+def test_paths_that_other_programs_cannot_use_are_counted(run_dir, shapes, capsys, tmp_path):
+    for name in ("a\nb.jpg", "c.jpg"):
+        shutil.copy(shapes / "Flicker8k_Dataset" / "scene_00003.jpg", tmp_path / name)
+    given = ["--photos", tmp_path, "--query", "red", "--format"]
+    status, out, err = use(run_dir, capsys, *given, "paths")
+    assert status == 0 and out.count("\n") == 3
+    assert f"1 path with a line break, such as {tmp_path}{os.sep}a?b.jpg: --format json" in err
+    assert "line break" not in use(run_dir, capsys, *given, "json")[2]
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "a.txt").write_text("a red circle")
+    with tarfile.open(tmp_path / "data" / "0.tar", "w") as shard:
+        shard.add(tmp_path / "c.jpg", "a.jpg")
+        shard.add(tmp_path / "a.txt", "a.txt")
+    status, out, err = use(run_dir, capsys, "--data_dir", tmp_path / "data", "--split", "all",
+                           *given[2:], "paths")
+    path = tmp_path / "data" / "0.tar" / "a.jpg"
+    assert (status, out) == (0, f"{path}\n")
+    assert f"1 photo in .tar files, such as {path}: other programs" in err
 
 
 def test_results_as_json(run_dir, shapes, capsys, tmp_path, monkeypatch):

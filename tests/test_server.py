@@ -396,7 +396,7 @@ def test_photos_are_added_changed_and_deleted_while_it_serves(run, shapes, tmp_p
         shutil.copy(sources[4], tmp_path / "b.png")
         (tmp_path / "bad.png").write_text("no photo")
         html = press()
-        assert "Found: 1 new photos, 1 changed, 1 deleted." in html
+        assert "Found: 1 new photo, 1 changed, 1 deleted." in html
         assert "1 cannot be read: " in html and "bad.png: not an image" in html
         assert "a run · 3 photos of val" in html
         html = look(site, q="red")
@@ -413,7 +413,7 @@ def test_photos_are_added_changed_and_deleted_while_it_serves(run, shapes, tmp_p
         assert dict(shown(html)) == {i + 2: similarity for i, similarity in rank.items()}
 
         shutil.copy(sources[0], tmp_path / "a.png")  # back again
-        assert "Found: 1 new photos, 0 changed, 0 deleted." in press()
+        assert "Found: 1 new photo, 0 changed, 0 deleted." in press()
         for headers in ({"Origin": "http://example.com"}, {"Host": "example.com"}):
             assert ask(site, "/look", "POST", **headers)[0] == 403
         assert ask(site, "/look")[0] == 404

@@ -10,6 +10,7 @@ import sys
 import webbrowser
 
 import pytest
+from PIL import Image
 
 import show_flickr8k_results
 from src import server
@@ -221,9 +222,11 @@ def test_the_newest_run_is_shown_by_default(tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "outputs/new" in out and "outputs/old" not in out and err == ""
     (tmp_path / "outputs" / "new" / BEST).unlink()
-    assert show_flickr8k_results.main(["--query", "red"]) == 2  # which names the run
+    Image.new("RGB", (9, 9)).save("a.png")
+    given = ["--query", "red", "--photos", "."]
+    assert show_flickr8k_results.main(given) == 2  # which names the run
     err = capsys.readouterr().err.splitlines()
-    assert err[0] == "using the newest run, outputs/new" and "outputs/new: has no best" in err[1]
+    assert err[0] == "using the newest run, outputs/new" and "outputs/new: has no best" in err[-1]
 
 
 @pytest.mark.parametrize("given", [[], ["--query", "red"], ["--serve"], ["--page", "a.html"]])
