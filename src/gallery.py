@@ -29,6 +29,7 @@ from src.search import (
 )
 from src.settings import make_settings
 from src.utils.captions import read_folder
+from src.utils.console import counted
 from src.utils.errors import DataError, UsageError
 from src.utils.folder import Folder
 from src.utils.photo_store import STORE_VERSION, store_key
@@ -311,15 +312,17 @@ def photos_of_split(folder, split):
     DataError for a dataset that is missing or incomplete, or has no such split."""
     if not isinstance(folder, Folder):
         folder = read_folder(folder)
-    names, paths, captions = folder.names(split), [], []
+    names = folder.names(split)
     if not names:
         others = [name for name in folder.splits if folder.splits[name]]
         raise DataError(f"{folder.root}: holds no photos of {split}, but of {' and '.join(others)}"
                         "; choose one of them with --split, or all")
-    for name in names:
-        texts = folder.texts_of(name)
-        if not texts:
-            raise DataError(f"{folder.root}: {name} has no captions")
-        paths.append(folder.path(name))
-        captions.append(texts)
-    return paths, captions
+    captions = [folder.texts_of(name) for name in names]
+    missing = [name for name in names if name in folder.missing]
+    silent = [name for name, texts in zip(names, captions) if not texts]
+    for faulty, fault in (missing, "are missing"), (silent, "have no captions"):
+        if faulty:
+            raise DataError(f"{folder.root}: of {counted(len(names), 'photo')} of {split}, "
+                            f"{len(faulty):,} {fault}, such as {faulty[0]}; add them, or take the "
+                            f"photos out of {folder.source}")
+    return [folder.path(name) for name in names], captions

@@ -17,7 +17,7 @@ def similarities(queries, gallery):
 def best_rows(scores, count):
     """The rows of the `count` highest scores (N,), the best first, as a list. Of equal scores, the
     first row comes first."""
-    if count < len(scores):
+    if 0 < count < len(scores):
         lowest = scores.topk(count).values[-1]
         rows = (scores >= lowest).nonzero().flatten()  # more than `count` if there are ties
     else:

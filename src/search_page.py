@@ -259,7 +259,9 @@ class SearchPages:
         is_shown = torch.ones(len(scores), dtype=torch.bool)
         is_shown[[*self.gone, *([int(fields["photo"])] if fields["photo"] else [])]] = False
         total = int(is_shown.sum())
-        lowest = scores[is_shown].min() if total else 0
+        if not total:
+            return paragraph("There are no other photos to search.") + captions
+        lowest = scores[is_shown].min()
         if words and picture is None and self.search.fits(query) is False:
             body += ('<p class="warning"><strong>Nothing fits well,</strong> as the run has '
                      "learned no such words.</p>")

@@ -179,6 +179,14 @@ def test_a_pair_is_evaluated_on_a_folder_of_which_all_is_test(pair, album, capsy
     assert table["T->I R@1 (%)"][0] == pytest.approx(33.33)
 
 
+def test_missing_photos_are_counted(pair, album, capsys):
+    write_table(album, [(name, name, "test") for name in ("red", "gone", "lost")])
+    status, out, err = show(capsys, *pair, "--evaluate", album)
+    assert (status, out) == (2, "")
+    assert f"{album}: of 3 photos of test, 2 are missing, such as gone.png; add them" in err
+    assert str(album / "captions.csv") in err
+
+
 def test_a_run_is_evaluated_as_the_training_did(run_dir, shapes, capsys):
     status, out, _ = use(run_dir, capsys, "--evaluate", shapes, "--split", "val")
     recorded = json.loads((run_dir / "bank_results_flickr8k.json").read_text())["val"]

@@ -234,7 +234,7 @@ def test_photos_of_a_split(dataset_dir):
     (dataset_dir / "Flickr8k.token.txt").write_text(
         "\n".join(line for line in text.splitlines() if "1007" not in line)
     )
-    with pytest.raises(DataError, match="1007_abc.jpg has no captions"):
+    with pytest.raises(DataError, match="1 have no captions, such as 1007_abc.jpg"):
         photos_of_split(dataset_dir, "val")
 
 

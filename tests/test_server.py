@@ -368,6 +368,18 @@ def test_only_pages_of_the_loopback_address_may_send_a_picture(site, origin, sta
     assert ask(site, "/upload", "POST", Origin=origin, **form(png()))[0] == status
 
 
+def test_a_gallery_of_one_photo_holds_none_like_it(run, shapes):
+    photos, captions = photos_of_split(shapes, "val")
+    search = Search(cache_of_run(run), photos[:1], captions[:1], use_bank=True)
+    search.embed_photos()
+    with served(search) as site:
+        assert "1 of 1 photos, best first" in look(site, q="red")
+        for words in ("", "red"):
+            html = look(site, photo=0, q=words)
+            assert "There are no other photos to search." in html
+            assert 'class="score"' not in html
+
+
 def test_photos_are_added_changed_and_deleted_while_it_serves(run, shapes, tmp_path, capfd):
     sources = photos_of_split(shapes, "val")[0]
     for name, photo in zip(("a.png", "b.png", "c.png"), sources):
