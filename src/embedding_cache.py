@@ -1,4 +1,4 @@
-"""Embeddings that were computed once, in files beside a run.
+"""Embeddings that were computed once, in files beside a run or in the cache folder of the user.
 
 The files are only a cache. If they are damaged, they are replaced; if they are locked by another
 program, or their folder cannot be written, the search works without them."""

@@ -134,8 +134,8 @@ class SearchPages:
 
     def look_for_photos(self):
         """Add the photos that were added to the folder to the gallery, and leave out those that
-        were deleted from it. A photo that was changed is both. The start page then says what was
-        found. Photos keep their numbers, since open pages refer to them."""
+        were deleted from it. A photo that was changed is both. The start page says once what
+        was found. Photos keep their numbers, since open pages refer to them."""
         with self.searching:
             paths = self.find_photos()
             there = set(paths)
@@ -227,7 +227,8 @@ class SearchPages:
             elif words or card:
                 body += self.results(words, picture, q=words, photo=photo, upload=upload, top=top)
             else:
-                body += (paragraph(self.note) if self.note else "") + self.start(seed)
+                note, self.note = self.note, ""  # later it would no longer be true
+                body += (paragraph(note) if note else "") + self.start(seed)
         return page(words or "Search photos", body, words, has_focus=True,
                     fields={"photo": photo, "upload": upload}, footer=self.footer_html())
 

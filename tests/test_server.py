@@ -395,6 +395,7 @@ def test_photos_are_added_changed_and_deleted_while_it_serves(run, shapes, tmp_p
 
         assert "Look for new photos" in look(site)
         assert "Found: 0 new photos, 0 changed, 0 deleted." in press()
+        assert "Found: " not in look(site)
         old = {number: site.pages.photo(str(number)) for number in range(3)}
         picture = ask(site, "/photo/1")[2]
 
