@@ -76,11 +76,17 @@ def cache_of_pair(image_encoder, text_encoder, device=None):
 
 
 def cache_folder():
-    """The folder for what is kept of searches without a run."""
+    """The folder for what is kept of searches without a run. Raises UsageError if the user has no
+    home."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     # The standard of this variable says that relative paths are to be ignored.
-    folder = home if os.path.isabs(home) else Path.home() / ".cache"
-    return Path(folder) / "flickr8k_sgd"
+    if not os.path.isabs(home):
+        try:
+            home = Path.home() / ".cache"
+        except RuntimeError:
+            raise UsageError("this user has no home folder; set XDG_CACHE_HOME to a folder where "
+                             "embeddings can be kept") from None
+    return Path(home) / "flickr8k_sgd"
 
 
 class EmbeddingCache:

@@ -11,6 +11,7 @@ from src import gallery
 from src.evaluate_folder import chance
 from src.gallery import cache_folder, cache_of_pair
 from src.retrieval import chance_metrics
+from src.utils.errors import UsageError
 from tests.test_show_flickr8k_results import use
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (99, 99, 99)}
@@ -115,6 +116,9 @@ def test_the_cache_of_a_pair_lies_in_the_home_of_the_user_by_default(pair, tmp_p
     assert cache.file.path.parent == tmp_path / ".cache" / "flickr8k_sgd"
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")  # relative, which its standard forbids
     assert cache_folder() == tmp_path / ".cache" / "flickr8k_sgd"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where there is no home
+    with pytest.raises(UsageError, match="no home folder; set XDG_CACHE_HOME"):
+        cache_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "pair.py"))  # no folder
     cache = cache_of_pair(pair[1], pair[3])
     texts = cache.texts(["red", "red blue"])
