@@ -136,6 +136,8 @@ def check_encoders(parser, args):
     args.text_encoder = args.text_encoder or args.image_encoder
     if args.output_dir:
         parser.error("--image_encoder and --output_dir exclude each other: a run has its encoders")
+    if args.bank:
+        parser.error("--bank has no effect with --image_encoder, as only a run has a bank")
     if args.page and not (args.query or args.image):
         parser.error("--page shows runs, or what --query or --image found with --image_encoder")
     if not (args.photos or args.data_dir or args.evaluate):
@@ -197,15 +199,15 @@ def serve(args):
         search, place = open_search(args)
         embed_gallery(search, args)
         embed_captions(search)
+        name = args.output_dir[0] if args.output_dir else args.image_encoder
         example_queries = []
         if search.texts:
             example_queries = [search.texts[row] for row in search.different_texts()]
-        elif args.output_dir:
+        elif args.output_dir or args.data_dir:
             with contextlib.suppress(DataError, UsageError):
-                _, captions = photos_of_split(find_data_dir(args, args.output_dir[0]), "val")
+                _, captions = photos_of_split(find_data_dir(args, name), "val")
                 example_queries = list(dict.fromkeys(texts[0] for texts in captions))
         find_photos = functools.partial(photos_of_folder, args.photos) if args.photos else None
-        name = args.output_dir[0] if args.output_dir else args.image_encoder
         http.pages = search_page.SearchPages(search, name, place, example_queries, find_photos)
         address = f"http://{server.HOST}:{http.server_port}"
         print(f"{address} (press Ctrl-C to stop)", flush=True)

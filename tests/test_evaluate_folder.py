@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import show_flickr8k_results
-from src import gallery
+from src import gallery, server
 from src.evaluate_folder import chance
 from src.gallery import cache_folder, cache_of_pair
 from src.retrieval import chance_metrics
@@ -181,6 +181,15 @@ def test_a_pair_is_evaluated_on_a_folder_of_which_all_is_test(pair, album, capsy
     write_table(album, [("red", "blue", "test"), ("blue", "red", "test"), *rows[1:2]])
     table = figures(show(capsys, *pair, "--evaluate", album)[1])
     assert table["T->I R@1 (%)"][0] == pytest.approx(33.33)
+
+
+def test_a_pair_that_serves_a_folder_takes_examples_from_the_data(pair, album, shapes, capsys,
+                                                                  monkeypatch):
+    pages = []
+    monkeypatch.setattr(server.Server, "serve_forever", lambda http: pages.append(http.pages))
+    show(capsys, *pair, "--serve", 0, "--no-browser", "--photos", album, "--data_dir", shapes)
+    _, captions = gallery.photos_of_split(shapes, "val")
+    assert {texts[0] for texts in captions} == set(pages[0].example_queries)
 
 
 def test_missing_photos_are_counted(pair, album, capsys):

@@ -340,6 +340,7 @@ def test_wrong_arguments(given, capsys):
     (["--image_encoder", "i", "--photos", "p", "--compare", "c"], "--photos has no effect"),
     (["--image_encoder", "i", "--query", "q", "--output_dir", "d"], "--image_encoder and --output"),
     (["--image_encoder", "i", "--photos", "p", "--page", "a.html"], "--page shows runs"),
+    (["--image_encoder", "i", "--photos", "p", "--query", "q", "--bank"], "--bank has no effect"),
     (["--evaluate", "d", "--data_dir", "e"], "--data_dir has no effect"),
     (["--evaluate", "d", "--top", "3"], "--top has no effect"),
     (["--query", "q", "--no-browser"], "--no-browser has no effect without --serve"),
