@@ -23,7 +23,8 @@ NOTHING_FITS = "nothing fits well, as the run has learned no such words"
 
 
 def say(message):
-    """Print a message beside the results, which are all that standard output holds."""
+    """Print a message, as one line, beside the results, which are all that standard output holds.
+    """
     print(printable(message), file=sys.stderr)
 
 
@@ -102,7 +103,7 @@ def embed_gallery(search, args):
     embed_photos(search, unreadable)
     if unreadable:
         say(f"skipped photos that cannot be read ({len(unreadable):,}): "
-            f"{printable(first_three(unreadable.values()))}")
+            f"{first_three(unreadable.values())}")
 
 
 def embed_photos(search, unreadable=None):
@@ -171,7 +172,7 @@ def print_results(all_results, args):
             if args.format == "lines":
                 print(NOTHING_FITS)
             else:
-                say(f'"{printable(results.query)}": {NOTHING_FITS}')
+                say(f'"{results.query}": {NOTHING_FITS}')
         for found in results.found:
             if args.format == "paths":
                 sys.stdout.buffer.write(os.fsencode(os.path.abspath(str(found.photo))) + b"\n")

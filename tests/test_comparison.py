@@ -58,7 +58,8 @@ def test_an_ellipsis_stands_in_the_middle():
         "abcdefgh", "abc…fgh", "ab…h", "…"]
 
 
-@pytest.mark.parametrize("name", ["日本語" * 20, "ガ" * 9, "a\u0301" * 40, "tab\tnew\nline" * 9])
+@pytest.mark.parametrize("name", [
+    "日本語" * 20, "ガ" * 9, "a\u0301" * 40, "tab\tnew\nline" * 9])
 def test_wide_characters_and_line_breaks_do_not_break_the_table(tmp_path, name):
     write_run(tmp_path / name, avg_r1=(3, 5), epochs=2)
     write_run(tmp_path / "other", avg_r1=(1, 2), epochs=2, fisher=False)
